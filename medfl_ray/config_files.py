@@ -1,0 +1,112 @@
+"""YAML at the edge: load, override, check and write a run configuration."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from medfl_ray.config import RunConfig
+from medfl_ray.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def load_run_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Load a run's YAML file and apply `section.key=value` overrides.
+
+    Raises:
+      ConfigError: the file is missing or not YAML, a key is unknown (the nearest name is given) or a value is out of range.
+    """
+    raw = read_yaml(Path(path))
+    for override in overrides:
+        apply_override(raw, override)
+    return parse_run_config(raw, source=Path(path).name)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping, or say in one sentence why it cannot be read."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {path.name!r} in the folder {path.parent.name or '.'!r}; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path.name!r}: {type(error).__name__}; expected a readable UTF-8 YAML file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path.name!r} is not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path.name!r} holds {type(raw).__name__}; expected a mapping with sections such as data and model")
+    return raw
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set `a.b.c=value` in a nested mapping, in place; the value is read as YAML.
+
+    Raises:
+      ConfigError: the override is not of the form key=value, or passes through something that is not a section.
+    """
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value, for instance federation.rounds=5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value of override {key!r} is not valid YAML; quote it") from None
+    for part in parts[:-1]:
+        raw = raw.setdefault(part, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"override {key!r} passes through {part!r}, which is a value and not a section")
+    raw[parts[-1]] = value
+
+
+def parse_run_config(raw: dict[str, Any], source: str = "the configuration") -> RunConfig:
+    """Check a raw mapping against the schema.
+
+    Raises:
+      ConfigError: one line per problem, each with its place and what is expected.
+    """
+    return parse_model(RunConfig, raw, source)
+
+
+def parse_model(model: type[M], raw: dict[str, Any], source: str) -> M:
+    """Build any of our frozen models from a mapping, with plain messages."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        problems = [_sentence(model, problem) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from None
+
+
+def _sentence(model: type[BaseModel], problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {place!r}{_nearest(model, problem['loc'])}"
+    if problem["type"] == "missing":
+        return f"{place!r} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{place}: {message} (found {problem['input']!r})" if problem["loc"] and problem["type"] != "value_error" else message
+
+
+def _nearest(model: type[BaseModel], place: tuple[str | int, ...]) -> str:
+    current: Any = model
+    for part in place[:-1]:
+        if isinstance(part, int):
+            continue
+        field = current.model_fields.get(part) if isinstance(current, type) else None
+        annotation = getattr(field, "annotation", None)
+        current = next((a for a in [annotation, *getattr(annotation, "__args__", ())] if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if current is None:
+            return ""
+    close = difflib.get_close_matches(str(place[-1]), list(current.model_fields), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(current.model_fields)}"
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """Return a configuration as YAML text, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,107 @@
+"""Flat float32 parameter vectors: the one form in which weights cross a boundary.
+
+A vector has shape [P]; its `Layout` says which slice belongs to which named tensor. Parameters and
+floating-point buffers are both part of it, in the order of the network's state dict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from medfl_ray.errors import ModelError, UpdateRejected
+
+if TYPE_CHECKING:
+    import torch
+
+Vector = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the tensors in a flat vector."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements P of the vector."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 over names and shapes, in hex."""
+        text = ";".join(f"{name}:{shape}" for name, shape in zip(self.names, self.shapes, strict=True))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def layout_of(network: torch.nn.Module) -> Layout:
+    """Return the layout of a network's parameters and buffers.
+
+    Raises:
+      ModelError: a buffer is not floating point, so that it cannot be averaged (batch norm's counter is one).
+    """
+    state = network.state_dict()
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ModelError(
+                f"the network's buffer {name!r} has type {tensor.dtype}, which cannot be averaged over hospitals. "
+                "Use group or instance norm instead of batch norm."
+            )
+    return Layout(tuple(state), tuple(tuple(t.shape) for t in state.values()))
+
+
+def flatten(network: torch.nn.Module) -> Vector:
+    """Copy a network's state into a new float32 vector of shape [P]."""
+    import torch
+
+    with torch.no_grad():
+        parts = [t.detach().to("cpu", torch.float32).reshape(-1) for t in network.state_dict().values()]
+        return torch.cat(parts).numpy().copy()
+
+
+def load_into(network: torch.nn.Module, vector: Vector) -> None:
+    """Copy a vector of shape [P] into a network, in place.
+
+    Raises:
+      UpdateRejected: the vector's length is not the network's.
+    """
+    import torch
+
+    layout = layout_of(network)
+    if vector.shape != (layout.size,):
+        raise UpdateRejected(f"the weights have shape {vector.shape}; this network needs ({layout.size},)")
+    source = torch.from_numpy(np.array(vector, dtype=np.float32))
+    position = 0
+    with torch.no_grad():
+        for tensor in network.state_dict().values():
+            tensor.copy_(source[position : position + tensor.numel()].view(tensor.shape))
+            position += tensor.numel()
+
+
+def checksum(vector: Vector) -> str:
+    """SHA-256 of the vector's little-endian float32 bytes, in hex."""
+    return hashlib.sha256(np.ascontiguousarray(vector, dtype="<f4").tobytes()).hexdigest()
+
+
+def norm(vector: Vector) -> float:
+    """Euclidean norm, accumulated in float64 (a float32 sum over millions of elements is off by 1e-4)."""
+    wide = vector.astype(np.float64)
+    return float(np.sqrt(wide @ wide))
+
+
+def to_tensors(vector: Vector, layout: Layout) -> dict[str, Vector]:
+    """Split a vector into named arrays (views), for saving as safetensors."""
+    tensors: dict[str, Vector] = {}
+    position = 0
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        length = math.prod(shape)
+        tensors[name] = vector[position : position + length].reshape(shape)
+        position += length
+    return tensors
