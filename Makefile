@@ -1,0 +1,65 @@
+# Set-up needs Python 3.11 or newer, nothing else; `make help` lists the targets.
+# The environment lives in .venv; it is installed again only when pyproject.toml or constraints.txt changes.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := $(BIN)/medfl-ray
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -c constraints.txt
+PACKAGES := medfl_ray actors
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-ci lint format ci docs lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/.installed-dev ## Make .venv and install the project with its development tools
+
+demo: $(VENV)/.installed-dev ## Run the main job on synthetic data (under 5 minutes on 2 cores) and write a report
+	$(RUN) run configs/demo.yaml
+
+test: $(VENV)/.installed-dev ## Run the tests, slow ones apart, and check the coverage
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+test-ci: $(VENV)/.installed-dev ## Run the slow tests: kills, planted bugs, real processes
+	$(BIN)/python -m pytest -m ci
+
+lint: $(VENV)/.installed-dev ## Check style, types and the directions of import
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(PACKAGES)
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## Format the code and repair what the linter can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ci: lint test test-ci ## Everything that must pass: lint, test, test-ci
+
+docs: $(VENV)/.installed-docs ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+lock: $(VENV)/.installed-docs ## Write constraints.txt from the installed environment
+	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | \
+	  awk '/^#| @ / { next } { sub(/\+[a-z0-9.]+$$/, ""); print } sub(/^onnxruntime-gpu/, "onnxruntime")'; } > $(VENV)/constraints.new
+	mv $(VENV)/constraints.new constraints.txt
+
+clean: ## Remove the environment, caches and built pages; runs/ stays
+	rm -rf $(VENV) site dist build htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find $(PACKAGES) tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer was found; install one, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
+
+# The stamps lie inside .venv, so that removing the folder is enough to start afresh.
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(PIP_INSTALL) -e '.[docs]'
+	@touch $@
