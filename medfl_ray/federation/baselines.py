@@ -1,0 +1,180 @@
+"""What the same mechanism gives without a federation: each hospital alone, and all data in one place.
+
+Both use the run's own sigma, q and learning rates. A local baseline takes its hospital's own steps; the
+central one takes the sum of the hospitals' steps. Each is a release of its own: reserved and charged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from medfl_ray.config import RunConfig
+from medfl_ray.errors import ConfigError
+from medfl_ray.federation.events import BaselineProgress, Event, PhaseStarted
+from medfl_ray.federation.planning import mechanism_for
+from medfl_ray.federation.ports import AlonePlan, AloneResult
+from medfl_ray.federation.rounds import RoundContext
+from medfl_ray.messages import ClientFailure, Mechanism, Metric, PrivacySpent, RoundPlan, SiteEvaluation
+from medfl_ray.params import Vector
+from medfl_ray.site_policy import SitePolicy
+from medfl_ray.training.schedules import learning_rate
+
+CENTRAL = "central"
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Held-out metrics per hospital of the local and central models, with what each cost."""
+
+    local: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    local_spent: dict[str, PrivacySpent | None] = field(default_factory=dict)
+    central: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    central_spent: PrivacySpent | None = None
+    failures: tuple[ClientFailure, ...] = ()
+
+
+def check_baselines(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
+    """Refuse a central baseline where the data may not be pooled.
+
+    Raises:
+      ConfigError: some data are private and the hospitals are separate trust domains.
+    """
+    if CENTRAL not in run.federation.baselines or run.data.trust_domain == "single":
+        return
+    private = sorted(policy.hospital for policy in policies if policy.declared == "private")
+    if private:
+        raise ConfigError(
+            f"the central baseline would pool the private data of {', '.join(private)}. Remove 'central' from "
+            "federation.baselines, or set data.trust_domain: single where one institution may pool them."
+        )
+
+
+def central_policy(policies: Sequence[SitePolicy], data_set: str) -> SitePolicy:
+    """Return the policy of all hospitals' data in one place: patients add up, the strictest rule holds."""
+    declared = {policy.declared for policy in policies}
+    kind = "private" if "private" in declared else "public" if "public" in declared else "synthetic"
+    budgets = [policy.max_epsilon for policy in policies if policy.max_epsilon is not None]
+    deltas = [policy.delta for policy in policies if policy.delta is not None]
+    floors = [policy.min_noise_multiplier for policy in policies if policy.min_noise_multiplier is not None]
+    return SitePolicy(
+        hospital=CENTRAL,
+        data_set=data_set,
+        declared=kind,
+        num_patients=sum(policy.num_patients for policy in policies),
+        max_epsilon=min(budgets) if budgets else None,
+        delta=min(deltas) if deltas else None,
+        min_noise_multiplier=max(floors) if floors else None,
+        require_dp=any(policy.require_dp for policy in policies),
+    )
+
+
+def run_baselines(
+    run: RunConfig,
+    context: RoundContext,
+    policies: Sequence[SitePolicy],
+    initial: Vector,
+    emit: Callable[[Event], None],
+) -> Baselines:
+    """Train the baselines that the run names, all at the same time where the pool can, and evaluate them."""
+    plans: dict[str, AlonePlan] = {}
+    if "local" in run.federation.baselines:
+        plans.update({h: _alone(context, h, context.num_steps[h], context.mechanisms.get(h)) for h in context.available})
+    if CENTRAL in run.federation.baselines:
+        plans[CENTRAL] = _central(run, context, policies)
+    emit(PhaseStarted(name="baselines", total_rounds=len(plans)))
+    results: dict[str, AloneResult] = {}
+    failures: list[ClientFailure] = []
+    for answer in context.pool.train_alone(plans, initial):
+        if isinstance(answer, ClientFailure):
+            failures.append(answer)
+        else:
+            results[answer.hospital] = answer
+        done = len(results) + len(failures)
+        emit(BaselineProgress(baseline=answer.hospital, done=done, total=len(plans)))
+    central = results.pop(CENTRAL, None)
+    scores, problems = _score_central(run, context, central)
+    return Baselines(
+        local={hospital: result.metrics for hospital, result in results.items()},
+        local_spent={hospital: result.spent for hospital, result in results.items()},
+        central=scores,
+        central_spent=central.spent if central is not None else None,
+        failures=(*failures, *problems),
+    )
+
+
+def _central(run: RunConfig, context: RoundContext, policies: Sequence[SitePolicy]) -> AlonePlan:
+    present = [policy for policy in policies if policy.hospital in context.available]
+    steps = sum(context.num_steps[policy.hospital] for policy in present)
+    policy = central_policy(present, run.data.name)
+    mechanism = mechanism_for(run, policy)
+    if mechanism is not None:
+        own = [context.mechanisms[p.hospital] for p in present]
+        mechanism = mechanism.model_copy(
+            update={
+                "num_steps": steps,
+                "noise_multiplier": max(m.noise_multiplier for m in own),
+                "sample_rate": max(m.sample_rate for m in own),
+            }
+        )
+    return _alone(context, CENTRAL, steps, mechanism, returns_weights=True)
+
+
+def _alone(
+    context: RoundContext, hospital: str, steps: int, mechanism: Mechanism | None, returns_weights: bool = False
+) -> AlonePlan:
+    run = context.run
+    kind = CENTRAL if returns_weights else "local"
+    rounds = tuple(
+        RoundPlan(
+            job=f"{context.job}/{kind}",
+            round=number,
+            attempt=context.attempt,
+            config_hash=run.config_hash,
+            weights_checksum="",
+            hospitals=(hospital,),
+            num_steps={hospital: steps},
+            learning_rate=learning_rate(run.training, number, run.federation.rounds),
+            mechanisms={hospital: mechanism} if mechanism is not None else {},
+        )
+        for number in range(1, run.federation.rounds + 1)
+    )
+    return AlonePlan(rounds, returns_weights)
+
+
+def _score_central(
+    run: RunConfig, context: RoundContext, central: AloneResult | None
+) -> tuple[dict[str, dict[str, Metric]], list[ClientFailure]]:
+    scores: dict[str, dict[str, Metric]] = {}
+    failures: list[ClientFailure] = []
+    if central is not None and central.weights is not None:
+        for answer in context.pool.evaluate(run.federation.rounds, context.available, central.weights, pictures=False):
+            if isinstance(answer, SiteEvaluation):
+                scores[answer.hospital] = dict(answer.metrics)
+            else:
+                failures.append(answer)
+    return scores, failures
+
+
+def as_plain(baselines: Baselines) -> Mapping[str, object]:
+    """Return the baselines as JSON-able data, in the form that the report reads."""
+
+    def plain(metrics: Mapping[str, Metric]) -> dict[str, object]:
+        return {name: metric.model_dump() for name, metric in metrics.items()}
+
+    def spent(value: PrivacySpent | None) -> object:
+        return value.model_dump() if value is not None else None
+
+    document: dict[str, object] = {}
+    if baselines.local:
+        document["local"] = {
+            hospital: {"metrics": plain(metrics), "spent": spent(baselines.local_spent.get(hospital))}
+            for hospital, metrics in sorted(baselines.local.items())
+        }
+    if baselines.central:
+        document["central"] = {
+            "metrics": {hospital: plain(metrics) for hospital, metrics in sorted(baselines.central.items())},
+            "spent": spent(baselines.central_spent),
+        }
+    document["failures"] = [failure.model_dump() for failure in baselines.failures]
+    return document

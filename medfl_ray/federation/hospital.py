@@ -1,0 +1,231 @@
+"""One hospital: its data, its trainer and its ledger, behind the five things a round asks of it.
+
+Nothing here raises to the caller. What goes wrong becomes a `ClientFailure` with a reason; the details
+of an unexpected error go to the hospital's own log, because its text might hold an identifier.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import structlog
+
+from medfl_ray import params
+from medfl_ray.config import RunConfig
+from medfl_ray.errors import MedflError, PrivacyConfigError
+from medfl_ray.federation.labels import labelled
+from medfl_ray.federation.planning import aggregation_weight, budget_of
+from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger
+from medfl_ray.messages import (
+    ClientFailure,
+    ClientUpdate,
+    HospitalInfo,
+    Mechanism,
+    PrivacySpent,
+    RoundPlan,
+    SiteEvaluation,
+)
+from medfl_ray.params import Vector
+from medfl_ray.site_policy import SitePolicy
+from medfl_ray.training.evaluation import PatientScore, summarise
+from medfl_ray.training.trainer import LocalJob, Trainer
+
+if TYPE_CHECKING:
+    from medfl_ray.data.dataset import HospitalData
+
+log = structlog.get_logger()
+Stage = Literal["start", "reserve", "train", "evaluate", "screen"]
+PictureMaker = Callable[[Trainer, Vector, "HospitalData"], tuple[bytes, ...]]
+LocalReporter = Callable[[int, Mapping[str, float], list[PatientScore]], None]
+
+
+@dataclass(frozen=True)
+class HospitalParts:
+    """What a hospital is built from; see actors/hospital.py for the composition."""
+
+    run: RunConfig
+    policy: SitePolicy
+    index: int
+    trainer: Trainer
+    data: HospitalData
+    ledger: Ledger | None
+    make_pictures: PictureMaker
+    write_local_report: LocalReporter
+
+
+class Hospital:
+    """A hospital that takes part in one run."""
+
+    def __init__(self, parts: HospitalParts) -> None:
+        self._parts = parts
+        self._reservations: dict[tuple[str, int, int], str] = {}
+
+    @property
+    def id(self) -> str:
+        """Name of the hospital."""
+        return self._parts.policy.hospital
+
+    def info(self) -> HospitalInfo:
+        """Say what is public about this hospital."""
+        parts = self._parts
+        return HospitalInfo(
+            hospital=self.id,
+            declared=parts.policy.declared,
+            data_set=parts.policy.data_set,
+            num_patients=parts.policy.num_patients,
+            num_channels=len(parts.data.channels),
+            labels=dict(parts.data.labels),
+            layout_checksum=parts.trainer.layout.checksum,
+            device=str(parts.trainer.device),
+            spent=self._spent(),
+        )
+
+    def reserve(self, plan: RoundPlan) -> PrivacySpent | ClientFailure | None:
+        """Charge the plan's worst case in this hospital's ledger, or say why it cannot take part."""
+
+        def work() -> PrivacySpent | None:
+            mechanism = self._agreed_mechanism(plan)
+            ledger = self._parts.ledger
+            if mechanism is None or ledger is None:
+                return None
+            key = (plan.job, plan.round, plan.attempt)
+            self._reservations[key] = ledger.reserve(*key, mechanism, self._parts.run.privacy.epsilon)
+            return ledger.spent()
+
+        return self._guarded(plan.round, plan.attempt, "reserve", False, work)
+
+    def release(self, plan: RoundPlan, reason: str) -> None:
+        """Give back a reservation under which no training was started."""
+        reservation = self._reservations.pop((plan.job, plan.round, plan.attempt), None)
+        if reservation is not None and self._parts.ledger is not None:
+            self._parts.ledger.release(reservation, reason)
+
+    def train(self, plan: RoundPlan, weights: Vector) -> ClientUpdate | ClientFailure:
+        """Train on this hospital's patients; the cost is settled before the update is returned."""
+
+        def work() -> ClientUpdate:
+            started = time.monotonic()
+            parts = self._parts
+            outcome = parts.trainer.train(weights, parts.data, self._claim(plan))
+            losses = {"train_loss": outcome.mean_loss}
+            return ClientUpdate(
+                hospital=self.id,
+                round=plan.round,
+                attempt=plan.attempt,
+                delta=outcome.delta,
+                layout_checksum=parts.trainer.layout.checksum,
+                num_patients=aggregation_weight(parts.run, parts.policy.num_patients),
+                num_steps=outcome.num_steps,
+                spent=self._spent(),
+                metrics=labelled(losses, parts.policy.declared, parts.run.privacy.enable_dp),
+                duration_s=time.monotonic() - started,
+            )
+
+        return self._guarded(plan.round, plan.attempt, "train", True, work)
+
+    def evaluate(self, round: int, weights: Vector, pictures: bool = False) -> SiteEvaluation | ClientFailure:
+        """Score weights on the held-out patients; per-patient figures and pictures only of data that may be shown."""
+
+        def work() -> SiteEvaluation:
+            parts = self._parts
+            scores = parts.trainer.evaluate(weights, parts.data)
+            values = summarise(scores)
+            may_show = parts.policy.declared != "private"
+            if not may_show and pictures:
+                parts.write_local_report(round, values, scores)
+            return SiteEvaluation(
+                hospital=self.id,
+                round=round,
+                metrics=labelled(values, parts.policy.declared, parts.run.privacy.enable_dp),
+                patient_scores=tuple(score.headline for score in scores) if may_show else None,
+                pictures=parts.make_pictures(parts.trainer, weights, parts.data) if may_show and pictures else (),
+            )
+
+        return self._guarded(round, 0, "evaluate", False, work)
+
+    def train_alone(self, plan: AlonePlan, weights: Vector) -> AloneResult | ClientFailure:
+        """Run a baseline here: every round reserved and charged like a round of the federation."""
+        current = weights
+        for round_plan in plan.rounds:
+            reserved = self.reserve(round_plan)
+            if isinstance(reserved, ClientFailure):
+                return reserved
+            answer = self.train(round_plan, current)
+            if isinstance(answer, ClientFailure):
+                return answer
+            current = current + answer.delta
+        last = len(plan.rounds)
+        evaluation = self.evaluate(last, current)
+        if isinstance(evaluation, ClientFailure):
+            return evaluation
+        return AloneResult(self.id, evaluation.metrics, self._spent(), current if plan.returns_weights else None)
+
+    def export_ledger(self) -> dict[str, Any]:
+        """Return the account's events, or nothing where DP is off."""
+        return self._parts.ledger.export() if self._parts.ledger is not None else {}
+
+    def _spent(self) -> PrivacySpent | None:
+        ledger = self._parts.ledger
+        if ledger is None:
+            return None
+        return ledger.spent().model_copy(update={"budget": self._shown_budget()})
+
+    def _shown_budget(self) -> float | None:
+        lifetime = budget_of(self._parts.run, self._parts.policy)
+        return lifetime if lifetime is not None else self._parts.run.privacy.epsilon
+
+    def _agreed_mechanism(self, plan: RoundPlan) -> Mechanism | None:
+        mechanism = plan.mechanisms.get(self.id)
+        policy = self._parts.policy
+        if mechanism is None and (policy.require_dp or self._parts.run.privacy.enable_dp):
+            raise PrivacyConfigError(f"the plan of round {plan.round} has no privacy mechanism for {self.id!r}")
+        if mechanism is not None and mechanism.num_patients != policy.num_patients:
+            raise PrivacyConfigError(
+                f"the plan assumes {mechanism.num_patients} patients at {self.id!r}; its policy declares {policy.num_patients}"
+            )
+        floor = policy.min_noise_multiplier
+        if mechanism is not None and floor is not None and mechanism.noise_multiplier < floor:
+            raise PrivacyConfigError(
+                f"the plan's noise_multiplier {mechanism.noise_multiplier:.3g} is below the site's minimum {floor:g}"
+            )
+        return mechanism
+
+    def _claim(self, plan: RoundPlan) -> LocalJob:
+        """Settle the reservation and hand out the job; settled first, so that no crash in training can undercount."""
+        mechanism = self._agreed_mechanism(plan)
+        if mechanism is not None:
+            reservation = self._reservations.pop((plan.job, plan.round, plan.attempt), None)
+            if reservation is None or self._parts.ledger is None:
+                raise PrivacyConfigError(
+                    f"round {plan.round}, attempt {plan.attempt} holds no reservation in this hospital's ledger; "
+                    "training without one never happens"
+                )
+            self._parts.ledger.settle(reservation)
+        seed_key = (abs(self._parts.run.federation.seed), plan.round, self._parts.index)
+        return LocalJob(plan.num_steps[self.id], plan.learning_rate, mechanism, seed_key)
+
+    def _guarded(self, round: int, attempt: int, stage: Stage, left_host: bool, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except MedflError as error:
+            reason = str(error)
+        except Exception as error:  # noqa: BLE001 - one hospital's fault must not end the round
+            log.exception("hospital_failed", hospital=self.id, stage=stage, round=round)
+            reason = f"{type(error).__name__} in the hospital's process; its own log has the details"
+        return ClientFailure(
+            hospital=self.id, round=round, attempt=attempt, stage=stage, reason=reason, left_host=left_host
+        )
+
+
+def check_layout(update: ClientUpdate, plan: RoundPlan, layout: params.Layout) -> str | None:
+    """Return why an update does not belong to the plan, or None when it does."""
+    if (update.round, update.attempt) != (plan.round, plan.attempt):
+        return f"the update is of round {update.round}, attempt {update.attempt}; this is round {plan.round}, attempt {plan.attempt}"
+    if update.hospital not in plan.hospitals:
+        return "the update comes from a hospital that was not asked"
+    if update.layout_checksum != layout.checksum or update.delta.shape != (layout.size,):
+        return "the update's layout is not that of the run's network"
+    return None

@@ -1,0 +1,107 @@
+"""What the federation needs of the outside: pools of hospitals, ledgers and a place to keep a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from medfl_ray.messages import (
+    ClientFailure,
+    ClientUpdate,
+    HospitalInfo,
+    Mechanism,
+    Metric,
+    PrivacySpent,
+    RoundPlan,
+    RoundResult,
+    SiteEvaluation,
+)
+from medfl_ray.params import Vector
+
+
+@dataclass(frozen=True)
+class AlonePlan:
+    """A baseline: rounds of training without any exchange, on the plan of each round in turn."""
+
+    rounds: tuple[RoundPlan, ...]
+    returns_weights: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class AloneResult:
+    """What a baseline leaves: held-out metrics, and the weights where the plan asked for them."""
+
+    hospital: str
+    metrics: dict[str, Metric]
+    spent: PrivacySpent | None
+    weights: Vector | None = None
+
+
+class Ledger(Protocol):
+    """One hospital's privacy account of one data set; see medfl_ray/store/ledger.py."""
+
+    def reserve(self, job: str, round: int, attempt: int, mechanism: Mechanism, budget: float | None) -> str:
+        """Charge the worst case in advance; BudgetExceeded where it would not fit."""
+
+    def settle(self, reservation: str) -> None:
+        """Mark a reservation as used."""
+
+    def release(self, reservation: str, reason: str) -> None:
+        """Give a reservation back, only where provably nothing left the host."""
+
+    def spent(self) -> PrivacySpent:
+        """Everything reserved or settled so far."""
+
+    def export(self) -> dict[str, Any]:
+        """The account's events as plain data."""
+
+
+class ClientPool(Protocol):
+    """The hospitals of a run, wherever they are. A failure is a value, never an exception."""
+
+    def describe(self) -> Sequence[HospitalInfo | ClientFailure]:
+        """Start every hospital and return what each says of itself."""
+
+    def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
+        """Reserve the round's privacy cost at each hospital of the plan; None where DP is off."""
+
+    def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
+        """Give back reservations of hospitals that never started to train."""
+
+    def train(self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector) -> Iterator[ClientUpdate | ClientFailure]:
+        """Yield one answer per hospital, in the order in which they arrive, until the plan's deadline."""
+
+    def evaluate(self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool) -> Iterator[SiteEvaluation | ClientFailure]:
+        """Yield each hospital's held-out evaluation of the weights."""
+
+    def train_alone(self, plans: Mapping[str, AlonePlan], weights: Vector) -> Iterator[AloneResult | ClientFailure]:
+        """Run a baseline at each hospital named, from the given weights."""
+
+    def export_ledgers(self) -> dict[str, dict[str, Any]]:
+        """Return each hospital's ledger export, empty where DP is off."""
+
+    def close(self) -> None:
+        """End every process that this pool started."""
+
+
+@dataclass(frozen=True, eq=False)
+class FederationState:
+    """All that a run must not lose between rounds; `round` is the last one published, 0 before the first."""
+
+    round: int
+    weights: Vector
+    server_state: Mapping[str, npt.NDArray[np.float32]]
+
+
+class RunKeeper(Protocol):
+    """Where a run's checkpoints, receipts and metrics are kept; see medfl_ray/store/run_folder.py."""
+
+    def save_checkpoint(self, state: FederationState, result: RoundResult) -> None:
+        """Make the state durable; only after this are the new weights released."""
+
+    def record(self, result: RoundResult) -> None:
+        """Append a closed round to metrics and receipts, published or not."""

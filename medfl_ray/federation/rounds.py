@@ -1,0 +1,207 @@
+"""One round, top to bottom: plan, reserve, train, judge, aggregate, keep, report.
+
+Read `run_round` first; each step below it is one function. Whatever a hospital does, the round ends
+with a receipt that names everybody who was asked and what became of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from medfl_ray import params
+from medfl_ray.aggregation.fixed_point import PartialSum, add_update, empty_sum, weighted_mean
+from medfl_ray.aggregation.strategies import Strategy
+from medfl_ray.config import RunConfig
+from medfl_ray.errors import UpdateRejected
+from medfl_ray.federation.events import Event, HospitalState
+from medfl_ray.federation.hospital import check_layout
+from medfl_ray.federation.policies import Decision, judge_round
+from medfl_ray.federation.ports import ClientPool, FederationState, RunKeeper
+from medfl_ray.federation.selection import select_hospitals
+from medfl_ray.messages import (
+    ClientFailure,
+    ClientUpdate,
+    Mechanism,
+    Metric,
+    PrivacySpent,
+    Receipt,
+    RoundPlan,
+    RoundResult,
+    SiteEvaluation,
+)
+from medfl_ray.training.schedules import learning_rate
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What stays the same over the rounds of a run."""
+
+    run: RunConfig
+    job: str
+    attempt: int
+    layout: params.Layout
+    strategy: Strategy
+    pool: ClientPool
+    keeper: RunKeeper
+    available: tuple[str, ...]
+    num_steps: Mapping[str, int]
+    mechanisms: Mapping[str, Mechanism]
+    emit: Callable[[Event], None]
+
+
+@dataclass
+class Tally:
+    """What has happened in the round so far."""
+
+    spent: dict[str, PrivacySpent] = field(default_factory=dict)
+    failures: list[ClientFailure] = field(default_factory=list)
+    update_hashes: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Metric]] = field(default_factory=dict)
+
+
+def run_round(
+    context: RoundContext, state: FederationState, failed_before: int
+) -> tuple[FederationState, RoundResult, Decision]:
+    """Run one round and return the next state, what happened, and whether the run may go on."""
+    started, tally = time.monotonic(), Tally()
+    plan = plan_round(context, state)
+
+    ready = reserve(context, plan, tally)
+    decision = judge_round(context.run.federation, len(ready), len(plan.hospitals), failed_before)
+    if decision.verdict == "publish":
+        total = collect_updates(context, plan, ready, state, tally)
+        decision = judge_round(context.run.federation, total.num_updates, len(plan.hospitals), failed_before)
+    else:
+        context.pool.release(plan, ready, "the round ended before training: below quorum")
+
+    if decision.verdict != "publish":
+        result = close_round(plan, tally, None, started)
+        context.keeper.record(result)
+        return state, result, decision
+
+    published = apply_updates(context, state, total)
+    if is_evaluated(context.run, plan.round):
+        evaluate_weights(context, plan.round, published, tally)
+    result = close_round(plan, tally, params.checksum(published.weights), started)
+    context.keeper.save_checkpoint(published, result)
+    context.keeper.record(result)
+    return published, result, decision
+
+
+def plan_round(context: RoundContext, state: FederationState) -> RoundPlan:
+    """Fix who is asked and what each will do, before any hospital trains."""
+    run, number = context.run, state.round + 1
+    hospitals = select_hospitals(context.available, run.federation.fraction, run.federation.seed, number)
+    return RoundPlan(
+        job=context.job,
+        round=number,
+        attempt=context.attempt,
+        config_hash=run.config_hash,
+        weights_checksum=params.checksum(state.weights),
+        hospitals=hospitals,
+        num_steps={hospital: context.num_steps[hospital] for hospital in hospitals},
+        learning_rate=learning_rate(run.training, number, run.federation.rounds),
+        mechanisms={h: context.mechanisms[h] for h in hospitals if h in context.mechanisms},
+        deadline_s=run.federation.deadline_s,
+    )
+
+
+def reserve(context: RoundContext, plan: RoundPlan, tally: Tally) -> list[str]:
+    """Reserve the round's worst case at every hospital; who cannot afford it is left out, and that is recorded."""
+    ready = []
+    for hospital, answer in context.pool.reserve(plan).items():
+        if isinstance(answer, ClientFailure):
+            tally.failures.append(answer)
+            context.emit(HospitalState(hospital=hospital, state="left_out", detail=answer.reason))
+            continue
+        if answer is not None:
+            tally.spent[hospital] = answer
+        ready.append(hospital)
+    return ready
+
+
+def collect_updates(
+    context: RoundContext, plan: RoundPlan, ready: Sequence[str], state: FederationState, tally: Tally
+) -> PartialSum:
+    """Sum the updates as they arrive; one that does not fit is refused with a reason and the round goes on."""
+    total = empty_sum(context.layout.size)
+    for hospital in ready:
+        context.emit(HospitalState(hospital=hospital, state="training", num_steps=plan.num_steps[hospital]))
+    for answer in context.pool.train(plan, ready, state.weights):
+        failure = answer if isinstance(answer, ClientFailure) else None
+        if isinstance(answer, ClientUpdate):
+            try:
+                total = screen_and_add(total, answer, plan, context.layout, tally)
+            except UpdateRejected as error:
+                failure = ClientFailure(
+                    hospital=answer.hospital, round=plan.round, attempt=plan.attempt, stage="screen", reason=str(error)
+                )
+        if failure is not None:
+            tally.failures.append(failure)
+        state_name, detail = ("failed", failure.reason) if failure else ("done", "")
+        context.emit(HospitalState(hospital=answer.hospital, state=state_name, detail=detail))
+    return total
+
+
+def screen_and_add(
+    total: PartialSum, update: ClientUpdate, plan: RoundPlan, layout: params.Layout, tally: Tally
+) -> PartialSum:
+    """Add an update that belongs to this round; UpdateRejected says why one does not."""
+    reason = check_layout(update, plan, layout)
+    if reason is None and update.hospital in tally.update_hashes:
+        reason = "the hospital has already delivered an update in this round"
+    if reason is not None:
+        raise UpdateRejected(reason)
+    total = add_update(total, update.delta, update.num_patients)
+    tally.update_hashes[update.hospital] = params.checksum(update.delta)
+    tally.metrics[update.hospital] = dict(update.metrics)
+    if update.spent is not None:
+        tally.spent[update.hospital] = update.spent
+    return total
+
+
+def apply_updates(context: RoundContext, state: FederationState, total: PartialSum) -> FederationState:
+    """Let the strategy turn the mean update into the next weights."""
+    server_state, weights = context.strategy.apply(state.server_state, state.weights, weighted_mean(total))
+    return FederationState(state.round + 1, weights, server_state)
+
+
+def is_evaluated(run: RunConfig, number: int) -> bool:
+    """Evaluate every `eval_every` rounds and always after the last."""
+    return number % run.federation.eval_every == 0 or number == run.federation.rounds
+
+
+def evaluate_weights(context: RoundContext, number: int, state: FederationState, tally: Tally) -> None:
+    """Score the new weights at every hospital; a hospital that cannot is recorded, and the round stands."""
+    for answer in context.pool.evaluate(number, context.available, state.weights, pictures=False):
+        if isinstance(answer, SiteEvaluation):
+            tally.metrics.setdefault(answer.hospital, {}).update(answer.metrics)
+        else:
+            tally.failures.append(answer)
+
+
+def close_round(plan: RoundPlan, tally: Tally, weights_after: str | None, started: float) -> RoundResult:
+    """Write the receipt: who was asked, who trained, who did not and why."""
+    receipt = Receipt(
+        job=plan.job,
+        round=plan.round,
+        attempt=plan.attempt,
+        plan_hash=hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
+        config_hash=plan.config_hash,
+        asked=plan.hospitals,
+        trained=tuple(sorted(tally.update_hashes)),
+        failures=tuple(sorted(tally.failures, key=lambda failure: failure.hospital)),
+        update_hashes=dict(sorted(tally.update_hashes.items())),
+        spent=dict(sorted(tally.spent.items())),
+        weights_before=plan.weights_checksum,
+        weights_after=weights_after,
+        published=weights_after is not None,
+        ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    return RoundResult(
+        round=plan.round, receipt=receipt, metrics=tally.metrics, duration_s=round(time.monotonic() - started, 3)
+    )

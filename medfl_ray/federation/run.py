@@ -1,0 +1,209 @@
+"""A run: gather the hospitals, repeat rounds until done or stopped, then baselines and a last evaluation."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from medfl_ray import params
+from medfl_ray.aggregation.strategies import build_strategy
+from medfl_ray.config import RunConfig
+from medfl_ray.errors import FederationError, QuorumLost
+from medfl_ray.federation.baselines import Baselines, check_baselines, run_baselines
+from medfl_ray.federation.events import Event, HospitalState, PhaseStarted, RoundClosed
+from medfl_ray.federation.planning import mechanisms, steps_per_round
+from medfl_ray.federation.policies import can_start
+from medfl_ray.federation.ports import ClientPool, FederationState, RunKeeper
+from medfl_ray.federation.rounds import RoundContext, run_round
+from medfl_ray.messages import ClientFailure, HospitalInfo, SiteEvaluation
+from medfl_ray.params import Layout, Vector
+from medfl_ray.site_policy import SitePolicy
+
+
+class RunStore(RunKeeper, Protocol):
+    """A keeper that also resumes a run and takes its last results."""
+
+    def next_attempt(self) -> int:
+        """Return a number that no earlier attempt of this run has used, durably."""
+
+    def trained_so_far(self) -> set[str]:
+        """Return the hospitals that delivered an update in the rounds kept so far."""
+
+    def resume(self) -> FederationState | None:
+        """Return the last good checkpoint, or None for a new run."""
+
+    def save_final(
+        self,
+        weights: Vector,
+        layout: Layout,
+        evaluations: Sequence[SiteEvaluation],
+        failures: Sequence[ClientFailure],
+        infos: Sequence[HospitalInfo],
+    ) -> None:
+        """Write the final weights and their evaluation at each hospital."""
+
+    def save_baselines(self, baselines: Baselines) -> None:
+        """Write the baselines' figures."""
+
+    def save_ledgers(self, ledgers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write each hospital's ledger export."""
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What a run is built from; `initial_weights` gets channels in and out and returns layout and weights."""
+
+    run: RunConfig
+    job: str
+    policies: tuple[SitePolicy, ...]
+    pool: ClientPool
+    store: RunStore
+    initial_weights: Callable[[int, int], tuple[Layout, Vector]]
+    emit: Callable[[Event], None]
+    stop: threading.Event
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended; `absent` are hospitals that never delivered an update."""
+
+    rounds_done: int
+    completed: bool
+    reason: str
+    absent: tuple[str, ...]
+    weights_checksum: str
+
+
+def run_federation(parts: RunParts) -> RunOutcome:
+    """Run all rounds, baselines and the last evaluation.
+
+    Raises:
+      QuorumLost: too few hospitals are present to start.
+      FederationError: the hospitals' data do not fit one network.
+      ConfigError, PrivacyConfigError: a baseline or a mechanism is refused before anything is trained.
+    """
+    check_baselines(parts.run, parts.policies)
+    planned = mechanisms(parts.run, parts.policies)
+    parts.emit(PhaseStarted(name="start", total_rounds=parts.run.federation.rounds))
+    infos, absent = gather(parts)
+    layout, initial = parts.initial_weights(*network_shape(parts.run, infos))
+    infos = same_layout(infos, layout)
+    present = tuple(sorted(info.hospital for info in infos))
+    policies = {policy.hospital: policy for policy in parts.policies}
+    context = RoundContext(
+        run=parts.run,
+        job=parts.job,
+        attempt=parts.store.next_attempt(),
+        layout=layout,
+        strategy=build_strategy(parts.run.aggregation),
+        pool=parts.pool,
+        keeper=parts.store,
+        available=present,
+        num_steps={hospital: steps_per_round(parts.run, policies[hospital]) for hospital in present},
+        mechanisms={hospital: planned[hospital] for hospital in present if hospital in planned},
+        emit=parts.emit,
+    )
+    first = FederationState(0, initial, context.strategy.init(layout.size))
+    state, reason, trained = repeat_rounds(parts, context, parts.store.resume() or first)
+    completed = state.round >= parts.run.federation.rounds
+    if completed:
+        finish(parts, context, state, initial, infos, absent)
+    return RunOutcome(
+        rounds_done=state.round,
+        completed=completed,
+        reason=reason,
+        absent=tuple(sorted({p.hospital for p in parts.policies} - trained)),
+        weights_checksum=params.checksum(state.weights),
+    )
+
+
+def gather(parts: RunParts) -> tuple[list[HospitalInfo], list[ClientFailure]]:
+    """Start every hospital; refuse to begin with too few."""
+    infos: list[HospitalInfo] = []
+    absent: list[ClientFailure] = []
+    for answer in parts.pool.describe():
+        if isinstance(answer, ClientFailure):
+            absent.append(answer)
+            parts.emit(HospitalState(hospital=answer.hospital, state="failed", detail=answer.reason))
+        else:
+            infos.append(answer)
+            parts.emit(HospitalState(hospital=answer.hospital, state="waiting"))
+    decision = can_start(parts.run.federation, len(infos))
+    if decision.verdict == "stop":
+        details = "; ".join(f"{failure.hospital}: {failure.reason}" for failure in absent)
+        raise QuorumLost(f"{decision.reason}. {details}" if details else decision.reason)
+    return infos, absent
+
+
+def network_shape(run: RunConfig, infos: Sequence[HospitalInfo]) -> tuple[int, int]:
+    """Return input and output channels, on which all hospitals must agree.
+
+    Raises:
+      FederationError: they do not.
+    """
+    shapes = {(info.num_channels, tuple(sorted(info.labels))) for info in infos}
+    if len(shapes) > 1:
+        details = "; ".join(f"{i.hospital}: {i.num_channels} channels, labels {sorted(i.labels)}" for i in infos)
+        raise FederationError(
+            f"the hospitals' data do not fit one network ({details}). Name data.channels and data.labels in the "
+            "configuration, so that a hospital without a label agrees with the others."
+        )
+    channels, labels = next(iter(shapes))
+    return run.model.in_channels or channels, run.model.out_channels or max(labels, default=1) + 1
+
+
+def same_layout(infos: Sequence[HospitalInfo], layout: Layout) -> list[HospitalInfo]:
+    """Check that every hospital built the coordinator's network.
+
+    Raises:
+      FederationError: one built another, which a different version of the software would explain.
+    """
+    for info in infos:
+        if info.layout_checksum != layout.checksum:
+            raise FederationError(
+                f"hospital {info.hospital!r} built a network with another layout than the coordinator; "
+                "install the same version of medfl-ray and its dependencies on both"
+            )
+    return list(infos)
+
+
+def repeat_rounds(
+    parts: RunParts, context: RoundContext, state: FederationState
+) -> tuple[FederationState, str, set[str]]:
+    """Run rounds until all are published, quorum is lost for good, or somebody asks to stop."""
+    trained: set[str] = set(parts.store.trained_so_far())
+    failed_before, reason = 0, f"all {parts.run.federation.rounds} rounds were published"
+    parts.emit(PhaseStarted(name="federated", total_rounds=parts.run.federation.rounds))
+    while state.round < parts.run.federation.rounds:
+        if parts.stop.is_set():
+            return state, f"stopped on request after round {state.round}", trained
+        state, result, decision = run_round(context, state, failed_before)
+        trained.update(result.receipt.trained)
+        parts.emit(RoundClosed(result=result))
+        failed_before = 0 if decision.verdict == "publish" else failed_before + 1
+        if decision.verdict == "stop":
+            return state, f"round {state.round + 1} was not published: {decision.reason}", trained
+        if decision.verdict == "skip":
+            context = replace(context, attempt=parts.store.next_attempt())
+    return state, reason, trained
+
+
+def finish(
+    parts: RunParts,
+    context: RoundContext,
+    state: FederationState,
+    initial: Vector,
+    infos: Sequence[HospitalInfo],
+    absent: Sequence[ClientFailure],
+) -> None:
+    """Evaluate the final weights with pictures, write them, then train the baselines and export the ledgers."""
+    parts.emit(PhaseStarted(name="evaluate"))
+    answers = list(parts.pool.evaluate(state.round, context.available, state.weights, pictures=True))
+    evaluations = [answer for answer in answers if isinstance(answer, SiteEvaluation)]
+    failures = [*absent, *(answer for answer in answers if isinstance(answer, ClientFailure))]
+    parts.store.save_final(state.weights, context.layout, evaluations, failures, infos)
+    if parts.run.federation.baselines:
+        parts.store.save_baselines(run_baselines(parts.run, context, parts.policies, initial, parts.emit))
+    parts.store.save_ledgers(parts.pool.export_ledgers())
