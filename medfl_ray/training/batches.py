@@ -1,0 +1,22 @@
+"""Which patients a step without DP sees; under DP privacy.sampler decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+
+def patient_batches(num_patients: int, batch_size: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield batches of patient indices without end; each pass visits every patient once, in a new order.
+
+    A batch may straddle two passes, so that all batches are equally large, min(batch_size, num_patients).
+    """
+    size = min(batch_size, num_patients)
+    queue = np.empty(0, dtype=np.int64)
+    while True:
+        while len(queue) < size:
+            queue = np.concatenate([queue, rng.permutation(num_patients)])
+        yield queue[:size]
+        queue = queue[size:]

@@ -1,0 +1,88 @@
+"""Scores per patient and their summary: Dice per label, or AUC and accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Labels = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True)
+class PatientScore:
+    """One patient's result, cases averaged; of segmentation or of classification, never with an identifier.
+
+    dice: label name -> Dice. probabilities: class probabilities [L]; truth: the class.
+    """
+
+    dice: dict[str, float] | None = None
+    probabilities: tuple[float, ...] | None = None
+    truth: int | None = None
+
+    @property
+    def mean_dice(self) -> float | None:
+        """Mean over the labels."""
+        return None if self.dice is None else float(np.mean(list(self.dice.values())))
+
+
+def dice_per_label(prediction: Labels, truth: Labels, labels: Mapping[int, str]) -> dict[str, float]:
+    """Return Dice per label name; 1 where prediction and truth are both empty."""
+    return {name: _dice(prediction == value, truth == value) for value, name in labels.items()}
+
+
+def _dice(prediction: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
+    total = int(prediction.sum()) + int(truth.sum())
+    return 1.0 if total == 0 else 2.0 * int((prediction & truth).sum()) / total
+
+
+def average_cases(scores: Sequence[PatientScore]) -> PatientScore:
+    """Return one patient's score from those of the cases; the truth of several classes is the largest."""
+    if scores[0].dice is not None:
+        tables = [score.dice or {} for score in scores]
+        return PatientScore(dice={name: float(np.mean([table[name] for table in tables])) for name in tables[0]})
+    probabilities = np.mean([score.probabilities for score in scores if score.probabilities], axis=0)
+    truths = [score.truth for score in scores if score.truth is not None]
+    return PatientScore(probabilities=tuple(probabilities.tolist()), truth=max(truths))
+
+
+def summarise(scores: Iterable[PatientScore]) -> dict[str, float]:
+    """Return "dice" and "dice/<label>", means over patients, or "auc" and "accuracy".
+
+    "auc" is left out where the held-out patients have one class only, and nothing is returned for no patients.
+    """
+    scores = list(scores)
+    if not scores:
+        return {}
+    return _summarise_dice(scores) if scores[0].dice is not None else _summarise_classes(scores)
+
+
+def _summarise_dice(scores: Sequence[PatientScore]) -> dict[str, float]:
+    tables = [score.dice or {} for score in scores]
+    per_label = {f"dice/{name}": float(np.mean([table[name] for table in tables])) for name in tables[0]}
+    return {"dice": float(np.mean([score.mean_dice for score in scores])), **per_label}
+
+
+def _summarise_classes(scores: Sequence[PatientScore]) -> dict[str, float]:
+    probabilities = np.array([score.probabilities for score in scores])
+    truth = np.array([score.truth for score in scores])
+    summary = {"accuracy": float((probabilities.argmax(axis=1) == truth).mean())}
+    auc = area_under_curve(probabilities, truth)
+    return summary if auc is None else {"auc": auc, **summary}
+
+
+def area_under_curve(probabilities: npt.NDArray[np.float64], truth: npt.NDArray[np.int64]) -> float | None:
+    """Return the area under the ROC curve, for more than two classes the mean of one against the rest.
+
+    Args:
+      probabilities: [N, L]; truth: [N]. None when fewer than two classes occur.
+    """
+    from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
+
+    present = np.unique(truth)
+    if len(present) < 2:
+        return None
+    positives = [1] if probabilities.shape[1] == 2 else present
+    return float(np.mean([roc_auc_score(truth == value, probabilities[:, value]) for value in positives]))

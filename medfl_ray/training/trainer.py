@@ -1,0 +1,240 @@
+"""One hospital, one round: weights in, change of the weights out; and the evaluation of given weights.
+
+Shapes: N patients of a step, K patches of a patient, C channels, S voxels per axis, P parameters.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.data.cases import PreparedCase
+from medfl_ray.errors import ConfigError, LabelError, ModelError, NotFitForDP
+from medfl_ray.messages import Mechanism
+from medfl_ray.models.catalogue import build_network
+from medfl_ray.params import Layout, Vector, flatten, layout_of, load_into
+from medfl_ray.training.batches import patient_batches
+from medfl_ray.training.evaluation import PatientScore, average_cases, dice_per_label
+from medfl_ray.training.inference import classify, segment
+from medfl_ray.training.local_data import LocalData
+from medfl_ray.training.losses import make_loss
+from medfl_ray.training.optimizers import make_optimizer
+
+Task = Literal["segmentation", "classification"]
+SEED_RANGE = 2**63
+
+
+@dataclass(frozen=True)
+class LocalJob:
+    """What one hospital does in one round.
+
+    `seed_key` = (seed, round, hospital index) seeds sampling, patches, augmentation and dropout without DP;
+    with a mechanism all of them come from the operating system's entropy and the key is ignored.
+    """
+
+    num_steps: int
+    learning_rate: float
+    mechanism: Mechanism | None
+    seed_key: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LocalOutcome:
+    """Change of the weights [P], steps done and the mean patient loss (NaN if no patient was drawn)."""
+
+    delta: Vector
+    num_steps: int
+    mean_loss: float
+
+
+class Trainer:
+    """Trains and evaluates one network on one hospital's data; holds no state between two calls but the network."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        training: TrainingConfig,
+        task: Task,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        patch_size: tuple[int, ...],
+        for_dp: bool,
+    ) -> None:
+        self.device = choose_device(training.device)
+        self._training, self._task, self._patch_size, self._for_dp = training, task, patch_size, for_dp
+        self._out_channels = out_channels
+        self._build = (model, spatial_dims, in_channels, out_channels, False, patch_size)
+        self._network = build_network(model, spatial_dims, in_channels, out_channels, for_dp, patch_size).to(
+            self.device
+        )
+        self._parameters = list(self._network.parameters())
+        self._loss = make_loss(training.loss, task)
+        self.layout: Layout = layout_of(self._network)
+
+    def initial_weights(self, seed: int) -> Vector:
+        """Return fresh weights [P], the same for the same seed on every machine of a kind."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return flatten(build_network(*self._build))
+
+    def train(self, weights: Vector, data: LocalData, job: LocalJob) -> LocalOutcome:
+        """Train from the given weights and return their change.
+
+        Raises:
+          NotFitForDP: a mechanism is given to a trainer that was not built for DP.
+          LabelError: a target exceeds the network's output channels.
+          ModelError: training diverged.
+        """
+        if job.mechanism is not None and not self._for_dp:
+            raise NotFitForDP("the trainer was built without the DP checks; build it with for_dp=True")
+        load_into(self._network, weights)
+        self._network.train()
+        optimizer = make_optimizer(self._training, self._parameters, job.learning_rate)
+        losses: list[float] = []
+        with self._random_numbers(job) as rng:
+            steps = (
+                self._private_steps(data, job.mechanism, losses, rng)
+                if job.mechanism
+                else self._plain_steps(data, losses, rng)
+            )
+            for _ in range(job.num_steps):
+                next(steps)
+                optimizer.step()
+        self._network.zero_grad(set_to_none=True)
+        delta = flatten(self._network) - np.asarray(weights, dtype=np.float32)
+        if not np.isfinite(delta).all():
+            raise ModelError("training diverged: the weights are no longer finite; lower training.learning_rate")
+        return LocalOutcome(delta, job.num_steps, float(np.mean(losses)) if losses else float("nan"))
+
+    def evaluate(self, weights: Vector, data: LocalData) -> list[PatientScore]:
+        """Score the held-out patients, in the order of their first case; cases of one patient are averaged."""
+        self._load_for_inference(weights)
+        cases = [case for case in data.holdout if case.label is not None]
+        order = list(dict.fromkeys(case.patient_id for case in cases))
+        cases.sort(key=lambda case: order.index(case.patient_id))
+        return [
+            average_cases([self._score(case, data) for case in own])
+            for _, own in groupby(cases, key=lambda case: case.patient_id)
+        ]
+
+    def predict(self, weights: Vector, case: PreparedCase) -> npt.NDArray[np.uint8]:
+        """Return the predicted labels [*S] of one case, or its class [] for classification."""
+        self._load_for_inference(weights)
+        return self._predict_loaded(case)
+
+    def _plain_steps(self, data: LocalData, losses: list[float], rng: np.random.Generator) -> Iterator[None]:
+        """Leave in .grad, step by step, the gradient of the mean loss over a batch of patients."""
+        for batch in patient_batches(data.num_train_patients, self._training.batch_size, rng):
+            patients = [self._draw(data, int(index), rng) for index in batch]
+            self._network.zero_grad(set_to_none=True)
+            loss = self._patient_losses(patients).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(self._finite(loss.item()))
+            yield
+
+    def _private_steps(
+        self, data: LocalData, mechanism: Mechanism, losses: list[float], rng: np.random.Generator
+    ) -> Iterator[None]:
+        """Leave in .grad, step by step, the clipped, summed and noised mean of the patients' gradients."""
+        from medfl_ray.privacy.dpsgd import PatientGradientSum
+        from medfl_ray.privacy.sampler import PoissonSampler
+
+        sampler = PoissonSampler(mechanism.sample_rate)
+        while True:
+            total = PatientGradientSum(sum(p.numel() for p in self._parameters), mechanism)
+            for index in sampler.draw(data.num_train_patients):
+                loss = self._patient_losses([self._draw(data, int(index), rng)])[0]
+                total.add(torch.autograd.grad(loss, self._parameters))
+                losses.append(loss.item())
+            self._set_gradients(torch.as_tensor(total.release()))
+            yield
+
+    def _patient_losses(self, patients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the loss of each patient, [N], from one forward pass over all their patches."""
+        images = torch.cat([images for images, _ in patients])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._training.mixed_precision):
+            logits = self._network(images)
+        own_logits = logits.float().split([len(images) for images, _ in patients])
+        return torch.stack([self._loss(own, targets) for own, (_, targets) in zip(own_logits, patients, strict=True)])
+
+    def _draw(self, data: LocalData, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        images, targets = data.train_patches(index, self._training.patches_per_patient, rng)
+        largest = int(targets.max())
+        if largest >= self._out_channels:
+            raise LabelError(
+                f"a label has value {largest} and the network {self._out_channels} output channels; "
+                f"set model.out_channels to {largest + 1} or more, or correct the label"
+            )
+        return images.to(self.device), targets.to(self.device)
+
+    def _set_gradients(self, flat: Tensor) -> None:
+        pieces = flat.to(self.device, torch.float32).split([p.numel() for p in self._parameters])  # type: ignore[no-untyped-call]
+        for parameter, piece in zip(self._parameters, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter).clone()
+
+    def _score(self, case: PreparedCase, data: LocalData) -> PatientScore:
+        if self._task == "segmentation":
+            return PatientScore(dice=dice_per_label(self._predict_loaded(case), np.asarray(case.label), data.labels))
+        probabilities = self._probabilities(case)
+        return PatientScore(probabilities=tuple(probabilities.tolist()), truth=int(np.asarray(case.label)))
+
+    def _predict_loaded(self, case: PreparedCase) -> npt.NDArray[np.uint8]:
+        if self._task == "classification":
+            return np.asarray(self._probabilities(case).argmax().item(), dtype=np.uint8)
+        with torch.inference_mode():
+            logits = segment(self._network, torch.from_numpy(case.image).to(self.device), self._patch_size)
+            return logits.argmax(dim=0).to("cpu", torch.uint8).numpy()
+
+    def _probabilities(self, case: PreparedCase) -> Tensor:
+        with torch.inference_mode():
+            return classify(self._network, torch.from_numpy(case.image).to(self.device), self._patch_size).cpu()
+
+    def _load_for_inference(self, weights: Vector) -> None:
+        load_into(self._network, weights)
+        self._network.eval()
+
+    @contextmanager
+    def _random_numbers(self, job: LocalJob) -> Iterator[np.random.Generator]:
+        """Seed torch for the job (dropout) and give it back as it was; yield the generator of everything else."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            if job.mechanism is not None:
+                torch.manual_seed(secrets.randbelow(SEED_RANGE))
+                yield np.random.default_rng()
+            else:
+                seeds = np.random.SeedSequence([value % SEED_RANGE for value in job.seed_key])
+                torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
+                yield np.random.default_rng(seeds)
+
+    @staticmethod
+    def _finite(loss: float) -> float:
+        if not np.isfinite(loss):
+            raise ModelError("training diverged: the loss is no longer finite; lower training.learning_rate")
+        return loss
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of the configuration; 'auto' is a CUDA GPU where there is one, else the CPU.
+
+    Raises:
+      ConfigError: the named device does not exist on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}.get(
+        device.type, False
+    )
+    if missing or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"training.device is {name!r}, which this machine does not have; use 'auto' or 'cpu'")
+    return device

@@ -1,0 +1,186 @@
+"""The trainer learns, repeats itself without DP, and moves by noise alone when no patient is drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.random import Generator
+
+from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.data.cases import PreparedCase
+from medfl_ray.errors import ConfigError, LabelError, ModelError, NotFitForDP
+from medfl_ray.messages import Mechanism
+from medfl_ray.training.evaluation import summarise
+from medfl_ray.training.trainer import LocalJob, Trainer, choose_device
+
+PATCH = (16, 16)
+
+
+class DiscPatients:
+    """Patients with a bright disc at a random place: image [1, 32, 32], label 1 inside the disc."""
+
+    labels = {1: "disc"}  # noqa: RUF012
+
+    def __init__(self, num_patients: int = 8, num_holdout: int = 4, task: str = "segmentation") -> None:
+        rng = np.random.default_rng(7)
+        cases = [_disc(rng, index, task) for index in range(num_patients + num_holdout)]
+        self._train, self.holdout = cases[:num_patients], cases[num_patients:]
+        self.num_train_patients = num_patients
+
+    def train_patches(self, patient_index: int, num_patches: int, rng: Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        case = self._train[patient_index]
+        corners = rng.integers(0, 17, size=(num_patches, 2))
+        window = [(slice(None), slice(y, y + 16), slice(x, x + 16)) for y, x in corners]
+        if isinstance(case.label, int):
+            return torch.from_numpy(case.image)[None].repeat(num_patches, 1, 1, 1), torch.full(
+                (num_patches,), case.label
+            )
+        images = np.stack([case.image[w] for w in window])
+        targets = np.stack([case.label[w[1:]] for w in window])  # type: ignore[index]
+        return torch.from_numpy(images), torch.from_numpy(targets.astype(np.int64))
+
+
+def _disc(rng: Generator, index: int, task: str) -> PreparedCase:
+    y, x = np.mgrid[:32, :32]
+    centre = rng.uniform(10, 22, 2)
+    inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < 36
+    present = task == "segmentation" or index % 2 == 0
+    image = (2.0 * (inside & present) + rng.normal(0, 0.3, (32, 32))).astype(np.float32)[None]
+    label = int(present) if task == "classification" else inside.astype(np.uint8)
+    return PreparedCase(f"p{index}", f"c{index}", image, label, np.eye(4), (1.0, 1.0))
+
+
+def make_trainer(task: str = "segmentation", for_dp: bool = False, **training: object) -> Trainer:
+    settings = {"batch_size": 4, "learning_rate": 0.05, "device": "cpu", **training}
+    kind = "unet2d" if task == "segmentation" else "densenet"
+    model = ModelConfig(type=kind, features=(8, 16))
+    return Trainer(model, TrainingConfig(**settings), task, 2, 1, 2, PATCH, for_dp)  # type: ignore[arg-type]
+
+
+def mechanism(sample_rate: float = 0.5, noise_multiplier: float = 0.5) -> Mechanism:
+    return Mechanism(
+        noise_multiplier=noise_multiplier,
+        sample_rate=sample_rate,
+        max_grad_norm=1.0,
+        num_steps=2,
+        num_patients=8,
+        delta=1e-5,
+    )
+
+
+def plain(num_steps: int, seed: int = 0) -> LocalJob:
+    return LocalJob(num_steps, 0.05, None, (seed, 0, 0))
+
+
+def test_learns_to_segment() -> None:
+    trainer, data = make_trainer(patches_per_patient=2), DiscPatients()
+    start = trainer.initial_weights(0)
+    before = summarise(trainer.evaluate(start, data))["dice"]
+    outcome = trainer.train(start, data, plain(60))
+    after = summarise(trainer.evaluate(start + outcome.delta, data))
+    assert before < 0.6
+    assert after["dice"] == after["dice/disc"] > 0.85
+    assert outcome.num_steps == 60
+    assert outcome.delta.dtype == np.float32
+
+
+def test_learns_to_classify() -> None:
+    trainer, data = make_trainer("classification"), DiscPatients(16, 12, task="classification")
+    start = trainer.initial_weights(0)
+    outcome = trainer.train(start, data, plain(60))
+    summary = summarise(trainer.evaluate(start + outcome.delta, data))
+    assert summary["auc"] > 0.9
+    assert trainer.predict(start, data.holdout[0]).shape == ()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_same_seed_gives_the_same_bits(optimizer: str) -> None:
+    data = DiscPatients()
+    results = []
+    for seed in (3, 3, 4):
+        trainer = make_trainer(optimizer=optimizer)
+        torch.rand(5)
+        results.append(trainer.train(trainer.initial_weights(0), data, plain(3, seed)).delta)
+    assert np.array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
+
+
+def test_dropout_follows_the_seed_and_leaves_torch_alone() -> None:
+    data, model = DiscPatients(), ModelConfig(type="unet2d", features=(8, 16), dropout=0.5)
+    trainer = Trainer(model, TrainingConfig(device="cpu"), "segmentation", 2, 1, 2, PATCH, False)
+    start = trainer.initial_weights(0)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = trainer.train(start, data, plain(2)).delta
+    assert torch.equal(state, torch.get_rng_state())
+    assert np.array_equal(first, trainer.train(start, data, plain(2)).delta)
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    first, second = make_trainer(), make_trainer()
+    assert np.array_equal(first.initial_weights(5), second.initial_weights(5))
+    assert not np.array_equal(first.initial_weights(5), first.initial_weights(6))
+
+
+def test_dp_step_without_patients_moves_by_noise() -> None:
+    trainer, data = make_trainer(for_dp=True), DiscPatients()
+    start = trainer.initial_weights(0)
+    job = LocalJob(1, 0.1, mechanism(sample_rate=1e-9), (0, 0, 0))
+    first, second = trainer.train(start, data, job), trainer.train(start, data, job)
+    assert np.isnan(first.mean_loss)
+    assert np.count_nonzero(first.delta) > 0.99 * first.delta.size
+    assert not np.array_equal(first.delta, second.delta)
+
+
+def test_dp_ignores_the_seed() -> None:
+    trainer, data = make_trainer(for_dp=True), DiscPatients()
+    start = trainer.initial_weights(0)
+    job = LocalJob(2, 0.1, mechanism(sample_rate=1.0), (1, 1, 1))
+    assert not np.array_equal(trainer.train(start, data, job).delta, trainer.train(start, data, job).delta)
+
+
+def test_dp_learns_with_little_noise() -> None:
+    trainer, data = make_trainer(for_dp=True, patches_per_patient=2), DiscPatients()
+    start = trainer.initial_weights(0)
+    job = LocalJob(80, 0.2, mechanism(sample_rate=0.9, noise_multiplier=1e-3), (0, 0, 0))
+    outcome = trainer.train(start, data, job)
+    assert summarise(trainer.evaluate(start + outcome.delta, data))["dice"] > 0.8
+
+
+def test_mechanism_needs_a_trainer_built_for_dp() -> None:
+    trainer = make_trainer()
+    with pytest.raises(NotFitForDP, match="for_dp=True"):
+        trainer.train(trainer.initial_weights(0), DiscPatients(), LocalJob(1, 0.1, mechanism(), (0, 0, 0)))
+
+
+def test_label_above_the_output_channels_is_named() -> None:
+    class Wrong(DiscPatients):
+        def train_patches(
+            self, patient_index: int, num_patches: int, rng: Generator
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            images, targets = super().train_patches(patient_index, num_patches, rng)
+            return images, targets + 4
+
+    trainer = make_trainer()
+    with pytest.raises(LabelError, match=r"out_channels to [56]"):
+        trainer.train(trainer.initial_weights(0), Wrong(), plain(1))
+
+
+def test_divergence_is_said() -> None:
+    trainer = make_trainer()
+    with pytest.raises(ModelError, match="diverged"):
+        trainer.train(trainer.initial_weights(0), DiscPatients(), LocalJob(8, 1e30, None, (0, 0, 0)))
+
+
+def test_mixed_precision_trains() -> None:
+    trainer, data = make_trainer(mixed_precision=True), DiscPatients()
+    outcome = trainer.train(trainer.initial_weights(0), data, plain(4))
+    assert np.isfinite(outcome.delta).all()
+
+
+def test_missing_device_is_said() -> None:
+    assert choose_device("cpu").type == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="does not have"):
+            choose_device("cuda")
