@@ -85,6 +85,9 @@ class Hospital:
 
     def reserve(self, plan: RoundPlan) -> PrivacySpent | ClientFailure | None:
         """Charge the plan's worst case in this hospital's ledger, or say why it cannot take part."""
+        return self._reserve(plan, self._parts.run.privacy.epsilon)
+
+    def _reserve(self, plan: RoundPlan, run_budget: float | None) -> PrivacySpent | ClientFailure | None:
 
         def work() -> PrivacySpent | None:
             mechanism = self._agreed_mechanism(plan)
@@ -92,7 +95,7 @@ class Hospital:
             if mechanism is None or ledger is None:
                 return None
             key = (plan.job, plan.round, plan.attempt)
-            self._reservations[key] = ledger.reserve(*key, mechanism, self._parts.run.privacy.epsilon)
+            self._reservations[key] = ledger.reserve(*key, mechanism, run_budget)
             return ledger.spent()
 
         return self._guarded(plan.round, plan.attempt, "reserve", False, work)
@@ -147,10 +150,14 @@ class Hospital:
         return self._guarded(round, 0, "evaluate", False, work)
 
     def train_alone(self, plan: AlonePlan, weights: Vector) -> AloneResult | ClientFailure:
-        """Run a baseline here: every round reserved and charged like a round of the federation."""
+        """Run a baseline here: every round reserved and charged like a round of the federation.
+
+        The lifetime budget of the data set binds it; the run's epsilon does not, for the central baseline
+        takes more steps than a hospital does in the run and reports an epsilon of its own.
+        """
         current = weights
         for round_plan in plan.rounds:
-            reserved = self.reserve(round_plan)
+            reserved = self._reserve(round_plan, None)
             if isinstance(reserved, ClientFailure):
                 return reserved
             answer = self.train(round_plan, current)

@@ -97,6 +97,17 @@ class FederationState:
     server_state: Mapping[str, npt.NDArray[np.float32]]
 
 
+class PublishedRound(Protocol):
+    """The part of a checkpoint from which a run goes on; a `FederationState` or the store's own object."""
+
+    @property
+    def round(self) -> int: ...
+    @property
+    def weights(self) -> Vector: ...
+    @property
+    def server_state(self) -> Mapping[str, npt.NDArray[np.float32]]: ...
+
+
 class RunKeeper(Protocol):
     """Where a run's checkpoints, receipts and metrics are kept; see medfl_ray/store/run_folder.py."""
 

@@ -11,11 +11,11 @@ from medfl_ray import params
 from medfl_ray.aggregation.strategies import build_strategy
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import FederationError, QuorumLost
-from medfl_ray.federation.baselines import Baselines, check_baselines, run_baselines
+from medfl_ray.federation.baselines import as_plain, check_baselines, run_baselines
 from medfl_ray.federation.events import Event, HospitalState, PhaseStarted, RoundClosed
 from medfl_ray.federation.planning import mechanisms, steps_per_round
 from medfl_ray.federation.policies import can_start
-from medfl_ray.federation.ports import ClientPool, FederationState, RunKeeper
+from medfl_ray.federation.ports import ClientPool, FederationState, PublishedRound, RunKeeper
 from medfl_ray.federation.rounds import RoundContext, run_round
 from medfl_ray.messages import ClientFailure, HospitalInfo, SiteEvaluation
 from medfl_ray.params import Layout, Vector
@@ -31,7 +31,7 @@ class RunStore(RunKeeper, Protocol):
     def trained_so_far(self) -> set[str]:
         """Return the hospitals that delivered an update in the rounds kept so far."""
 
-    def resume(self) -> FederationState | None:
+    def resume(self) -> PublishedRound | None:
         """Return the last good checkpoint, or None for a new run."""
 
     def save_final(
@@ -44,7 +44,7 @@ class RunStore(RunKeeper, Protocol):
     ) -> None:
         """Write the final weights and their evaluation at each hospital."""
 
-    def save_baselines(self, baselines: Baselines) -> None:
+    def save_baselines(self, document: Mapping[str, object]) -> None:
         """Write the baselines' figures."""
 
     def save_ledgers(self, ledgers: Mapping[str, Mapping[str, Any]]) -> None:
@@ -105,8 +105,9 @@ def run_federation(parts: RunParts) -> RunOutcome:
         mechanisms={hospital: planned[hospital] for hospital in present if hospital in planned},
         emit=parts.emit,
     )
-    first = FederationState(0, initial, context.strategy.init(layout.size))
-    state, reason, trained = repeat_rounds(parts, context, parts.store.resume() or first)
+    kept = parts.store.resume() or FederationState(0, initial, context.strategy.init(layout.size))
+    state = FederationState(kept.round, kept.weights, kept.server_state)
+    state, reason, trained = repeat_rounds(parts, context, state)
     completed = state.round >= parts.run.federation.rounds
     if completed:
         finish(parts, context, state, initial, infos, absent)
@@ -205,5 +206,6 @@ def finish(
     failures = [*absent, *(answer for answer in answers if isinstance(answer, ClientFailure))]
     parts.store.save_final(state.weights, context.layout, evaluations, failures, infos)
     if parts.run.federation.baselines:
-        parts.store.save_baselines(run_baselines(parts.run, context, parts.policies, initial, parts.emit))
+        baselines = run_baselines(parts.run, context, parts.policies, initial, parts.emit)
+        parts.store.save_baselines(as_plain(baselines))
     parts.store.save_ledgers(parts.pool.export_ledgers())

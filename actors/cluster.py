@@ -1,0 +1,115 @@
+"""Connecting to Ray: a cluster named by the user, or one of our own on loopback with a token.
+
+A cluster that happens to run on this machine is left alone: only RAY_ADDRESS or --ray-address joins one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medfl_ray.errors import ClusterError
+
+OUR_PACKAGES = ("actors", "serve", "tune")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A connection; `started` says whether closing it ends the cluster."""
+
+    started: bool
+    num_cpus: float
+    num_gpus: float
+    dashboard_url: str | None
+
+
+def connect(address: str | None = None, num_cpus: int | None = None, dashboard: bool = False) -> Cluster:
+    """Join the cluster at `address` (or RAY_ADDRESS), or start one of our own.
+
+    Raises:
+      ClusterError: the cluster cannot be reached or started, or a foreign package shadows one of ours.
+    """
+    check_packages()
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address is None:
+        secure_environment()
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    options["runtime_env"] = {"env_vars": worker_environment()}
+    try:
+        if address is not None:
+            context = ray.init(address=address, **options)
+        else:
+            context = ray.init(
+                address="local",
+                num_cpus=num_cpus or os.cpu_count(),
+                include_dashboard=dashboard,
+                dashboard_host="127.0.0.1",
+                _node_ip_address="127.0.0.1",
+                **options,
+            )
+    except Exception as error:
+        where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
+        raise ClusterError(
+            f"could not {'reach' if address else 'start'} {where}: {type(error).__name__}. Check RAY_ADDRESS and "
+            "RAY_AUTH_TOKEN, run medfl-ray doctor, or run without Ray: --pool local."
+        ) from None
+    resources = ray.cluster_resources()
+    return Cluster(
+        started=address is None,
+        num_cpus=float(resources.get("CPU", 1)),
+        num_gpus=float(resources.get("GPU", 0)),
+        dashboard_url=getattr(context, "dashboard_url", None) or None,
+    )
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that `connect` started ends with it, another one does not notice."""
+    import ray
+
+    ray.shutdown()
+
+
+def secure_environment() -> None:
+    """Set, before Ray is imported, what keeps our own cluster on loopback and behind a token."""
+    # Ray 2.55 rewrites a 127.0.0.1 node address to the machine's own unless this is 0, and then listens on all interfaces.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def worker_environment() -> dict[str, str]:
+    """Return the environment of every worker: one thread each, for two on a busy machine collapse."""
+    return {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+
+
+def check_packages() -> None:
+    """Check that `actors`, `serve` and `tune` are this project's.
+
+    Raises:
+      ClusterError: another distribution installed a package of the same name.
+    """
+    home = Path(__file__).resolve().parent.parent
+    for name in OUR_PACKAGES:
+        spec = importlib.util.find_spec(name)
+        places = [Path(place).resolve() for place in (spec.submodule_search_locations or [])] if spec else []
+        if places and all(place.parent != home for place in places):
+            raise ClusterError(
+                f"the package {name!r} that Python finds belongs to {_owner(name)}, not to medfl-ray. "
+                "Uninstall that distribution or use a virtual environment of its own."
+            )
+
+
+def _owner(package: str) -> str:
+    from importlib.metadata import packages_distributions
+
+    owners = [name for name in packages_distributions().get(package, []) if name != "medfl-ray"]
+    return f"the distribution {owners[0]!r}" if owners else "another project"

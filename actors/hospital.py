@@ -1,0 +1,153 @@
+"""Building a hospital where it runs, and the plain class that Ray turns into an actor.
+
+This file imports no Ray: `ray.remote(HospitalActor)` is applied in ray_pool.py, and the same builder
+serves the in-process pool.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medfl_ray.config import RunConfig
+from medfl_ray.errors import MedflError
+from medfl_ray.federation.hospital import Hospital, HospitalParts
+from medfl_ray.federation.local_pool import start_failure
+from medfl_ray.federation.planning import budget_of, delta_of
+from medfl_ray.federation.ports import AlonePlan, AloneResult
+from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
+from medfl_ray.params import Vector
+from medfl_ray.site_policy import SitePolicy
+
+PICTURES_PER_HOSPITAL = 2
+
+
+@dataclass(frozen=True)
+class HospitalSpec:
+    """What a process needs to build a hospital: settings and names, never data.
+
+    `members` are the hospitals whose data it opens: itself, or all of them for the central baseline.
+    `state_folder` holds the ledger; it belongs to the hospital and outlives the run unless data are synthetic.
+    """
+
+    run: RunConfig
+    policy: SitePolicy
+    index: int
+    members: tuple[str, ...]
+    state_folder: Path
+
+
+def state_folder(run: RunConfig, policy: SitePolicy, run_folder: Path) -> Path:
+    """Return where a hospital keeps its ledger: with the run for synthetic data, else in the user's state folder."""
+    if policy.declared == "synthetic":
+        return run_folder / "hospitals" / policy.hospital
+    if run.output.state_directory is not None:
+        return run.output.state_directory / policy.hospital
+    root = os.environ.get("MEDFL_STATE_DIR") or os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
+    return Path(root) / "medfl-ray" / policy.hospital
+
+
+def build_hospital(spec: HospitalSpec) -> Hospital:
+    """Open data, network and ledger of one hospital.
+
+    Raises:
+      DataError, ModelError, PrivacyError: with the reason, in words that hold no identifier.
+    """
+    from medfl_ray.analytics.report import write_local_report
+    from medfl_ray.data.sources import open_hospital_data
+    from medfl_ray.store.ledger import PrivacyLedger
+    from medfl_ray.training.trainer import Trainer
+
+    run, policy = spec.run, spec.policy
+    data = open_hospital_data(run, spec.members)
+    trainer = Trainer(
+        model=run.model,
+        training=run.training,
+        task=run.data.task,
+        spatial_dims=run.spatial_dims,
+        in_channels=run.model.in_channels or len(data.channels),
+        out_channels=run.model.out_channels or max(data.labels, default=1) + 1,
+        patch_size=run.patch_size,
+        for_dp=run.privacy.enable_dp,
+    )
+    spec.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    ledger = None
+    if run.privacy.enable_dp:
+        ledger = PrivacyLedger.open(
+            spec.state_folder / "ledger.sqlite",
+            hospital=policy.hospital,
+            data_set=policy.data_set,
+            delta=delta_of(run, policy),
+            max_epsilon=budget_of(run, policy),
+        )
+
+    def local_report(round: int, values: Mapping[str, float], scores: Sequence[Any]) -> None:
+        write_local_report(spec.state_folder, policy.hospital, run, round, values, [score.headline for score in scores])
+
+    return Hospital(HospitalParts(run, policy, spec.index, trainer, data, ledger, make_pictures, local_report))
+
+
+def make_pictures(trainer: Any, weights: Vector, data: Any) -> tuple[bytes, ...]:
+    """Render the first held-out patients' predictions beside the truth, as PNG."""
+    from medfl_ray.analytics.pictures import prediction_png
+
+    pictures = []
+    for case in list(data.holdout)[:PICTURES_PER_HOSPITAL]:
+        prediction = trainer.predict(weights, case)
+        pictures.append(prediction_png(case.image, case.label, prediction, dict(data.labels)))
+    return tuple(pictures)
+
+
+class HospitalActor:
+    """One or several hospitals in a process of their own."""
+
+    def __init__(self, specs: Sequence[HospitalSpec], num_threads: int = 1) -> None:
+        import torch
+
+        torch.set_num_threads(num_threads)
+        self._specs = {spec.policy.hospital: spec for spec in specs}
+        self._hospitals: dict[str, Hospital] = {}
+
+    def describe(self, hospital: str) -> HospitalInfo | ClientFailure:
+        """Build a hospital and say what is public about it."""
+        try:
+            return self._hospital(hospital).info()
+        except MedflError as error:
+            return start_failure(hospital, str(error))
+
+    def reserve(self, hospital: str, plan: RoundPlan) -> PrivacySpent | ClientFailure | None:
+        """See Hospital.reserve."""
+        return self._hospital(hospital).reserve(plan)
+
+    def release(self, hospital: str, plan: RoundPlan, reason: str) -> None:
+        """See Hospital.release."""
+        self._hospital(hospital).release(plan, reason)
+
+    def train(self, hospital: str, plan: RoundPlan, weights: Vector) -> ClientUpdate | ClientFailure:
+        """See Hospital.train."""
+        return self._hospital(hospital).train(plan, weights)
+
+    def evaluate(
+        self, hospital: str, round: int, weights: Vector, pictures: bool
+    ) -> SiteEvaluation | ClientFailure:
+        """See Hospital.evaluate."""
+        return self._hospital(hospital).evaluate(round, weights, pictures)
+
+    def train_alone(self, hospital: str, plan: AlonePlan, weights: Vector) -> AloneResult | ClientFailure:
+        """See Hospital.train_alone."""
+        try:
+            return self._hospital(hospital).train_alone(plan, weights)
+        except MedflError as error:
+            return start_failure(hospital, str(error))
+
+    def export_ledger(self, hospital: str) -> dict[str, Any]:
+        """See Hospital.export_ledger."""
+        return self._hospital(hospital).export_ledger()
+
+    def _hospital(self, name: str) -> Hospital:
+        if name not in self._hospitals:
+            self._hospitals[name] = build_hospital(self._specs[name])
+        return self._hospitals[name]

@@ -1,0 +1,114 @@
+"""Driver of a run: YAML to RunConfig, connect, coordinate, show. `python -m actors.train CONFIG` does it plainly."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from actors.coordinator import Coordinator, hospital_specs, local_pool, run_in_process
+from medfl_ray.config import RunConfig
+from medfl_ray.errors import ClusterError, MedflError
+from medfl_ray.federation.events import Event, RunEnded
+from medfl_ray.federation.run import RunOutcome
+from medfl_ray.site_policy import SitePolicy
+
+POLL_S = 0.25
+Emit = Callable[[Event], None]
+
+
+def drive(
+    run: RunConfig,
+    policies: tuple[SitePolicy, ...],
+    folder: Path,
+    emit: Emit,
+    address: str | None = None,
+    dashboard: bool = False,
+) -> RunOutcome:
+    """Run a federation in `folder` and hand every event to `emit`; Ctrl-C ends it after the current round.
+
+    Raises:
+      MedflError: the run cannot start or cannot go on; what was published before is kept.
+      KeyboardInterrupt: Ctrl-C was pressed a second time.
+    """
+    with stop_on_interrupt(emit) as stop:
+        if run.federation.pool == "local":
+            pool = local_pool(hospital_specs(run, policies, folder))
+            return run_in_process(run, policies, folder, pool, emit, stop)
+        from actors.cluster import connect, disconnect
+
+        cluster = connect(address, dashboard=dashboard)
+        try:
+            if dashboard and cluster.dashboard_url:
+                emit(RunEnded(message=f"Ray dashboard: http://{cluster.dashboard_url}"))
+            return _follow(run, policies, folder, emit, stop)
+        finally:
+            disconnect()
+
+
+def _follow(
+    run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, emit: Emit, stop: threading.Event
+) -> RunOutcome:
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    remote = ray.remote(Coordinator).options(
+        name=f"coordinator:{folder.name}", num_cpus=0.01, max_concurrency=4, max_restarts=0
+    )
+    coordinator: Any = remote.remote(run, policies, folder.resolve(), run.training.gpus_per_hospital)
+    outcome, seen, asked = coordinator.run.remote(), 0, False
+    try:
+        while True:
+            done, _ = ray.wait([outcome], timeout=POLL_S)
+            for event in ray.get(coordinator.events_since.remote(seen)):
+                seen += 1
+                emit(event)
+            if done:
+                result: RunOutcome = ray.get(outcome)
+                return result
+            if stop.is_set() and not asked:
+                asked = True
+                ray.get(coordinator.stop.remote())
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, MedflError):
+            raise cause from None
+        raise
+    except RayActorError:
+        raise ClusterError(
+            f"the coordinator's process ended. Nothing published is lost: medfl-ray run --resume {folder.name}"
+        ) from None
+    finally:
+        ray.kill(coordinator, no_restart=True)
+
+
+@contextmanager
+def stop_on_interrupt(emit: Emit) -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a request to stop after the current round; the second one is a KeyboardInterrupt."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(signum: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        emit(RunEnded(message="stopping after the current round; press Ctrl-C again to stop now"))
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    from medfl_ray.cli.main import main
+
+    sys.argv.insert(1, "run")
+    main()

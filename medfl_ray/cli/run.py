@@ -1,0 +1,108 @@
+"""medfl-ray run: a federation from a YAML file to report, model and receipts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from medfl_ray.config import RunConfig
+from medfl_ray.config_files import load_run_config
+from medfl_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from medfl_ray.cli.progress import RunDisplay
+    from medfl_ray.federation.run import RunOutcome
+    from medfl_ray.store.run_folder import RunFolder
+
+
+def run(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of the run; left out with --resume.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override, as section.key=value; may be repeated.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="Baselines beside the federation: local,central.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of a run to continue from its last checkpoint.")] = None,
+    pool: Annotated[str | None, typer.Option(help="ray (default) or local: all hospitals in one process.")] = None,
+    actors: Annotated[int | None, typer.Option(help="Ray actors that share the hospitals.")] = None,
+    ray_address: Annotated[str | None, typer.Option(help="Address of a Ray cluster to join.")] = None,
+    dashboard: Annotated[bool, typer.Option(help="Start the Ray dashboard, on loopback.")] = False,
+) -> None:
+    """Train a federation and write its report, model, ledger export and receipts."""
+    overrides = [*(set_ or []), *_options(baseline, pool, actors)]
+    folder = _folder(config, resume, overrides)
+    outcome = _train(folder, ray_address, dashboard)
+    if outcome.completed:
+        _write_products(folder)
+    _say_goodbye(folder, outcome)
+
+
+def _options(baseline: str | None, pool: str | None, actors: int | None) -> list[str]:
+    options = []
+    if baseline is not None:
+        options.append(f"federation.baselines=[{baseline}]")
+    if pool is not None:
+        options.append(f"federation.pool={pool}")
+    if actors is not None:
+        options.append(f"federation.num_actors={actors}")
+    return options
+
+
+def _folder(config: Path | None, resume: Path | None, overrides: list[str]) -> RunFolder:
+    from medfl_ray.data.sources import list_hospitals
+    from medfl_ray.store.run_folder import RunFolder
+
+    if (config is None) == (resume is None):
+        raise ConfigError("give either the YAML file of a new run or --resume with the folder of an earlier one")
+    if resume is not None:
+        if overrides:
+            raise ConfigError("a resumed run keeps its configuration; leave out --set, --baseline, --pool and --actors")
+        return RunFolder.open(resume)
+    assert config is not None
+    loaded = load_run_config(config, tuple(overrides))
+    list_hospitals(loaded)  # a mistake in the data's place or declaration leaves no empty run folder behind
+    return RunFolder.create(loaded)
+
+
+def _train(folder: RunFolder, ray_address: str | None, dashboard: bool) -> RunOutcome:
+    from actors.train import drive
+    from medfl_ray.cli.progress import RunDisplay
+    from medfl_ray.data.sources import list_hospitals
+
+    policies = tuple(list_hospitals(folder.run))
+    with _display(RunDisplay, folder.run) as display:
+        return drive(folder.run, policies, folder.path, display.update, ray_address, dashboard)
+
+
+def _display(display: type[RunDisplay], run: RunConfig) -> RunDisplay:
+    return display(run)
+
+
+def _write_products(folder: RunFolder) -> None:
+    if folder.run.output.export:
+        from medfl_ray.export.onnx_export import export_run
+
+        export_run(folder.path)
+    if folder.run.output.report:
+        from medfl_ray.analytics.report import write_report
+
+        write_report(folder.path)
+
+
+def _say_goodbye(folder: RunFolder, outcome: RunOutcome) -> None:
+    path = folder.path
+    typer.echo(f"\n{outcome.reason}.")
+    for problem in folder.problems:
+        typer.echo(f"note: {problem}")
+    if outcome.completed:
+        typer.echo(f"results   {path}")
+        typer.echo(f"report    {path / 'report.html'}")
+        typer.echo("next:")
+        typer.echo(f"  medfl-ray evaluate {path} --data DIR     score the model on a folder of labelled images")
+        typer.echo(f"  medfl-ray export {path}                  write model.onnx again, with its parity check")
+        typer.echo(f"  medfl-ray privacy ledger show {path}     what each hospital has spent")
+    else:
+        typer.echo(f"continue with: medfl-ray run --resume {path}")
+    if outcome.absent:
+        typer.echo(f"WARNING: never took part: {', '.join(outcome.absent)}; receipts.jsonl and the report say why")
+    if not outcome.completed:
+        raise typer.Exit(130 if outcome.reason.startswith("stopped") else 1)
