@@ -1,0 +1,64 @@
+"""Sums of updates: exact, order-independent, and closed to values that would break them."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from medfl_ray.aggregation.fixed_point import add_update, empty_sum, merge_sums, weighted_mean
+from medfl_ray.errors import UpdateRejected
+
+
+def test_two_hospitals_by_hand():
+    total = empty_sum(2)
+    total = add_update(total, np.array([1.0, -2.0], np.float32), 3)
+    total = add_update(total, np.array([5.0, 2.0], np.float32), 1)
+    assert weighted_mean(total).tolist() == [2.0, -1.0]
+    assert (total.weight, total.num_updates) == (4, 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 9))
+def test_any_order_and_any_grouping_give_the_same_bits(seed, num_hospitals):
+    rng = np.random.default_rng(seed)
+    updates = [rng.normal(size=17).astype(np.float32) * 10.0 ** rng.integers(-6, 3) for _ in range(num_hospitals)]
+    weights = [int(w) for w in rng.integers(1, 500, num_hospitals)]
+    in_order = empty_sum(17)
+    for update, weight in zip(updates, weights, strict=True):
+        in_order = add_update(in_order, update, weight)
+    order, cut = rng.permutation(num_hospitals), int(rng.integers(1, num_hospitals))
+    parts = []
+    for chunk in (order[:cut], order[cut:]):
+        part = empty_sum(17)
+        for i in chunk:
+            part = add_update(part, updates[i], weights[i])
+        parts.append(part)
+    grouped = merge_sums(parts[1], parts[0])
+    assert weighted_mean(in_order).tobytes() == weighted_mean(grouped).tobytes()
+
+
+def test_mean_is_as_exact_as_float32():
+    rng = np.random.default_rng(0)
+    updates = rng.normal(size=(50, 1000)).astype(np.float32)
+    total = empty_sum(1000)
+    for update in updates:
+        total = add_update(total, update, 7)
+    expected = updates.astype(np.float64).mean(axis=0)
+    assert np.abs(weighted_mean(total) - expected).max() < 1e-7
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+def test_values_that_would_break_the_sum_are_refused_and_leave_it_unchanged(bad):
+    total = add_update(empty_sum(3), np.ones(3, np.float32), 2)
+    before = total.total.copy()
+    with pytest.raises(UpdateRejected, match="not finite or too large"):
+        add_update(total, np.array([0, bad, 0], np.float32), 1)
+    assert (total.total == before).all()
+
+
+def test_wrong_shape_and_empty_sum_are_refused():
+    with pytest.raises(UpdateRejected, match="shape"):
+        add_update(empty_sum(3), np.ones(4, np.float32), 1)
+    with pytest.raises(UpdateRejected, match="no update"):
+        weighted_mean(empty_sum(3))
+    with pytest.raises(UpdateRejected, match="shapes"):
+        merge_sums(empty_sum(3), empty_sum(4))

@@ -1,0 +1,20 @@
+"""Strategies as (init, apply) over explicit state."""
+
+import numpy as np
+from medfl_ray.aggregation.strategies import CATALOGUE, build_strategy
+from medfl_ray.config import AggregationConfig
+
+
+def test_fedavg_adds_the_mean_update_times_the_server_rate():
+    strategy = build_strategy(AggregationConfig(server_learning_rate=0.5))
+    weights = np.array([1.0, 2.0], np.float32)
+    state, after = strategy.apply(strategy.init(2), weights, np.array([2.0, -4.0], np.float32))
+    assert after.tolist() == [2.0, 0.0]
+    assert after.dtype == np.float32
+    assert state == {}
+    assert weights.tolist() == [1.0, 2.0]
+
+
+def test_every_name_of_the_schema_is_in_the_catalogue():
+    names = AggregationConfig.model_fields["strategy"].annotation.__args__
+    assert set(names) == set(CATALOGUE)

@@ -1,0 +1,80 @@
+"""Checkpoints: whole or not there; the last good one is always found."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+from medfl_ray.errors import CheckpointError
+from medfl_ray.messages import Receipt, RoundResult
+from medfl_ray.store import durable
+from medfl_ray.store.checkpoints import Checkpoint, last_good_checkpoint, load_checkpoint, save_checkpoint
+
+
+def checkpoint(round: int) -> Checkpoint:
+    receipt = Receipt(
+        job="j", round=round, attempt=1, plan_hash="p", config_hash="c", asked=("a",), trained=("a",), failures=(),
+        update_hashes={"a": "x"}, spent={}, weights_before="b", weights_after="w", published=True, ended_at="2026-01-01T00:00:00+00:00",
+    )  # fmt: skip
+    result = RoundResult(round=round, receipt=receipt, metrics={}, duration_s=1.0)
+    weights = np.arange(5, dtype=np.float32) + round
+    return Checkpoint(round, weights, {"momentum": weights * 2}, result)
+
+
+def test_round_trip_and_retention(tmp_path):
+    for number in range(1, 6):
+        save_checkpoint(tmp_path, checkpoint(number), keep=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["round-00003", "round-00004", "round-00005"]
+    found, problems = last_good_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.round, problems) == (5, [])
+    assert found.weights.tolist() == [5, 6, 7, 8, 9]
+    assert found.server_state["momentum"].tolist() == [10, 12, 14, 16, 18]
+    assert found.result == checkpoint(5).result
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, name, damage):
+    for number in (1, 2):
+        save_checkpoint(tmp_path, checkpoint(number), keep=3)
+    victim = tmp_path / "round-00002" / name
+    content = bytearray(victim.read_bytes())
+    if damage == "delete":
+        victim.unlink()
+    elif damage == "truncate":
+        victim.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "round-00002")
+    found, problems = last_good_checkpoint(tmp_path)
+    assert found is not None
+    assert found.round == 1
+    assert "round-00002" in problems[0]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, checkpoint(1), keep=3)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(durable.os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_checkpoint(tmp_path, checkpoint(2), keep=3)
+    monkeypatch.undo()
+    found, problems = last_good_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.round, problems) == (1, [])
+    save_checkpoint(tmp_path, checkpoint(2), keep=3)
+    assert load_checkpoint(tmp_path / "round-00002").round == 2
+
+
+def test_append_ends_a_torn_line_first(tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(b'{"a": 1}\n{"a": ')
+    durable.append_line(path, '{"a": 2}')
+    assert path.read_text().splitlines() == ['{"a": 1}', '{"a": ', '{"a": 2}']
+    assert os.stat(path).st_size > 0
