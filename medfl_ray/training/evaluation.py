@@ -23,9 +23,13 @@ class PatientScore:
     truth: int | None = None
 
     @property
-    def mean_dice(self) -> float | None:
-        """Mean over the labels."""
-        return None if self.dice is None else float(np.mean(list(self.dice.values())))
+    def headline(self) -> float:
+        """The one figure of the patient: mean Dice, or the probability given to the true class."""
+        if self.dice is not None:
+            return float(np.mean(list(self.dice.values())))
+        assert self.probabilities is not None  # noqa: S101 - one of the two is always there
+        assert self.truth is not None  # noqa: S101
+        return self.probabilities[self.truth]
 
 
 def dice_per_label(prediction: Labels, truth: Labels, labels: Mapping[int, str]) -> dict[str, float]:
@@ -62,7 +66,7 @@ def summarise(scores: Iterable[PatientScore]) -> dict[str, float]:
 def _summarise_dice(scores: Sequence[PatientScore]) -> dict[str, float]:
     tables = [score.dice or {} for score in scores]
     per_label = {f"dice/{name}": float(np.mean([table[name] for table in tables])) for name in tables[0]}
-    return {"dice": float(np.mean([score.mean_dice for score in scores])), **per_label}
+    return {"dice": float(np.mean([score.headline for score in scores])), **per_label}
 
 
 def _summarise_classes(scores: Sequence[PatientScore]) -> dict[str, float]:
