@@ -1,0 +1,70 @@
+"""One private step: clip each patient's gradient, sum, add noise, divide by the public expected batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from medfl_ray.errors import PrivacyConfigError
+from medfl_ray.messages import Mechanism
+from medfl_ray.privacy.noise import GaussianNoise
+
+
+class PatientGradientSum:
+    """The clipped sum of one step's patient gradients, of which only the noised mean comes out.
+
+    Norms, sum and noise are float64: a float32 norm over millions of parameters is off by 1e-4, and the
+    bound C on one patient's influence with it.
+    """
+
+    def __init__(self, num_parameters: int, mechanism: Mechanism, noise: GaussianNoise | None = None) -> None:
+        """Start an empty step of `num_parameters` trained parameters, P."""
+        if num_parameters < 1:
+            raise PrivacyConfigError(f"the network has {num_parameters} trained parameters; at least one is needed")
+        self._mechanism = mechanism
+        self._noise = noise or GaussianNoise()
+        self._sum = torch.zeros(num_parameters, dtype=torch.float64)
+
+    def add(self, gradient: Iterable[torch.Tensor]) -> None:
+        """Add the gradient of one patient, one tensor per parameter in a fixed order; at most once per patient and step.
+
+        The tensors are not changed. A gradient that holds a NaN or an infinity counts as zero: it has no
+        norm to clip, and zero keeps the patient's influence below C. Nobody is told, since that too
+        would be about the patient.
+
+        Raises:
+          PrivacyConfigError: the tensors do not have P elements together.
+        """
+        tensors = [tensor.detach() for tensor in gradient]
+        num_elements = sum(tensor.numel() for tensor in tensors)
+        if num_elements != self._sum.numel():
+            raise PrivacyConfigError(f"a gradient has {num_elements} elements; this step sums {self._sum.numel()}")
+        norm = gradient_norm(tensors)
+        if not math.isfinite(norm):
+            return
+        scale = min(1.0, self._mechanism.max_grad_norm / norm) if norm > 0 else 1.0
+        position = 0
+        for tensor in tensors:
+            part = self._sum[position : position + tensor.numel()]
+            part.add_(tensor.reshape(-1).to("cpu", torch.float64), alpha=scale)
+            position += tensor.numel()
+
+    def release(self) -> torch.Tensor:
+        """Return (sum + noise) / (q N), float64 of shape [P] on the CPU, and start the next step from zero.
+
+        An empty step is noised like any other. N is the public number of patients, never a count.
+        """
+        mechanism = self._mechanism
+        std = mechanism.noise_multiplier * mechanism.max_grad_norm
+        noised = self._sum + torch.from_numpy(self._noise.draw(self._sum.numel(), std))
+        # The same sum under a second noise would be a second release that nobody has paid for.
+        self._sum = torch.zeros_like(self._sum)
+        return noised / (mechanism.sample_rate * mechanism.num_patients)
+
+
+def gradient_norm(tensors: Iterable[torch.Tensor]) -> float:
+    """Return the Euclidean norm over all tensors together, accumulated in float64."""
+    squares = [float(torch.linalg.vector_norm(t.reshape(-1).to(torch.float64))) ** 2 for t in tensors]
+    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
