@@ -60,7 +60,7 @@ def connect(address: str | None = None, num_cpus: int | None = None, dashboard: 
             f"could not {'reach' if address else 'start'} {where}: {type(error).__name__}. Check RAY_ADDRESS and "
             "RAY_AUTH_TOKEN, run medfl-ray doctor, or run without Ray: --pool local."
         ) from None
-    resources = ray.cluster_resources()
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return Cluster(
         started=address is None,
         num_cpus=float(resources.get("CPU", 1)),
@@ -88,7 +88,7 @@ def secure_environment() -> None:
 
 def worker_environment() -> dict[str, str]:
     """Return the environment of every worker: one thread each, for two on a busy machine collapse."""
-    return {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
 def check_packages() -> None:

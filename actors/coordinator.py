@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def hospital_specs(run: RunConfig, policies: tuple[SitePolicy, ...], folder: Pat
 
 def local_pool(specs: list[HospitalSpec]) -> LocalPool:
     """Return all hospitals in this process."""
-    return LocalPool({spec.policy.hospital: (lambda spec=spec: build_hospital(spec)) for spec in specs})
+    return LocalPool({spec.policy.hospital: partial(build_hospital, spec) for spec in specs})
 
 
 def initial_weights(run: RunConfig) -> Callable[[int, int], tuple[Layout, Vector]]:

@@ -59,6 +59,7 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
     from medfl_ray.analytics.report import write_local_report
     from medfl_ray.data.sources import open_hospital_data
     from medfl_ray.store.ledger import PrivacyLedger
+
     from medfl_ray.training.trainer import Trainer
 
     run, policy = spec.run, spec.policy
@@ -130,9 +131,7 @@ class HospitalActor:
         """See Hospital.train."""
         return self._hospital(hospital).train(plan, weights)
 
-    def evaluate(
-        self, hospital: str, round: int, weights: Vector, pictures: bool
-    ) -> SiteEvaluation | ClientFailure:
+    def evaluate(self, hospital: str, round: int, weights: Vector, pictures: bool) -> SiteEvaluation | ClientFailure:
         """See Hospital.evaluate."""
         return self._hospital(hospital).evaluate(round, weights, pictures)
 
@@ -146,6 +145,10 @@ class HospitalActor:
     def export_ledger(self, hospital: str) -> dict[str, Any]:
         """See Hospital.export_ledger."""
         return self._hospital(hospital).export_ledger()
+
+    def process_id(self) -> int:
+        """Return the actor's process id, for tools that watch or end it."""
+        return os.getpid()
 
     def _hospital(self, name: str) -> Hospital:
         if name not in self._hospitals:

@@ -157,7 +157,8 @@ class RayPool:
     def _actor(self, home: tuple[str, ...]) -> Any:
         name = "+".join(home) if len(home) <= 2 else f"{home[0]}+{len(home) - 1}"
         if name not in self._actors:
-            options = actor_options(home, len(self._homes), ray.cluster_resources(), self._gpus_per_actor)
+            resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
+            options = actor_options(home, len(self._homes), resources, self._gpus_per_actor)
             remote = ray.remote(HospitalActor).options(name=f"hospital:{name}:{self._job}", **options)
             self._actors[name] = remote.remote([self._specs[hospital] for hospital in home])
         return self._actors[name]

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def run(
     config: Annotated[Path | None, typer.Argument(help="YAML file of the run; left out with --resume.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override, as section.key=value; may be repeated.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override, as section.key=value; may be repeated.")
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="Baselines beside the federation: local,central.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of a run to continue from its last checkpoint.")] = None,
     pool: Annotated[str | None, typer.Option(help="ray (default) or local: all hospitals in one process.")] = None,

@@ -79,7 +79,9 @@ def run_baselines(
     """Train the baselines that the run names, all at the same time where the pool can, and evaluate them."""
     plans: dict[str, AlonePlan] = {}
     if "local" in run.federation.baselines:
-        plans.update({h: _alone(context, h, context.num_steps[h], context.mechanisms.get(h)) for h in context.available})
+        plans.update(
+            {h: _alone(context, h, context.num_steps[h], context.mechanisms.get(h)) for h in context.available}
+        )
     if CENTRAL in run.federation.baselines:
         plans[CENTRAL] = _central(run, context, policies)
     emit(PhaseStarted(name="baselines", total_rounds=len(plans)))

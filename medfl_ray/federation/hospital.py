@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import structlog
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from medfl_ray.data.dataset import HospitalData
 
 log = structlog.get_logger()
+Answer = TypeVar("Answer")
 Stage = Literal["start", "reserve", "train", "evaluate", "screen"]
 PictureMaker = Callable[[Trainer, Vector, "HospitalData"], tuple[bytes, ...]]
 LocalReporter = Callable[[int, Mapping[str, float], list[PatientScore]], None]
@@ -191,7 +192,8 @@ class Hospital:
             raise PrivacyConfigError(f"the plan of round {plan.round} has no privacy mechanism for {self.id!r}")
         if mechanism is not None and mechanism.num_patients != policy.num_patients:
             raise PrivacyConfigError(
-                f"the plan assumes {mechanism.num_patients} patients at {self.id!r}; its policy declares {policy.num_patients}"
+                f"the plan assumes {mechanism.num_patients} patients at {self.id!r}; "
+                f"its policy declares {policy.num_patients}"
             )
         floor = policy.min_noise_multiplier
         if mechanism is not None and floor is not None and mechanism.noise_multiplier < floor:
@@ -214,12 +216,14 @@ class Hospital:
         seed_key = (abs(self._parts.run.federation.seed), plan.round, self._parts.index)
         return LocalJob(plan.num_steps[self.id], plan.learning_rate, mechanism, seed_key)
 
-    def _guarded(self, round: int, attempt: int, stage: Stage, left_host: bool, work: Callable[[], Any]) -> Any:
+    def _guarded(
+        self, round: int, attempt: int, stage: Stage, left_host: bool, work: Callable[[], Answer]
+    ) -> Answer | ClientFailure:
         try:
             return work()
         except MedflError as error:
             reason = str(error)
-        except Exception as error:  # noqa: BLE001 - one hospital's fault must not end the round
+        except Exception as error:
             log.exception("hospital_failed", hospital=self.id, stage=stage, round=round)
             reason = f"{type(error).__name__} in the hospital's process; its own log has the details"
         return ClientFailure(
@@ -230,7 +234,10 @@ class Hospital:
 def check_layout(update: ClientUpdate, plan: RoundPlan, layout: params.Layout) -> str | None:
     """Return why an update does not belong to the plan, or None when it does."""
     if (update.round, update.attempt) != (plan.round, plan.attempt):
-        return f"the update is of round {update.round}, attempt {update.attempt}; this is round {plan.round}, attempt {plan.attempt}"
+        return (
+            f"the update is of round {update.round}, attempt {update.attempt}; "
+            f"this is round {plan.round}, attempt {plan.attempt}"
+        )
     if update.hospital not in plan.hospitals:
         return "the update comes from a hospital that was not asked"
     if update.layout_checksum != layout.checksum or update.delta.shape != (layout.size,):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from medfl_ray.config import Declared
@@ -20,6 +21,10 @@ def label_for(declared: Declared, enable_dp: bool) -> Label:
 
 
 def labelled(values: Mapping[str, float], declared: Declared, enable_dp: bool) -> dict[str, Metric]:
-    """Wrap figures in metrics; a suppressed figure loses its value here, inside the hospital."""
+    """Wrap figures in metrics; a suppressed figure loses its value here, inside the hospital.
+
+    Figures that are not finite (the loss of a step in which no patient was drawn) are left out.
+    """
     label = label_for(declared, enable_dp)
-    return {name: Metric(value=None if label == "suppressed" else value, label=label) for name, value in values.items()}
+    shown = {name: value for name, value in values.items() if math.isfinite(value)}
+    return {name: Metric(value=None if label == "suppressed" else value, label=label) for name, value in shown.items()}

@@ -33,4 +33,6 @@ def can_start(config: FederationConfig, num_available: int) -> Decision:
     needed = max(config.min_available_clients, config.min_clients)
     if num_available >= needed:
         return Decision("publish", f"{num_available} hospitals are present")
-    return Decision("stop", f"{num_available} hospitals are present; federation.min_available_clients asks for {needed}")
+    return Decision(
+        "stop", f"{num_available} hospitals are present; federation.min_available_clients asks for {needed}"
+    )

@@ -72,10 +72,14 @@ class ClientPool(Protocol):
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
         """Give back reservations of hospitals that never started to train."""
 
-    def train(self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector) -> Iterator[ClientUpdate | ClientFailure]:
+    def train(
+        self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector
+    ) -> Iterator[ClientUpdate | ClientFailure]:
         """Yield one answer per hospital, in the order in which they arrive, until the plan's deadline."""
 
-    def evaluate(self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool) -> Iterator[SiteEvaluation | ClientFailure]:
+    def evaluate(
+        self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool
+    ) -> Iterator[SiteEvaluation | ClientFailure]:
         """Yield each hospital's held-out evaluation of the weights."""
 
     def train_alone(self, plans: Mapping[str, AlonePlan], weights: Vector) -> Iterator[AloneResult | ClientFailure]:

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+
 from medfl_ray.config import FederationConfig
 from medfl_ray.federation.labels import label_for, labelled
 from medfl_ray.federation.policies import can_start, judge_round
@@ -10,7 +11,8 @@ from medfl_ray.federation.selection import select_hospitals
 
 
 @pytest.mark.parametrize(
-    ("updates", "failed_before", "verdict"), [(3, 0, "publish"), (2, 0, "publish"), (1, 0, "skip"), (1, 2, "stop"), (0, 5, "stop")]
+    ("updates", "failed_before", "verdict"),
+    [(3, 0, "publish"), (2, 0, "publish"), (1, 0, "skip"), (1, 2, "stop"), (0, 5, "stop")],
 )
 def test_a_round_is_published_at_quorum_only(updates, failed_before, verdict):
     config = FederationConfig(min_clients=2, max_failed_rounds=2)
@@ -37,7 +39,12 @@ def test_selection_is_repeatable_and_covers_everybody_in_time():
 
 @pytest.mark.parametrize(
     ("declared", "dp", "label"),
-    [("public", True, "public"), ("synthetic", False, "public"), ("private", True, "suppressed"), ("private", False, "unprotected")],
+    [
+        ("public", True, "public"),
+        ("synthetic", False, "public"),
+        ("private", True, "suppressed"),
+        ("private", False, "unprotected"),
+    ],
 )
 def test_labels_of_figures_that_leave_a_hospital(declared, dp, label):
     assert label_for(declared, dp) == label

@@ -1,10 +1,10 @@
 """Checkpoints: whole or not there; the last good one is always found."""
 
 import errno
-import os
 
 import numpy as np
 import pytest
+
 from medfl_ray.errors import CheckpointError
 from medfl_ray.messages import Receipt, RoundResult
 from medfl_ray.store import durable
@@ -14,7 +14,8 @@ from medfl_ray.store.checkpoints import Checkpoint, last_good_checkpoint, load_c
 def checkpoint(round: int) -> Checkpoint:
     receipt = Receipt(
         job="j", round=round, attempt=1, plan_hash="p", config_hash="c", asked=("a",), trained=("a",), failures=(),
-        update_hashes={"a": "x"}, spent={}, weights_before="b", weights_after="w", published=True, ended_at="2026-01-01T00:00:00+00:00",
+        update_hashes={"a": "x"}, spent={}, weights_before="b", weights_after="w", published=True,
+        ended_at="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
     result = RoundResult(round=round, receipt=receipt, metrics={}, duration_s=1.0)
     weights = np.arange(5, dtype=np.float32) + round
@@ -77,4 +78,3 @@ def test_append_ends_a_torn_line_first(tmp_path):
     path.write_bytes(b'{"a": 1}\n{"a": ')
     durable.append_line(path, '{"a": 2}')
     assert path.read_text().splitlines() == ['{"a": 1}', '{"a": ', '{"a": 2}']
-    assert os.stat(path).st_size > 0

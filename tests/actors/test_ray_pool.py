@@ -1,0 +1,74 @@
+"""Ray actors give the same bits as one process, whatever their number, and their loss is reported."""
+
+import threading
+
+import pytest
+from medfl_ray.data.sources import list_hospitals
+from small_runs import small_run
+
+from actors.coordinator import hospital_specs, local_pool, run_in_process
+from actors.ray_pool import RayPool, actor_options, deal
+from medfl_ray.store.run_folder import RunFolder
+
+
+def parts_of(run, tmp_path):
+    policies = tuple(list_hospitals(run))
+    folder = RunFolder.create(run.model_copy(update={"output": run.output.model_copy(update={"directory": tmp_path})}))
+    return policies, folder, hospital_specs(run, policies, folder.path)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    run = small_run(data={"phantom": {"num_hospitals": 4, "patients_per_hospital": 6, "size_voxels": 16, "seed": 3}})
+    policies, folder, specs = parts_of(run, tmp_path_factory.mktemp("local"))
+    outcome = run_in_process(run, policies, folder.path, local_pool(specs), lambda event: None, threading.Event())
+    return run, outcome
+
+
+@pytest.mark.parametrize("num_actors", [1, 2, 4])
+def test_same_weights_with_any_number_of_actors(ray_cluster, reference, tmp_path, num_actors):
+    run, expected = reference
+    policies, folder, specs = parts_of(run, tmp_path)
+    pool = RayPool(specs, folder.job, num_actors)
+    outcome = run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event())
+    assert outcome.weights_checksum == expected.weights_checksum
+
+
+def test_a_killed_hospital_is_a_failure_with_a_reason_and_returns_for_the_next_round(ray_cluster, tmp_path):
+    import os
+    import signal
+
+    import ray
+
+    run = small_run(federation={"rounds": 2, "min_clients": 2})
+    policies, folder, specs = parts_of(run, tmp_path)
+    pool = RayPool(specs, folder.job)
+    killed = []
+
+    def kill_first(event):
+        if event.type == "hospital" and event.state == "training" and not killed:
+            killed.append(event.hospital)
+            actor = pool._actors[event.hospital]
+            os.kill(ray.get(actor.process_id.remote()), signal.SIGKILL)
+
+    outcome = run_in_process(run, policies, folder.path, pool, kill_first, threading.Event())
+    assert outcome.completed
+    first, second = (r.receipt for r in folder.results())
+    assert [f.hospital for f in first.failures if f.stage == "train"] == killed
+    assert "process ended" in first.failures[0].reason
+    assert len(second.trained) == 3
+
+
+def test_an_actor_is_pinned_to_its_hospitals_node_and_shares_the_gpu():
+    resources = {"CPU": 4.0, "GPU": 1.0, "hospital:a": 1.0}
+    assert actor_options(["a"], 2, resources, 0.0)["resources"] == {"hospital:a": 0.001}
+    assert actor_options(["a"], 2, resources, 0.0)["num_gpus"] == 0.5
+    assert actor_options(["b"], 2, resources, 0.25)["num_gpus"] == 0.25
+    assert actor_options(["b"], 2, {"CPU": 4.0}, 0.0)["num_gpus"] == 0.0
+    assert actor_options(["b"], 2, {"CPU": 4.0}, 0.0)["max_task_retries"] == 0
+
+
+def test_hospitals_are_dealt_to_actors_in_turn():
+    assert deal(["a", "b", "c"], None) == [("a",), ("b",), ("c",)]
+    assert deal(["a", "b", "c"], 2) == [("a", "c"), ("b",)]
+    assert deal(["a"], 5) == [("a",)]

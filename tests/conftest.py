@@ -1,0 +1,24 @@
+"""Fixtures for all tests: one thread per process, one Ray cluster per session."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Keep this process at one computing thread; two on a busy machine collapse."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One Ray cluster of our own for all tests, on loopback and behind a token; it ends with the session."""
+    from actors.cluster import connect, disconnect
+
+    yield connect(num_cpus=2)
+    disconnect()

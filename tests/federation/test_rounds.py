@@ -1,0 +1,193 @@
+"""One round and one run in this process, with phantom hospitals and real training."""
+
+import threading
+
+import numpy as np
+import pytest
+from medfl_ray.data.sources import list_hospitals
+from small_runs import small_run
+
+from actors.coordinator import hospital_specs, local_pool, run_in_process
+from medfl_ray import params
+from medfl_ray.errors import ConfigError, QuorumLost
+from medfl_ray.messages import ClientFailure, ClientUpdate
+from medfl_ray.store.run_folder import RunFolder
+
+
+class Interfering:
+    """A real pool whose answers are changed on their way by `change(hospital, round, update)`."""
+
+    def __init__(self, pool, change):
+        self._pool, self._change = pool, change
+
+    def __getattr__(self, name):
+        return getattr(self._pool, name)
+
+    def train(self, plan, hospitals, weights):
+        for answer in self._pool.train(plan, hospitals, weights):
+            if isinstance(answer, ClientUpdate):
+                yield from self._change(answer)
+            else:
+                yield answer
+
+
+def start(run, tmp_path, change=None, stop=None, folder=None):
+    policies = tuple(list_hospitals(run))
+    folder = folder or RunFolder.create(
+        run.model_copy(update={"output": run.output.model_copy(update={"directory": tmp_path})})
+    )
+    pool = local_pool(hospital_specs(run, policies, folder.path))
+    events = []
+    outcome = run_in_process(
+        run,
+        policies,
+        folder.path,
+        Interfering(pool, change) if change else pool,
+        events.append,
+        stop or threading.Event(),
+    )
+    return outcome, folder, events
+
+
+def copy_of(update, **changes):
+    values = {name: getattr(update, name) for name in update.__dataclass_fields__}
+    return ClientUpdate(**{**values, **changes})
+
+
+def test_a_run_trains_and_leaves_everything_behind(tmp_path):
+    outcome, folder, events = start(small_run(federation={"baselines": ["local", "central"]}), tmp_path)
+    assert outcome.completed
+    assert outcome.absent == ()
+    results = folder.results()
+    assert [r.round for r in results] == [1, 2]
+    assert all(len(r.receipt.trained) == 3 and r.receipt.published for r in results)
+    assert results[0].receipt.weights_after == results[1].receipt.weights_before
+    for name in (
+        "model.safetensors",
+        "evaluation.json",
+        "baselines.json",
+        "ledger.json",
+        "hospitals.json",
+        "receipts.jsonl",
+    ):
+        assert (folder.path / name).is_file(), name
+    assert list((folder.path / "pictures").glob("*.png"))
+    assert {event.type for event in events} >= {"phase", "hospital", "round", "baseline"}
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(tmp_path):
+    run = small_run(federation={"rounds": 3})
+    whole, _, _ = start(run, tmp_path / "whole")
+    stop = threading.Event()
+
+    def stop_in_second_round(update):
+        if update.round == 2:
+            stop.set()
+        yield update
+
+    halted, folder, _ = start(run, tmp_path / "halted", stop_in_second_round, stop)
+    assert not halted.completed
+    assert halted.rounds_done == 2
+    resumed, _, _ = start(run, tmp_path, folder=folder)
+    assert resumed.completed
+    assert resumed.weights_checksum == whole.weights_checksum
+    assert [r.round for r in folder.results()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"delta": np.full(10, np.nan, np.float32)}, "layout"),
+        ({"round": 7}, "of round 7"),
+        ({"attempt": 9}, "attempt 9"),
+        ({"layout_checksum": "x"}, "layout"),
+        ({"hospital": "stranger"}, "not asked"),
+        ({"delta": None}, "not finite"),
+    ],
+)
+def test_an_update_that_does_not_fit_is_refused_and_the_round_goes_on(tmp_path, changes, reason):
+    def spoil_first(update):
+        bad = dict(changes)
+        if bad.get("delta", 0) is None:
+            bad["delta"] = update.delta * np.float32(np.nan)
+        yield copy_of(update, **bad) if update.hospital.endswith("1") and update.round == 1 else update
+
+    outcome, folder, _ = start(small_run(), tmp_path, spoil_first)
+    assert outcome.completed
+    first = folder.results()[0].receipt
+    assert len(first.trained) == 2
+    assert [f.stage for f in first.failures] == ["screen"]
+    assert reason in first.failures[0].reason
+
+
+def test_a_duplicate_is_applied_once(tmp_path):
+    def twice(update):
+        yield update
+        yield update
+
+    honest, _, _ = start(small_run(), tmp_path / "a")
+    doubled, folder, _ = start(small_run(), tmp_path / "b", twice)
+    assert doubled.weights_checksum == honest.weights_checksum
+    assert "already delivered" in folder.results()[0].receipt.failures[0].reason
+
+
+def test_below_quorum_nothing_is_published_and_the_run_says_so(tmp_path):
+    def lose(update):
+        yield ClientFailure(
+            hospital=update.hospital, round=update.round, attempt=update.attempt, stage="train", reason="lost"
+        )
+
+    outcome, folder, _ = start(small_run(federation={"max_failed_rounds": 1}), tmp_path, lose)
+    assert not outcome.completed
+    assert outcome.rounds_done == 0
+    assert "min_clients" in outcome.reason
+    assert len(outcome.absent) == 3
+    results = folder.results()
+    assert [r.receipt.published for r in results] == [False, False]
+    assert results[0].receipt.attempt != results[1].receipt.attempt
+    assert not (folder.path / "checkpoints").exists()
+
+
+def test_too_few_hospitals_do_not_start(tmp_path):
+    with pytest.raises(QuorumLost, match="min_available_clients"):
+        start(small_run(federation={"min_available_clients": 9}), tmp_path)
+
+
+def test_under_dp_every_round_is_charged_and_no_budget_is_exceeded(tmp_path):
+    run = small_run(
+        privacy={"enable_dp": True, "epsilon": 4.0, "sample_rate": 0.5},
+        federation={"rounds": 3, "baselines": ["local"]},
+    )
+    outcome, folder, _ = start(run, tmp_path)
+    assert outcome.completed
+    spent = [r.receipt.spent for r in folder.results()]
+    for hospital in spent[0]:
+        epsilons = [s[hospital].epsilon for s in spent]
+        assert epsilons == sorted(epsilons)
+        assert 3.8 <= epsilons[-1] <= 4.0
+        assert spent[0][hospital].unit == "patient"
+    two, _, _ = start(run, tmp_path / "again")
+    assert two.weights_checksum != outcome.weights_checksum
+
+
+def test_the_central_baseline_is_refused_for_separate_private_data(tmp_path):
+    from medfl_ray.federation.baselines import check_baselines
+    from medfl_ray.site_policy import SitePolicy
+
+    run = small_run(federation={"baselines": ["central"]})
+    private = [SitePolicy(hospital="a", data_set="d", declared="private", num_patients=10)]
+    with pytest.raises(ConfigError, match="pool the private data of a"):
+        check_baselines(run, private)
+
+
+def test_the_mean_is_weighted_by_public_patients(tmp_path):
+    seen = {}
+
+    def watch(update):
+        seen[update.hospital] = update
+        yield update
+
+    _, folder, _ = start(small_run(federation={"rounds": 1}), tmp_path, watch)
+    assert set(folder.results()[0].receipt.update_hashes) == set(seen)
+    assert all(params.checksum(u.delta) == folder.results()[0].receipt.update_hashes[h] for h, u in seen.items())
+    assert len({u.num_patients for u in seen.values()}) == 1
