@@ -1,40 +1,53 @@
-"""What a run says while it goes on: small frozen messages for the display, the log and the API."""
+"""What happens in a run, as it happens: the events that a display, a log or a stream of the API follows.
+
+An event is a frozen message with a `type`, picklable and JSON-able, so that it crosses processes and
+sockets unchanged. It holds no more than a receipt does: no image, no identifier, no suppressed figure.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from medfl_ray.messages import Message, RoundResult
+from pydantic import Field, TypeAdapter
+
+from medfl_ray.messages import Message, PrivacySpent, RoundResult
+
+State = Literal["waiting", "reserving", "training", "done", "failed", "left_out"]
 
 
 class PhaseStarted(Message):
-    """The run entered a phase; `total_rounds` is its length where it has one."""
+    """A part of the run begins; `total_rounds` is how many rounds (or baselines) it has, where that is known.
+
+    The federated rounds are the phase named "federated".
+    """
 
     type: Literal["phase"] = "phase"
-    name: Literal["start", "federated", "evaluate", "baselines", "export", "report"]
-    total_rounds: int = 0
+    name: str
+    total_rounds: int | None = None
 
 
 class HospitalState(Message):
-    """A hospital changed its state within the current round."""
+    """What one hospital is doing; `detail` is the reason where it failed or was left out."""
 
     type: Literal["hospital"] = "hospital"
     hospital: str
-    state: Literal["waiting", "reserving", "training", "done", "failed", "left_out"]
+    state: State
     detail: str = ""
-    step: int = 0
-    num_steps: int = 0
+    step: int | None = None
+    num_steps: int | None = None
+    spent: PrivacySpent | None = None
 
 
 class RoundClosed(Message):
-    """A round ended, published or not."""
+    """A round has ended, published or not."""
 
     type: Literal["round"] = "round"
     result: RoundResult
 
 
 class BaselineProgress(Message):
-    """A baseline ended at a hospital; `done` of `total` are finished."""
+    """One more baseline is done: a hospital's name, or "central"."""
 
     type: Literal["baseline"] = "baseline"
     baseline: str
@@ -42,11 +55,24 @@ class BaselineProgress(Message):
     total: int
 
 
+class Notice(Message):
+    """A sentence for the user that is no change of state, such as an address or "stopping after this round"."""
+
+    type: Literal["notice"] = "notice"
+    message: str
+
+
 class RunEnded(Message):
-    """The run is about to end, or has something to say to everybody."""
+    """The run is over; the message says how it ended and what can be done next."""
 
     type: Literal["end"] = "end"
     message: str
 
 
-Event = PhaseStarted | HospitalState | RoundClosed | BaselineProgress | RunEnded
+Event = PhaseStarted | HospitalState | RoundClosed | BaselineProgress | Notice | RunEnded
+_ANY_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
+
+
+def parse_event(raw: Mapping[str, Any]) -> Event:
+    """Turn `event.model_dump()`, or the same read from JSON, back into an event."""
+    return _ANY_EVENT.validate_python(raw)
