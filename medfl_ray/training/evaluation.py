@@ -27,8 +27,8 @@ class PatientScore:
         """The one figure of the patient: mean Dice, or the probability given to the true class."""
         if self.dice is not None:
             return float(np.mean(list(self.dice.values())))
-        assert self.probabilities is not None  # noqa: S101 - one of the two is always there
-        assert self.truth is not None  # noqa: S101
+        assert self.probabilities is not None
+        assert self.truth is not None
         return self.probabilities[self.truth]
 
 
@@ -83,7 +83,7 @@ def area_under_curve(probabilities: npt.NDArray[np.float64], truth: npt.NDArray[
     Args:
       probabilities: [N, L]; truth: [N]. None when fewer than two classes occur.
     """
-    from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
+    from sklearn.metrics import roc_auc_score
 
     present = np.unique(truth)
     if len(present) < 2:

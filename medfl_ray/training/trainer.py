@@ -23,6 +23,8 @@ from medfl_ray.errors import ConfigError, LabelError, ModelError, NotFitForDP
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.params import Layout, Vector, flatten, layout_of, load_into
+from medfl_ray.privacy.dpsgd import PatientGradientSum
+from medfl_ray.privacy.sampler import PoissonSampler
 from medfl_ray.training.batches import patient_batches
 from medfl_ray.training.evaluation import PatientScore, average_cases, dice_per_label
 from medfl_ray.training.inference import classify, segment
@@ -147,17 +149,14 @@ class Trainer:
         self, data: LocalData, mechanism: Mechanism, losses: list[float], rng: np.random.Generator
     ) -> Iterator[None]:
         """Leave in .grad, step by step, the clipped, summed and noised mean of the patients' gradients."""
-        from medfl_ray.privacy.dpsgd import PatientGradientSum
-        from medfl_ray.privacy.sampler import PoissonSampler
-
         sampler = PoissonSampler(mechanism.sample_rate)
+        total = PatientGradientSum(sum(p.numel() for p in self._parameters), mechanism)
         while True:
-            total = PatientGradientSum(sum(p.numel() for p in self._parameters), mechanism)
             for index in sampler.draw(data.num_train_patients):
                 loss = self._patient_losses([self._draw(data, int(index), rng)])[0]
                 total.add(torch.autograd.grad(loss, self._parameters))
                 losses.append(loss.item())
-            self._set_gradients(torch.as_tensor(total.release()))
+            self._set_gradients(total.release())
             yield
 
     def _patient_losses(self, patients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
