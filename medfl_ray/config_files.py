@@ -19,7 +19,8 @@ def load_run_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunCon
     """Load a run's YAML file and apply `section.key=value` overrides.
 
     Raises:
-      ConfigError: the file is missing or not YAML, a key is unknown (the nearest name is given) or a value is out of range.
+      ConfigError: the file is missing or not YAML, a key is unknown (the nearest name is given) or a value is
+        out of range.
     """
     raw = read_yaml(Path(path))
     for override in overrides:
@@ -32,15 +33,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"no configuration file {path.name!r} in the folder {path.parent.name or '.'!r}; check the path") from None
+        raise ConfigError(
+            f"no configuration file {path.name!r} in the folder {path.parent.name or '.'!r}; check the path"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path.name!r}: {type(error).__name__}; expected a readable UTF-8 YAML file") from None
+        raise ConfigError(
+            f"cannot read {path.name!r}: {type(error).__name__}; expected a readable UTF-8 YAML file"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{path.name!r} is not valid YAML{where}: {getattr(error, 'problem', error)}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path.name!r} holds {type(raw).__name__}; expected a mapping with sections such as data and model")
+        raise ConfigError(
+            f"{path.name!r} holds {type(raw).__name__}; expected a mapping with sections such as data and model"
+        )
     return raw
 
 
@@ -53,7 +60,9 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise ConfigError(f"override {override!r} is not of the form section.key=value, for instance federation.rounds=5")
+        raise ConfigError(
+            f"override {override!r} is not of the form section.key=value, for instance federation.rounds=5"
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -90,7 +99,11 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{place!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{place}: {message} (found {problem['input']!r})" if problem["loc"] and problem["type"] != "value_error" else message
+    return (
+        f"{place}: {message} (found {problem['input']!r})"
+        if problem["loc"] and problem["type"] != "value_error"
+        else message
+    )
 
 
 def _nearest(model: type[BaseModel], place: tuple[str | int, ...]) -> str:
@@ -100,7 +113,14 @@ def _nearest(model: type[BaseModel], place: tuple[str | int, ...]) -> str:
             continue
         field = current.model_fields.get(part) if isinstance(current, type) else None
         annotation = getattr(field, "annotation", None)
-        current = next((a for a in [annotation, *getattr(annotation, "__args__", ())] if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        current = next(
+            (
+                a
+                for a in [annotation, *getattr(annotation, "__args__", ())]
+                if isinstance(a, type) and issubclass(a, BaseModel)
+            ),
+            None,
+        )
         if current is None:
             return ""
     close = difflib.get_close_matches(str(place[-1]), list(current.model_fields), n=1, cutoff=0.5)

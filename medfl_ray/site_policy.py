@@ -22,9 +22,15 @@ class SitePolicy(Section):
     data_set: HospitalId = Field(description="Name of the data set; with the hospital's name the key of its budget.")
     declared: Declared = Field("private", description="What the data are.")
     num_patients: Positive = Field(description="Rounded, public number of training patients.")
-    max_epsilon: PositiveFloat | None = Field(None, description="Lifetime patient-level epsilon budget of the data set.")
-    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="Delta of the budget; min(1e-5, 1 / (10 N)) when absent.")
-    min_noise_multiplier: PositiveFloat | None = Field(None, description="Noise multiplier below which the hospital does not train.")
+    max_epsilon: PositiveFloat | None = Field(
+        None, description="Lifetime patient-level epsilon budget of the data set."
+    )
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="Delta of the budget; min(1e-5, 1 / (10 N)) when absent."
+    )
+    min_noise_multiplier: PositiveFloat | None = Field(
+        None, description="Noise multiplier below which the hospital does not train."
+    )
     require_dp: bool = Field(False, description="Refuse every job without differential privacy.")
 
     @property
@@ -60,9 +66,13 @@ class SiteDataSection(Section):
     """Where the hospital's images are."""
 
     directory: Path = Field(description="Folder of the hospital's images.")
-    format: Literal["auto", "decathlon", "nnunet", "manifest", "dicom"] = Field("auto", description="Layout of the folder.")
+    format: Literal["auto", "decathlon", "nnunet", "manifest", "dicom"] = Field(
+        "auto", description="Layout of the folder."
+    )
     labels: dict[int, str] = Field(default_factory=dict, description="Names of the label values above 0.")
-    preprocessing: dict[str, Any] = Field(default_factory=dict, description="Overrides of data.spacing_mm, intensity and window.")
+    preprocessing: dict[str, Any] = Field(
+        default_factory=dict, description="Overrides of data.spacing_mm, intensity and window."
+    )
     data_set: HospitalId = Field("dataset", description="Name of the data set in the ledger.")
     declared: Declared = Field("private", description="What the data are.")
 
