@@ -126,12 +126,20 @@ class DataConfig(Section):
         "memory", description="Where prepared volumes are kept, so that each is decoded once."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _phantoms_are_synthetic(cls, raw: Any) -> Any:
+        # Written out, so that a dumped configuration, with every default in it, loads again.
+        if isinstance(raw, dict) and raw.get("phantom") is not None:
+            return {"declared": "synthetic", **raw}
+        return raw
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         sources = [self.directory is not None, self.phantom is not None, bool(self.hospitals)]
         if sum(sources) != 1:
             raise ValueError("data needs exactly one of: directory, phantom, hospitals")
-        if self.phantom is not None and "declared" in self.model_fields_set and self.declared != "synthetic":
+        if self.phantom is not None and self.declared != "synthetic":
             raise ValueError("data.phantom is synthetic; remove data.declared or set it to 'synthetic'")
         if self.intensity == "window" and (self.window is None or self.window[0] >= self.window[1]):
             raise ValueError("data.intensity is 'window', so data.window must be [lower, upper] with lower < upper")
@@ -237,11 +245,18 @@ class FederationConfig(Section):
         (), description="Baselines to train beside the federation."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _enough_are_available(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and "min_clients" in raw:
+            return {"min_available_clients": raw["min_clients"], **raw}
+        return raw
+
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> Self:
         if self.local_epochs is not None and self.local_steps is not None:
             raise ValueError("federation has both local_epochs and local_steps; keep one")
-        if self.min_clients > self.min_available_clients and "min_available_clients" in self.model_fields_set:
+        if self.min_clients > self.min_available_clients:
             raise ValueError("federation.min_clients exceeds min_available_clients; a round could never be published")
         return self
 
