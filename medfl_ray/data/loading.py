@@ -1,0 +1,139 @@
+"""From a listed case to a prepared one, with messages that say which case it was and not whose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medfl_ray.data.cases import Case, CaseIndex, PreparedCase
+from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.data.readers import read_label, read_volume
+from medfl_ray.data.volume import Volume, same_grid
+from medfl_ray.errors import ConfigError, DataError, GeometryError, LabelError, UnreadableFile
+
+
+@dataclass(frozen=True)
+class CaseLoader:
+    """Reads and prepares one case when called.
+
+    `where` names the case in messages: its position, and the file's name only where the data are not private.
+    """
+
+    case: Case
+    preprocessing: Preprocessing
+    picked: tuple[int, ...] | None
+    labels: Mapping[int, str]
+    where: str
+
+    def __call__(self) -> PreparedCase:
+        """Read and prepare the case.
+
+        Raises:
+          DataError: of the kind that the readers raise, with `where` in front.
+        """
+        try:
+            image, label = read_case(self.case, self.labels, self.picked)
+            prepared = self.preprocessing.prepare(image, label)
+        except DataError as error:
+            raise type(error)(f"{self.where}: {error}") from None
+        return PreparedCase(
+            self.case.patient_id,
+            self.case.case_id,
+            prepared.image,
+            prepared.label,
+            prepared.affine,
+            prepared.spacing_mm,
+        )
+
+
+def read_case(
+    case: Case, labels: Mapping[int, str], picked: Sequence[int] | None = None
+) -> tuple[Volume, Volume | int | None]:
+    """Read a case's channels, stacked, and its label.
+
+    Args:
+      labels: names of the label values, for DICOM segments.
+      picked: which channels to keep, in this order; all when None.
+    """
+    first, *others = [read_volume(path, case.fields.get(f"series_{i}", "")) for i, path in enumerate(case.images)]
+    for i, other in enumerate(others):
+        if not same_grid(first, other):
+            raise GeometryError(
+                f"channel {i + 2} has shape {other.spatial_shape} or lies elsewhere in space than channel 1 "
+                f"{first.spatial_shape}; register and resample the channels to one grid"
+            )
+    arrays = [first.array, *(other.array for other in others)]
+    image = Volume(arrays[0] if len(arrays) == 1 else np.concatenate(arrays), first.affine, first.notes)
+    if picked is not None:
+        if max(picked) >= len(image.array):
+            raise GeometryError(f"the image has {len(image.array)} channels; expected at least {max(picked) + 1}")
+        image = Volume(image.array[list(picked)], image.affine, image.notes)
+    label = read_label(case.label, first, labels) if isinstance(case.label, Path) else case.label
+    return image, label
+
+
+def check_labelled(cases: Sequence[Case], task: str) -> None:
+    """Refuse cases without a label, or with a label of the other task.
+
+    Raises:
+      LabelError: with the position of the first such case.
+      UnreadableFile: a file of the list does not exist.
+    """
+    for position, case in enumerate(cases):
+        where = f"case {position + 1} of {len(cases)}"
+        if case.label is None:
+            raise LabelError(f"{where} has no label; add it, or leave the case out of the list")
+        if (task == "classification") != isinstance(case.label, int):
+            found = "a class" if isinstance(case.label, int) else "a label image"
+            raise LabelError(
+                f"{where} has {found} as its label, but data.task is {task!r}; correct data.task or the label"
+            )
+        for what, path in [*(("image", p) for p in case.images), ("label", case.label)]:
+            if isinstance(path, Path) and not path.exists():
+                raise UnreadableFile(f"{where}: its {what} file does not exist; correct the path in the case list")
+
+
+def pick_channels(wanted: tuple[str, ...], found: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Return the channels' names and which of the image's channels they are (None for all as they come).
+
+    Raises:
+      ConfigError: a wanted channel is not in the data.
+    """
+    if not wanted or not found:
+        return wanted or found, None
+    known = {name.casefold(): i for i, name in enumerate(found)}
+    if all(name.casefold() in known for name in wanted):
+        picked = tuple(known[name.casefold()] for name in wanted)
+        return wanted, None if picked == tuple(range(len(found))) else picked
+    if len(wanted) == len(found):
+        return wanted, None
+    raise ConfigError(
+        f"data.channels is {list(wanted)}; the data have {list(found)}. Name channels that exist, or one per channel"
+    )
+
+
+def name_classes(configured: Mapping[int, str], index: CaseIndex, task: str) -> tuple[dict[int, str], dict[int, str]]:
+    """Return ({label value: name}, {class of the model: name}), background apart.
+
+    Raises:
+      ConfigError: neither the run nor the layout names the labels.
+      LabelError: a class index lies outside the names.
+    """
+    values = {value: name for value, name in sorted((configured or index.labels).items()) if value > 0}
+    if task == "classification":
+        highest = max([case.label for case in index.cases if isinstance(case.label, int)], default=1)
+        lowest = min([case.label for case in index.cases if isinstance(case.label, int)], default=0)
+        values = values or {value: f"class {value}" for value in range(1, highest + 1)}
+        if lowest < 0 or highest > max(values, default=1):
+            raise LabelError(
+                f"class {lowest if lowest < 0 else highest} is outside 0..{max(values)}; name every class in data.labels"
+            )
+        return values, values
+    if not values:
+        raise ConfigError("the layout does not name the label values; set data.labels, for instance {1: tumour}")
+    if max(values) > 255:
+        raise ConfigError(f"label value {max(values)} is above 255, the largest that is supported; renumber the labels")
+    return values, {i + 1: name for i, name in enumerate(values.values())}

@@ -1,0 +1,47 @@
+"""NIfTI images."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from medfl_ray.data.volume import Volume
+from medfl_ray.errors import GeometryError, UnreadableFile
+
+
+def read_nifti(path: Path) -> Volume:
+    """Read a .nii or .nii.gz file; a fourth (or fifth) axis becomes the channels.
+
+    Raises:
+      UnreadableFile: the file is truncated, not NIfTI, or has colour voxels.
+      GeometryError: the axes or the affine make no sense.
+    """
+    try:
+        image = nib.load(path)
+        if image.get_data_dtype().names:
+            raise UnreadableFile("the NIfTI voxels are colours; expected one number per voxel and channel")
+        values = np.asarray(image.dataobj, dtype=np.float32)
+    except (EOFError, OSError, zlib.error, ImageFileError, HeaderDataError, ValueError) as error:
+        if isinstance(error, (UnreadableFile, FileNotFoundError, PermissionError)):
+            raise
+        raise UnreadableFile(
+            f"not a complete NIfTI file ({type(error).__name__}); copy it again from its source"
+        ) from None
+    return Volume(_channels_first(values), np.asarray(image.affine, dtype=np.float64))
+
+
+def _channels_first(values: np.ndarray) -> np.ndarray:
+    if values.ndim == 5 and values.shape[3] == 1:
+        values = values[:, :, :, 0]
+    if values.ndim == 4:
+        return np.ascontiguousarray(np.moveaxis(values, 3, 0))
+    if values.ndim == 2:
+        values = values[:, :, None]
+    if values.ndim != 3:
+        raise GeometryError(f"the NIfTI file has {values.ndim} axes; expected 2, 3, or 4 with channels last")
+    return values[None]

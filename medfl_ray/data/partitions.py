@@ -1,0 +1,143 @@
+"""Deal patients to simulated hospitals, and hold patients out for evaluation; a patient is never divided."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from medfl_ray.config import PartitionConfig
+from medfl_ray.data.cases import Case
+from medfl_ray.errors import ConfigError, LayoutError
+
+SMALLEST_HOSPITAL = 2  # One patient to train on, one to evaluate on.
+DIRICHLET_ATTEMPTS = 1000
+
+
+def partition_patients(cases: Sequence[Case], partition: PartitionConfig, seed: int) -> dict[str, tuple[Case, ...]]:
+    """Return the cases of each hospital, hospitals in a fixed order that file order does not change.
+
+    Raises:
+      ConfigError: there are too few patients, or the field does not divide them.
+      LayoutError: a patient's cases name two hospitals.
+    """
+    if partition.by == "field":
+        return _by_field(cases, str(partition.field))
+    if partition.by == "single":
+        return {"hospital-1": tuple(cases)}
+    patients = shuffled_patients(cases, seed)
+    if len(patients) < SMALLEST_HOSPITAL * partition.num_hospitals:
+        raise ConfigError(
+            f"{len(patients)} patients cannot be dealt to {partition.num_hospitals} hospitals with at least "
+            f"{SMALLEST_HOSPITAL} each; lower data.partition.num_hospitals"
+        )
+    if partition.by == "iid":
+        sizes = [len(part) for part in np.array_split(np.arange(len(patients)), partition.num_hospitals)]
+    else:
+        sizes = _dirichlet_sizes(len(patients), partition, seed)
+    ends = np.cumsum(sizes)
+    groups = [patients[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+    return {f"hospital-{i + 1}": _cases_of(cases, set(group)) for i, group in enumerate(groups)}
+
+
+def split_holdout(cases: Sequence[Case], fraction: float, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """Return (training cases, held-out cases), by patient.
+
+    A split in the case list is kept. Patients without one are drawn by `fraction` when the list holds
+    nobody out, and train otherwise. The draw depends on the seed and the patients' names alone.
+
+    Raises:
+      LayoutError: one patient is on both sides, or a side is empty.
+    """
+    check_splits(cases)
+    held_out = {case.patient_id for case in cases if case.split == "holdout"}
+    free = [p for p in shuffled_patients(cases, seed) if p not in {c.patient_id for c in cases if c.split}]
+    num_patients = len({case.patient_id for case in cases})
+    if num_patients < SMALLEST_HOSPITAL:
+        raise LayoutError(
+            f"{num_patients} patient(s) found; expected at least 2, one to train on and one to evaluate on"
+        )
+    if not held_out:
+        wanted = int(np.clip(round(fraction * num_patients), 1, num_patients - 1))
+        held_out = set(free[:wanted])
+    if not held_out or len(held_out) == num_patients:
+        side = "evaluate" if not held_out else "train"
+        raise LayoutError(f"the case list's split leaves no patient to {side} on; correct its split column")
+    return (
+        tuple(case for case in cases if case.patient_id not in held_out),
+        tuple(case for case in cases if case.patient_id in held_out),
+    )
+
+
+def check_splits(cases: Sequence[Case]) -> None:
+    """Refuse a case list that puts one patient on two sides.
+
+    Raises:
+      LayoutError: with the positions of two such cases.
+    """
+    first: dict[str, int] = {}
+    for position, case in enumerate(cases):
+        other = first.setdefault(case.patient_id, position)
+        if cases[other].split != case.split:
+            raise LayoutError(
+                f"cases {other + 1} and {position + 1} of {len(cases)} are of one patient but on two sides of the split "
+                f"({cases[other].split or 'unassigned'} and {case.split or 'unassigned'}); put every patient on one side"
+            )
+
+
+def shuffled_patients(cases: Sequence[Case], seed: int) -> list[str]:
+    """Return the patients in an order given by the seed and their names, whatever the order of the cases."""
+    patients = {case.patient_id for case in cases}
+    return sorted(patients, key=lambda patient: hashlib.sha256(f"{seed}:{patient}".encode()).digest())
+
+
+def holdout_size(num_patients: int, fraction: float) -> int:
+    """Number of held-out patients where no split is given."""
+    return int(np.clip(round(fraction * num_patients), 1, num_patients - 1))
+
+
+def _cases_of(cases: Sequence[Case], patients: set[str]) -> tuple[Case, ...]:
+    return tuple(case for case in cases if case.patient_id in patients)
+
+
+def _by_field(cases: Sequence[Case], field: str) -> dict[str, tuple[Case, ...]]:
+    missing = sum(field not in case.fields for case in cases)
+    if missing:
+        known = sorted(set().union(*(case.fields for case in cases)))
+        raise ConfigError(
+            f"{missing} of {len(cases)} cases have no field {field!r} (data.partition.field); fields found: {', '.join(known) or 'none'}"
+        )
+    home: dict[str, str] = {}
+    for position, case in enumerate(cases):
+        if home.setdefault(case.patient_id, case.fields[field]) != case.fields[field]:
+            raise LayoutError(
+                f"case {position + 1} of {len(cases)}: its patient has two values of {field!r}, so two hospitals; "
+                "a patient belongs to one"
+            )
+    values = sorted(set(home.values()))
+    names = {value: _hospital_name(value) for value in values}
+    if len(set(names.values())) < len(names):
+        raise ConfigError(f"two values of {field!r} give one hospital name; rename them to differ in letters or digits")
+    return {names[value]: tuple(case for case in cases if case.fields[field] == value) for value in values}
+
+
+def _hospital_name(value: str) -> str:
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", value).strip("-._")[:64]
+    return name or "unnamed"
+
+
+def _dirichlet_sizes(num_patients: int, partition: PartitionConfig, seed: int) -> list[int]:
+    """Draw hospital sizes; a draw with a hospital below two patients is repeated, at last evened out."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed & (2**64 - 1), 0x5EED]))
+    sizes = np.zeros(partition.num_hospitals, dtype=int)
+    for _ in range(DIRICHLET_ATTEMPTS):
+        shares = rng.dirichlet([partition.alpha] * partition.num_hospitals)
+        sizes = np.diff(np.round(np.concatenate([[0.0], np.cumsum(shares)]) * num_patients)).astype(int)
+        if sizes.min() >= SMALLEST_HOSPITAL:
+            break
+    while sizes.min() < SMALLEST_HOSPITAL:
+        sizes[sizes.argmax()] -= 1
+        sizes[sizes.argmin()] += 1
+    return [int(size) for size in sizes]

@@ -1,0 +1,225 @@
+"""Which hospitals a run has, what they declare in public, and their data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from medfl_ray.config import DataConfig, Declared, HospitalConfig, RunConfig
+from medfl_ray.config_files import parse_model
+from medfl_ray.data.cases import Case, CaseIndex
+from medfl_ray.data.dataset import HospitalCases, HospitalData, PatchSampling
+from medfl_ray.data.layouts import discover_cases
+from medfl_ray.data.loading import CaseLoader, check_labelled, name_classes, pick_channels
+from medfl_ray.data.partitions import partition_patients, split_holdout
+from medfl_ray.data.phantom_source import open_phantom_hospital, phantom_hospital_names, split_phantoms
+from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.data.readers import read_volume
+from medfl_ray.errors import ConfigError, DataError, LayoutError
+from medfl_ray.site_policy import SiteConfig, SitePolicy, load_site_config
+
+
+class Site(NamedTuple):
+    """Where one hospital's images are and how it wants them read."""
+
+    hospital_id: str
+    declared: Declared
+    data: DataConfig
+    directory: Path
+    num_workers: int
+
+
+def list_hospitals(run: RunConfig) -> list[SitePolicy]:
+    """Return the hospitals of a run and their public declarations, in the order of the configuration.
+
+    Files are counted only where the data are public or synthetic. A hospital's own policy file wins.
+
+    Raises:
+      ConfigError: private data do not declare num_patients, or a site file contradicts the run.
+    """
+    if run.data.phantom is not None:
+        phantom = run.data.phantom
+        names = phantom_hospital_names(phantom)
+        counts = [len(split_phantoms(run, phantom, i)[0]) for i in range(len(names))]
+        return [_policy(run, name, "synthetic", count) for name, count in zip(names, counts, strict=True)]
+    if run.data.directory is not None:
+        return _partitioned_policies(run)
+    return [_hospital_policy(run, hospital) for hospital in run.data.hospitals]
+
+
+def open_hospital_data(run: RunConfig, hospital_ids: tuple[str, ...]) -> HospitalData:
+    """Open one hospital's data, or the union of several inside one trust domain.
+
+    Nothing is decoded before it is needed, unless training.num_workers asks for it.
+
+    Raises:
+      ConfigError: a hospital is not in the run, or its folder does not exist.
+      DataError: the folder or a case is not usable; the message says which case and why.
+    """
+    opened = [_open(run, hospital_id) for hospital_id in hospital_ids]
+    if not opened:
+        raise ConfigError("no hospital was asked for; expected at least one of the run's")
+    _check_one_network(opened)
+    data = HospitalData(opened, PatchSampling.from_config(run.training, run.patch_size), run.data)
+    data.decode(_num_workers(run, hospital_ids))
+    return data
+
+
+def _policy(run: RunConfig, hospital: str, declared: Declared, num_patients: int) -> SitePolicy:
+    return SitePolicy(hospital=hospital, data_set=run.data.name, declared=declared, num_patients=num_patients)
+
+
+def _partitioned_policies(run: RunConfig) -> list[SitePolicy]:
+    if run.data.declared == "private":
+        raise ConfigError(
+            "data.directory holds private data without a declared number of patients. List the folder under data.hospitals "
+            "with num_patients (rounded, public), or set data.declared to 'public' or 'synthetic' if that is what they are"
+        )
+    return [
+        _policy(run, hospital, run.data.declared, _num_train_patients(run, cases))
+        for hospital, cases in _partition(run).items()
+    ]
+
+
+def _partition(run: RunConfig) -> dict[str, tuple[Case, ...]]:
+    index = discover_cases(Path(str(run.data.directory)), run.data.format)
+    return partition_patients(index.cases, run.data.partition, run.federation.seed)
+
+
+def _num_train_patients(run: RunConfig, cases: tuple[Case, ...]) -> int:
+    train, _ = split_holdout(cases, run.data.holdout_fraction, run.federation.seed)
+    return len({case.patient_id for case in train})
+
+
+def _hospital_policy(run: RunConfig, hospital: HospitalConfig) -> SitePolicy:
+    site = _site_config(hospital)
+    if site is not None:
+        return site.policy
+    declared = hospital.declared or run.data.declared
+    num_patients = hospital.num_patients
+    if num_patients is None:
+        if declared == "private":
+            raise ConfigError(
+                f"hospital {hospital.id!r} has private data and no num_patients; declare its rounded, public number of "
+                "training patients (it sets sample rate, delta and the hospital's weight)"
+            )
+        place = _locate(run, hospital)
+        num_patients = _num_train_patients(run, discover_cases(place.directory, place.data.format).cases)
+    return SitePolicy(
+        hospital=hospital.id,
+        data_set=hospital.data_set or run.data.name,
+        declared=declared,
+        num_patients=num_patients,
+        max_epsilon=hospital.max_epsilon,
+    )
+
+
+def _site_config(hospital: HospitalConfig) -> SiteConfig | None:
+    if hospital.site_config is None:
+        return None
+    site = load_site_config(hospital.site_config)
+    if site.hospital.id != hospital.id:
+        raise ConfigError(
+            f"the site file of hospital {hospital.id!r} is of hospital {site.hospital.id!r}; correct data.hospitals"
+        )
+    return site
+
+
+def _locate(run: RunConfig, hospital: HospitalConfig) -> Site:
+    """Combine a run's wishes with a hospital's own file; paths in the file are relative to it."""
+    site = _site_config(hospital)
+    if site is None:
+        if hospital.directory is None:
+            raise ConfigError(f"hospital {hospital.id!r} has neither directory nor site_config; give one")
+        return Site(
+            hospital.id, hospital.declared or run.data.declared, run.data, hospital.directory, run.training.num_workers
+        )
+    changes = {**site.data.preprocessing, "format": site.data.format}
+    unknown = set(site.data.preprocessing) - {"spacing_mm", "intensity", "window"}
+    if unknown:
+        raise ConfigError(
+            f"data.preprocessing of hospital {hospital.id!r} has {sorted(unknown)}; known are spacing_mm, intensity, window"
+        )
+    if site.data.labels:
+        changes["labels"] = site.data.labels
+    data = parse_model(
+        DataConfig, {**run.data.model_dump(exclude_unset=True), **changes}, "the hospital's data section"
+    )
+    directory = hospital.directory or Path(str(hospital.site_config)).parent / site.data.directory
+    return Site(hospital.id, site.data.declared, data, directory, run.training.num_workers or site.training.num_workers)
+
+
+def _open(run: RunConfig, hospital_id: str) -> HospitalCases:
+    if run.data.phantom is not None:
+        names = phantom_hospital_names(run.data.phantom)
+        return open_phantom_hospital(run, run.data.phantom, names.index(_known(hospital_id, names)))
+    if run.data.directory is not None:
+        index = discover_cases(run.data.directory, run.data.format)
+        parts = partition_patients(index.cases, run.data.partition, run.federation.seed)
+        site = Site(hospital_id, run.data.declared, run.data, run.data.directory, run.training.num_workers)
+        return _open_cases(run, site, index, parts[_known(hospital_id, tuple(parts))])
+    hospitals = {hospital.id: hospital for hospital in run.data.hospitals}
+    site = _locate(run, hospitals[_known(hospital_id, tuple(hospitals))])
+    index = discover_cases(site.directory, site.data.format)
+    return _open_cases(run, site, index, index.cases)
+
+
+def _known(hospital_id: str, names: tuple[str, ...]) -> str:
+    if hospital_id not in names:
+        raise ConfigError(f"hospital {hospital_id!r} is not in the run; its hospitals are {', '.join(names)}")
+    return hospital_id
+
+
+def _open_cases(run: RunConfig, site: Site, index: CaseIndex, cases: tuple[Case, ...]) -> HospitalCases:
+    data = site.data
+    check_labelled(cases, data.task)
+    found = index.channels or _channels_of(cases[0])
+    channels, picked = pick_channels(data.channels, found)
+    values, classes = name_classes(data.labels, index, data.task)
+    preprocessing = Preprocessing.from_config(
+        data, run.spatial_dims, channels, tuple(values) if data.task == "segmentation" else ()
+    )
+    train, holdout = split_holdout(cases, data.holdout_fraction, run.federation.seed)
+    position = {id(case): i + 1 for i, case in enumerate(cases)}
+
+    def loader(case: Case) -> CaseLoader:
+        shown = "" if site.declared == "private" else f" ({case.images[0].name})"
+        where = f"hospital {site.hospital_id!r}, case {position[id(case)]} of {len(cases)}{shown}"
+        return CaseLoader(case, preprocessing, picked, values, where)
+
+    patients = sorted({case.patient_id for case in train})
+    return HospitalCases(
+        hospital_id=site.hospital_id,
+        declared=site.declared,
+        channels=channels,
+        labels=classes,
+        preprocessing=preprocessing,
+        train=tuple(tuple(loader(case) for case in train if case.patient_id == patient) for patient in patients),
+        holdout=tuple(loader(case) for case in sorted(holdout, key=lambda c: (c.patient_id, c.case_id))),
+    )
+
+
+def _channels_of(case: Case) -> tuple[str, ...]:
+    """Number the channels of a layout that does not name them, by its first case."""
+    try:
+        num_channels = sum(
+            read_volume(path, case.fields.get(f"series_{i}", "")).array.shape[0] for i, path in enumerate(case.images)
+        )
+    except DataError as error:
+        raise type(error)(f"case 1: {error}") from None
+    return tuple(f"channel-{i}" for i in range(num_channels))
+
+
+def _check_one_network(opened: list[HospitalCases]) -> None:
+    for hospital in opened[1:]:
+        if (len(hospital.channels), hospital.labels) != (len(opened[0].channels), opened[0].labels):
+            raise LayoutError(
+                f"hospitals {opened[0].hospital_id!r} and {hospital.hospital_id!r} do not fit one network: channels "
+                f"{list(opened[0].channels)} and {list(hospital.channels)}, labels {opened[0].labels} and {hospital.labels}. "
+                "Name data.channels and data.labels in the run"
+            )
+
+
+def _num_workers(run: RunConfig, hospital_ids: tuple[str, ...]) -> int:
+    sites = [_locate(run, hospital) for hospital in run.data.hospitals if hospital.id in hospital_ids]
+    return max([run.training.num_workers, *(site.num_workers for site in sites)])
