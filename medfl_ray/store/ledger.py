@@ -1,0 +1,290 @@
+"""A hospital's privacy ledger: what was ever charged to one data set, over all runs and restarts.
+
+The order is reserve, train, settle. A crash anywhere leaves the reservation charged; only a release,
+where provably nothing left the host, gives it back. See privacy/README.md for the reasons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection
+
+from medfl_ray.errors import BudgetExceeded, LedgerError, PrivacyConfigError
+from medfl_ray.failpoints import failpoint
+from medfl_ray.messages import Mechanism, PrivacySpent
+from medfl_ray.privacy.accountant import Segment, check_segment, epsilon_spent
+from medfl_ray.store.ledger_events import (
+    LedgerEvent,
+    LedgerHead,
+    charged_segments,
+    check_chain,
+    genesis,
+)
+from medfl_ray.store.ledger_file import LedgerFile
+
+EXPORT_FORMAT = "medfl-ray privacy ledger v1"
+
+
+class PrivacyLedger:
+    """The account of one (hospital, data set); nothing else, a file count or a fingerprint, is part of its key."""
+
+    def __init__(self, file: LedgerFile, account: tuple[str, str], delta: float, max_epsilon: float | None) -> None:
+        """See `open`."""
+        if not 0 < delta < 1:
+            raise PrivacyConfigError(f"delta is {delta!r}; it must lie between 0 and 1, and below 1 / num_patients")
+        if max_epsilon is not None and not max_epsilon > 0:
+            raise PrivacyConfigError(f"max_epsilon is {max_epsilon!r}; it must be a number above 0")
+        self._file = file
+        self._account = account
+        self._delta = delta
+        self._max_epsilon = max_epsilon
+        self._rows: list[LedgerEvent] = []
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        hospital: str,
+        data_set: str,
+        delta: float,
+        max_epsilon: float | None,
+        expected_head: LedgerHead | None = None,
+    ) -> PrivacyLedger:
+        """Open or create the ledger file and check every row of the account.
+
+        Args:
+          path: the file in the hospital's state folder; the hospital's key lies beside it.
+          delta: of the account's epsilon, in (0, 1).
+          max_epsilon: lifetime budget of the data set (patient-level, add/remove); None for no limit.
+          expected_head: the last row that a mirror or receipt has seen; the ledger must hold it.
+
+        Raises:
+          LedgerError: the ledger is damaged, altered, locked, or lacks the expected head.
+        """
+        ledger = cls(LedgerFile(Path(path)), (hospital, data_set), delta, max_epsilon)
+        ledger.verify()
+        if expected_head is not None:
+            ledger.check_holds(expected_head)
+        return ledger
+
+    def reserve(
+        self,
+        job: str,
+        round: int,
+        attempt: int,
+        mechanism: Mechanism,
+        budget: float | None,
+        fingerprint: str | None = None,
+    ) -> str:
+        """Charge a mechanism before anything is trained and return the reservation's id.
+
+        Args:
+          budget: what this job alone may spend, as patient-level epsilon at the mechanism's delta.
+          fingerprint: HMAC of the data set's contents, recorded as evidence; see HospitalKey.fingerprint.
+
+        Raises:
+          BudgetExceeded: the job's or the data set's epsilon would pass its budget; nothing was charged.
+          LedgerError: this job, round and attempt is charged already, or the ledger cannot be written.
+        """
+        segment = Segment(mechanism.noise_multiplier, mechanism.sample_rate, mechanism.num_steps)
+        check_segment(segment)
+        # Accounted once outside the lock, so that under it the answer is usually known already.
+        self._refuse_over_budget(job, segment, mechanism.delta, budget)
+        reservation = secrets.token_hex(16)
+        with self._appending("reserve") as append:
+            self._refuse_twice(job, round, attempt)
+            self._refuse_over_budget(job, segment, mechanism.delta, budget)
+            append(
+                job=job,
+                round=round,
+                attempt=attempt,
+                reservation=reservation,
+                fingerprint=fingerprint,
+                **mechanism.model_dump(),
+            )
+        return reservation
+
+    def settle(self, reservation: str) -> None:
+        """Write down that a reservation is being used up; from here on it cannot be released.
+
+        Raises:
+          LedgerError: no such reservation is open, or the ledger cannot be written.
+        """
+        self._close("settle", reservation, None)
+
+    def release(self, reservation: str, reason: str) -> None:
+        """Give a reservation back; only for what provably never left the host, with the reason why.
+
+        Raises:
+          LedgerError: no such reservation is open, or the ledger cannot be written.
+        """
+        self._close("release", reservation, reason)
+
+    def spent(self) -> PrivacySpent:
+        """Return the epsilon of everything charged so far, reservations included.
+
+        Raises:
+          LedgerError: the ledger cannot be read or was altered.
+        """
+        self._refresh()
+        epsilon = epsilon_spent(charged_segments(self._rows), self._delta)
+        return PrivacySpent(epsilon=epsilon, delta=self._delta, budget=self._max_epsilon)
+
+    def events(self) -> tuple[LedgerEvent, ...]:
+        """Return every row of the account, in order."""
+        self._refresh()
+        return tuple(self._rows)
+
+    def head(self) -> LedgerHead:
+        """Return the last row's number and hash, for a mirror or a receipt."""
+        self._refresh()
+        return self._head
+
+    def verify(self) -> LedgerHead:
+        """Check the file and every row from the first: order, hashes, signatures, reservations; return the head.
+
+        Raises:
+          LedgerError: names the first bad row.
+        """
+        self._file.check_integrity()
+        self._rows = []
+        return self.head()
+
+    def check_holds(self, expected: LedgerHead) -> None:
+        """Refuse to go on where the ledger lacks a row that a mirror or receipt has seen.
+
+        Raises:
+          LedgerError: the ledger is shorter than the expected head, or another history.
+        """
+        rows = self.events()
+        if expected.sequence == 0 or any(row.reason == str(expected) for row in rows if row.kind == "recover"):
+            return
+        if len(rows) < expected.sequence:
+            seen = f"has {len(rows)} rows and is known to have had {expected.sequence}: its end is missing"
+        elif rows[expected.sequence - 1].hash != expected.hash:
+            seen = f"differs from its mirror at row {expected.sequence}: it is another history"
+        else:
+            return
+        raise LedgerError(
+            f"the privacy ledger of hospital {self._account[0]!r}, data set {self._account[1]!r}, {seen}. Nothing trains "
+            "on this data set until `medfl-ray privacy ledger recover` has charged the mirrored history."
+        )
+
+    def export(self) -> dict[str, Any]:
+        """Return the account as plain data: its rows, what they cost, and with what key they are signed."""
+        spent = self.spent()
+        return {
+            "format": EXPORT_FORMAT,
+            "hospital": self._account[0],
+            "data_set": self._account[1],
+            "spent": spent.model_dump(),
+            "unit": spent.unit,
+            "adjacency": spent.adjacency,
+            "delta": spent.delta,
+            "public_key": self._file.key.public_key,
+            "head": str(self._head),
+            "events": [row.to_dict() for row in self._rows],
+        }
+
+    @property
+    def _head(self) -> LedgerHead:
+        return self._rows[-1].head if self._rows else genesis(*self._account)
+
+    def _close(self, kind: str, reservation: str, reason: str | None) -> None:
+        with self._appending(kind) as append:
+            opened = next((row for row in self._rows if row.reservation == reservation), None)
+            closed = next((row for row in self._rows if row.closes == reservation), None)
+            if opened is None:
+                raise LedgerError(f"cannot {kind} reservation {reservation!r}: this data set's ledger has no such one")
+            if closed is not None:
+                raise LedgerError(
+                    f"cannot {kind} the reservation of job {opened.job!r}, round {opened.round}, attempt "
+                    f"{opened.attempt}: row {closed.sequence} has closed it ({closed.kind}); reserve again"
+                )
+            append(job=opened.job, round=opened.round, attempt=opened.attempt, closes=reservation, reason=reason)
+
+    @contextmanager
+    def _appending(self, kind: str) -> Iterator[Callable[..., None]]:
+        """Hold the write lock, bring the rows up to date, and offer to append one; durable when the block ends."""
+        failpoint(f"ledger.{kind}.begin")
+        with self._file.writing() as connection:
+            self._load(connection)
+
+            def append(**fields: Any) -> None:
+                row = self._next_row(kind, fields)
+                self._file.append(connection, row)
+                failpoint(f"ledger.{kind}.appended")
+                pending.append(row)
+
+            pending: list[LedgerEvent] = []
+            yield append
+            failpoint(f"ledger.{kind}.before_commit")
+        self._rows += pending
+        failpoint(f"ledger.{kind}.committed")
+
+    def _next_row(self, kind: str, fields: dict[str, Any]) -> LedgerEvent:
+        hospital, data_set = self._account
+        names = {field.name for field in dataclasses.fields(LedgerEvent)}
+        return LedgerEvent(
+            hospital=hospital,
+            data_set=data_set,
+            sequence=self._head.sequence + 1,
+            kind=kind,
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+            previous_hash=self._head.hash,
+            **{name: value for name, value in fields.items() if name in names},
+        ).sealed(self._file.key)
+
+    def _refresh(self) -> None:
+        with self._file.reading() as connection:
+            self._load(connection)
+
+    def _load(self, connection: Connection) -> None:
+        """Read and check what was added since the last look; another process may have been the writer."""
+        after = max(self._head.sequence - 1, 0)  # the last known row is read again: it must still be the same
+        rows = self._file.rows(connection, self._account, after)
+        if self._rows and (not rows or rows[0] != self._rows[-1]):
+            raise LedgerError(
+                f"the privacy ledger of hospital {self._account[0]!r}, data set {self._account[1]!r}, changed behind row "
+                f"{after}: rows that were there are gone or altered. See `medfl-ray privacy ledger recover`."
+            )
+        added = rows[1:] if self._rows else rows
+        check_chain(self._account, self._rows, added, self._file.key.public_key)
+        self._rows += added
+
+    def _refuse_twice(self, job: str, round: int, attempt: int) -> None:
+        released = {row.closes for row in self._rows if row.kind == "release"}
+        for row in self._rows:
+            same = row.kind == "reserve" and (row.job, row.round, row.attempt) == (job, round, attempt)
+            if same and row.reservation not in released:
+                raise LedgerError(
+                    f"job {job!r}, round {round}, attempt {attempt} is charged already (row {row.sequence}); "
+                    "a retry trains on other noise and is a new charge: use the next attempt number"
+                )
+
+    def _refuse_over_budget(self, job: str, segment: Segment, delta: float, budget: float | None) -> None:
+        accounts = (("hospital", None, self._delta, self._max_epsilon), ("job", job, delta, budget))
+        for whose, of_job, its_delta, limit in accounts:
+            if limit is None:
+                continue
+            after = epsilon_spent((*charged_segments(self._rows, of_job), segment), its_delta)
+            if after > limit:
+                subject = f"job {job!r} at hospital" if whose == "job" else "hospital"
+                raise BudgetExceeded(
+                    f"{subject} {self._account[0]!r} would reach epsilon={_up(after)} on data set {self._account[1]!r}; "
+                    f"its budget is {limit:g} (patient-level, add/remove adjacency, delta={its_delta:g}). Raise "
+                    "privacy.noise_multiplier or lower federation.rounds."
+                )
+
+
+def _up(epsilon: float) -> str:
+    """Print an epsilon rounded up, so that it never reads as within the budget it exceeds."""
+    return f"{math.ceil(epsilon * 100) / 100:.2f}" if math.isfinite(epsilon) else "infinity"

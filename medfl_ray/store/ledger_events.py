@@ -1,0 +1,180 @@
+"""One row of the privacy ledger: an event, never an epsilon, bound to the row before it and signed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from medfl_ray.errors import LedgerError
+from medfl_ray.privacy.accountant import Segment
+from medfl_ray.store.hospital_key import HospitalKey, signature_is_valid
+
+CHAIN_LABEL = "medfl-ray privacy ledger v1"
+SEALS = ("hash", "signature")
+
+
+class LedgerHead(NamedTuple):
+    """The last row of an account: what a mirror or a receipt remembers of the ledger; sequence 0 when empty."""
+
+    sequence: int
+    hash: str
+
+    def __str__(self) -> str:
+        """One word, as receipts hold it."""
+        return f"{self.sequence}:{self.hash}"
+
+    @classmethod
+    def parse(cls, text: str) -> LedgerHead:
+        """Read the word back.
+
+        Raises:
+          LedgerError: the text is not of the form sequence:hash.
+        """
+        sequence, _, digest = text.partition(":")
+        if not sequence.isdecimal() or len(digest) != 64:
+            raise LedgerError(f"{text!r} is not the head of a ledger; expected a number, a colon and 64 hex digits")
+        return cls(int(sequence), digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerEvent:
+    """A row. `reserve` opens a charge under the id `reservation`; `settle` and `release` name it in `closes`.
+
+    `recover` writes down that the history of a mirror was charged again; its reason holds the mirror's head.
+    """
+
+    hospital: str
+    data_set: str
+    sequence: int
+    kind: str
+    at: str
+    previous_hash: str
+    job: str | None = None
+    round: int | None = None
+    attempt: int | None = None
+    reservation: str | None = None
+    closes: str | None = None
+    noise_multiplier: float | None = None
+    sample_rate: float | None = None
+    num_steps: int | None = None
+    max_grad_norm: float | None = None
+    num_patients: int | None = None
+    delta: float | None = None
+    unit: str | None = None
+    adjacency: str | None = None
+    fingerprint: str | None = None
+    reason: str | None = None
+    hash: str = ""
+    signature: str = ""
+
+    @classmethod
+    def from_mapping(cls, row: Mapping[str, Any]) -> LedgerEvent:
+        """Read a row of the table or of an export.
+
+        Raises:
+          LedgerError: the row has other fields than an event.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        fields = {name: value for name, value in row.items() if name != "id"}
+        if set(fields) != names:
+            raise LedgerError(f"a row of the ledger has the fields {sorted(fields)}; expected {sorted(names)}")
+        return cls(**fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain data."""
+        return dataclasses.asdict(self)
+
+    def sealed(self, key: HospitalKey) -> LedgerEvent:
+        """Return the row with its hash and the hospital's signature."""
+        digest = self.digest()
+        return dataclasses.replace(self, hash=digest, signature=key.sign(digest))
+
+    def digest(self) -> str:
+        """SHA-256 over every other field, the hash of the row before included."""
+        body = {name: value for name, value in self.to_dict().items() if name not in SEALS}
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(f"{CHAIN_LABEL}\n{text}".encode()).hexdigest()
+
+    @property
+    def head(self) -> LedgerHead:
+        """The row as the head of the ledger that ends with it."""
+        return LedgerHead(self.sequence, self.hash)
+
+    @property
+    def segment(self) -> Segment:
+        """What a reservation charges."""
+        assert self.noise_multiplier is not None and self.sample_rate is not None and self.num_steps is not None
+        return Segment(self.noise_multiplier, self.sample_rate, self.num_steps)
+
+
+def genesis(hospital: str, data_set: str) -> LedgerHead:
+    """Return the head of an account without rows; two accounts never share one."""
+    text = json.dumps([CHAIN_LABEL, hospital, data_set])
+    return LedgerHead(0, hashlib.sha256(text.encode()).hexdigest())
+
+
+def charged_segments(events: Iterable[LedgerEvent], job: str | None = None) -> tuple[Segment, ...]:
+    """Return what has been reserved and not released, of one job or of all."""
+    charged: dict[str, LedgerEvent] = {}
+    for event in events:
+        if event.kind == "reserve" and event.reservation is not None and job in (None, event.job):
+            charged[event.reservation] = event
+        elif event.kind == "release" and event.closes is not None:
+            charged.pop(event.closes, None)
+    return tuple(event.segment for event in charged.values())
+
+
+def check_chain(
+    account: tuple[str, str], known: Sequence[LedgerEvent], added: Iterable[LedgerEvent], public_key: str
+) -> None:
+    """Check that added rows follow the known ones without a gap, unaltered, signed and consistent.
+
+    Raises:
+      LedgerError: names the first row that is wrong, and in what.
+    """
+    charges: dict[str, str] = {}
+    for event in known:
+        _state_problem(event, charges)
+    previous = known[-1].head if known else genesis(*account)
+    for event in added:
+        problem = _row_problem(event, previous, account, public_key) or _state_problem(event, charges)
+        if problem:
+            raise LedgerError(
+                f"row {previous.sequence + 1} of the privacy ledger of hospital {account[0]!r}, data set "
+                f"{account[1]!r}, is bad: {problem}. Nothing trains on this data set until the ledger is "
+                "restored; see `medfl-ray privacy ledger recover`."
+            )
+        previous = event.head
+
+
+def _row_problem(event: LedgerEvent, previous: LedgerHead, account: tuple[str, str], public_key: str) -> str | None:
+    if event.sequence != previous.sequence + 1:
+        return f"it is numbered {event.sequence}, so that a row is missing or doubled"
+    if (event.hospital, event.data_set) != account:
+        return "it belongs to another account"
+    if event.previous_hash != previous.hash:
+        return "it does not follow the row before it"
+    if event.digest() != event.hash:
+        return "its contents do not match its hash"
+    if not signature_is_valid(public_key, event.hash, event.signature):
+        return "its signature is not the hospital's"
+    return None
+
+
+def _state_problem(event: LedgerEvent, open_charges: dict[str, str]) -> str | None:
+    """Follow the reservations; a row that was signed and hashed can still contradict an earlier one."""
+    if event.kind == "reserve":
+        if event.reservation is None or event.reservation in open_charges:
+            return "its reservation exists already"
+        if None in (event.noise_multiplier, event.sample_rate, event.num_steps):
+            return "it does not say what it charges"
+        open_charges[event.reservation] = "reserved"
+    elif event.kind in ("settle", "release"):
+        if event.closes is None or open_charges.get(event.closes) != "reserved":
+            return "it closes a reservation that is not open"
+        open_charges[event.closes] = event.kind
+    return None

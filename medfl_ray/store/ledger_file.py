@@ -1,0 +1,169 @@
+"""The SQLite file of a hospital's ledger: opened safely, written durably, its faults in plain words."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import Connection, create_engine, event, insert, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+from medfl_ray.errors import LedgerError
+from medfl_ray.failpoints import failpoint
+from medfl_ray.store.hospital_key import HospitalKey, create_key, load_key
+from medfl_ray.store.ledger_events import LedgerEvent
+from medfl_ray.store.tables import (
+    APPEND_ONLY_TRIGGERS,
+    LEDGER_APPLICATION_ID,
+    LEDGER_SCHEMA_VERSION,
+    ledger_events,
+    ledger_metadata,
+)
+
+LOCK_TIMEOUT_S = 30.0
+KEY_NAME = "hospital.key"
+PLAIN_WORDS = (
+    ("locked", "another process holds it; wait for that run to end, or end it"),
+    ("full", "the disk is full; free space"),
+    ("disk i/o", "the disk reports an error; check it before anything else"),
+    ("readonly", "it cannot be written; check the permissions of the state folder"),
+    ("unable to open", "it cannot be opened; check that the state folder exists and may be written"),
+    ("not a database", "it is damaged; restore it with `medfl-ray privacy ledger recover`"),
+    ("malformed", "it is damaged; restore it with `medfl-ray privacy ledger recover`"),
+    ("append-only", "its rows are never changed or deleted"),
+)
+
+
+class LedgerFile:
+    """One hospital's ledger file; a connection lives for one operation, so that a fork never shares one."""
+
+    def __init__(self, path: Path, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
+        """Open the file, or make it and the hospital's key beside it.
+
+        Raises:
+          LedgerError: the file or key is unreadable, foreign, of another version, or one of the two is gone.
+        """
+        self.path = path
+        self._lock_timeout_s = lock_timeout_s
+        self._engine = create_engine("sqlite://", creator=self._connect, poolclass=NullPool)
+        event.listen(self._engine, "begin", _begin)
+        self._prepare()
+        self.key = self._open_key()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """Read one consistent state."""
+        with self._in_plain_words(), self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """Hold the only write lock until the block ends: committed and on the disk, or not at all."""
+        with self._in_plain_words(), self._engine.connect() as connection:
+            connection.execution_options(ledger_writes=True)
+            with connection.begin():
+                yield connection
+
+    def rows(self, connection: Connection, account: tuple[str, str], after: int = 0) -> list[LedgerEvent]:
+        """Return an account's rows behind a sequence number, in order."""
+        query = (
+            select(ledger_events)
+            .where(ledger_events.c.hospital == account[0], ledger_events.c.data_set == account[1])
+            .where(ledger_events.c.sequence > after)
+            .order_by(ledger_events.c.sequence)
+        )
+        return [LedgerEvent.from_mapping(row) for row in connection.execute(query).mappings()]
+
+    def append(self, connection: Connection, row: LedgerEvent) -> None:
+        """Write one row; it counts once the surrounding `writing` block ends."""
+        connection.execute(insert(ledger_events).values(**row.to_dict()))
+
+    def accounts(self) -> list[tuple[str, str]]:
+        """Return the (hospital, data set) pairs of the file."""
+        query = select(ledger_events.c.hospital, ledger_events.c.data_set).distinct()
+        with self.reading() as connection:
+            return sorted((hospital, data_set) for hospital, data_set in connection.execute(query))
+
+    def check_integrity(self) -> None:
+        """Let SQLite check its pages and indices.
+
+        Raises:
+          LedgerError: the file is damaged.
+        """
+        with self.reading() as connection:
+            answer = connection.exec_driver_sql("PRAGMA integrity_check").scalar()
+        if answer != "ok":
+            raise self._damaged()
+
+    def _prepare(self) -> None:
+        key_exists = self.path.with_name(KEY_NAME).exists()
+        if key_exists and not self.path.exists():
+            raise LedgerError(
+                f"the privacy ledger {self.path.name!r} is gone although the hospital's key is there: what was spent is "
+                "unknown. Restore the file, or run `medfl-ray privacy ledger recover` with the mirrored ledger."
+            )
+        with self.writing() as connection:
+            version = connection.exec_driver_sql("PRAGMA user_version").scalar()
+            application = connection.exec_driver_sql("PRAGMA application_id").scalar()
+            tables = connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar()
+            if (version, application, tables) == (0, 0, 0) and not key_exists:
+                self._create(connection)
+            elif application != LEDGER_APPLICATION_ID:
+                raise LedgerError(f"{self.path.name!r} is not a privacy ledger of medfl-ray; check the state folder")
+            elif version != LEDGER_SCHEMA_VERSION:
+                raise LedgerError(
+                    f"the privacy ledger {self.path.name!r} has version {version}; this program reads version "
+                    f"{LEDGER_SCHEMA_VERSION}. Use the version of medfl-ray that wrote it, or a newer one."
+                )
+        failpoint("ledger.create.done")
+
+    def _create(self, connection: Connection) -> None:
+        failpoint("ledger.create.begin")
+        ledger_metadata.create_all(connection)
+        for trigger in APPEND_ONLY_TRIGGERS:
+            connection.exec_driver_sql(trigger)
+        connection.exec_driver_sql(f"PRAGMA application_id = {LEDGER_APPLICATION_ID}")
+        connection.exec_driver_sql(f"PRAGMA user_version = {LEDGER_SCHEMA_VERSION}")
+        failpoint("ledger.create.before_commit")
+
+    def _open_key(self) -> HospitalKey:
+        path = self.path.with_name(KEY_NAME)
+        if path.exists():
+            return load_key(path)
+        if self.accounts():
+            raise LedgerError(
+                f"the hospital's key {KEY_NAME!r} is missing beside the ledger {self.path.name!r}; restore it from a "
+                "backup, because without it no row can be checked or added"
+            )
+        key = create_key(path)
+        failpoint("ledger.create.key")
+        return key
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=self._lock_timeout_s, isolation_level=None)
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+        return connection
+
+    @contextmanager
+    def _in_plain_words(self) -> Iterator[None]:
+        try:
+            yield
+        except (DBAPIError, sqlite3.Error) as error:
+            raise self._explained(error) from None
+
+    def _explained(self, error: Exception) -> LedgerError:
+        text = str(error.orig if isinstance(error, DBAPIError) else error)
+        words = next((words for mark, words in PLAIN_WORDS if mark in text.lower()), f"SQLite says: {text}")
+        return LedgerError(f"the privacy ledger {self.path.name!r} cannot be used: {words}. Nothing was trained.")
+
+    def _damaged(self) -> LedgerError:
+        return self._explained(sqlite3.DatabaseError("malformed"))
+
+
+def _begin(connection: Connection) -> None:
+    writes = connection.get_execution_options().get("ledger_writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,0 +1,59 @@
+"""The tables of a hospital's privacy ledger."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    Float,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+LEDGER_APPLICATION_ID = 0x6D666C31
+LEDGER_SCHEMA_VERSION = 1
+
+ledger_metadata = MetaData()
+
+ledger_events = Table(
+    "ledger_events",
+    ledger_metadata,
+    Column("id", Integer, primary_key=True),
+    Column("hospital", String(64), nullable=False),
+    Column("data_set", String(64), nullable=False),
+    Column("sequence", Integer, nullable=False),
+    Column("kind", String(8), nullable=False),
+    Column("at", String(32), nullable=False),
+    Column("job", Text),
+    Column("round", Integer),
+    Column("attempt", Integer),
+    Column("reservation", String(32), unique=True),
+    Column("closes", String(32), ForeignKey("ledger_events.reservation")),
+    Column("noise_multiplier", Float),
+    Column("sample_rate", Float),
+    Column("num_steps", Integer),
+    Column("max_grad_norm", Float),
+    Column("num_patients", Integer),
+    Column("delta", Float),
+    Column("unit", String(16)),
+    Column("adjacency", String(16)),
+    Column("fingerprint", String(64)),
+    Column("reason", Text),
+    Column("previous_hash", String(64), nullable=False),
+    Column("hash", String(64), nullable=False),
+    Column("signature", String(128), nullable=False),
+    UniqueConstraint("hospital", "data_set", "sequence"),
+    CheckConstraint("kind IN ('reserve', 'settle', 'release', 'recover')"),
+)
+
+# The application never changes a row; these stop whoever opens the file with another program by mistake.
+APPEND_ONLY_TRIGGERS = tuple(
+    f"CREATE TRIGGER ledger_events_no_{verb.lower()} BEFORE {verb} ON ledger_events "
+    f"BEGIN SELECT RAISE(ABORT, 'the privacy ledger is append-only'); END"
+    for verb in ("UPDATE", "DELETE")
+)
