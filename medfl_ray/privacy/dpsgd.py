@@ -28,9 +28,9 @@ class PatientGradientSum:
         self._sum = torch.zeros(num_parameters, dtype=torch.float64)
 
     def add(self, gradient: Iterable[torch.Tensor]) -> None:
-        """Add the gradient of one patient, one tensor per parameter in a fixed order; at most once per patient and step.
+        """Add the gradient of one patient, one tensor per parameter in a fixed order.
 
-        The tensors are not changed. A gradient that holds a NaN or an infinity counts as zero: it has no
+        A patient may be added once per step; the sampler sees to it. The tensors are not changed. A gradient that holds a NaN or an infinity counts as zero: it has no
         norm to clip, and zero keeps the patient's influence below C. Nobody is told, since that too
         would be about the patient.
 

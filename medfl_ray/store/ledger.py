@@ -174,8 +174,8 @@ class PrivacyLedger:
         else:
             return
         raise LedgerError(
-            f"the privacy ledger of hospital {self._account[0]!r}, data set {self._account[1]!r}, {seen}. Nothing trains "
-            "on this data set until `medfl-ray privacy ledger recover` has charged the mirrored history."
+            f"the privacy ledger of hospital {self._account[0]!r}, data set {self._account[1]!r}, {seen}. Nothing "
+            "trains on this data set until `medfl-ray privacy ledger recover` has charged the mirrored history."
         )
 
     def export(self) -> dict[str, Any]:
@@ -219,7 +219,7 @@ class PrivacyLedger:
             self._load(connection)
 
             def append(**fields: Any) -> None:
-                row = self._next_row(kind, fields)
+                row = self._next_row(kind, fields, pending[-1].head if pending else self._head)
                 self._file.append(connection, row)
                 failpoint(f"ledger.{kind}.appended")
                 pending.append(row)
@@ -230,16 +230,16 @@ class PrivacyLedger:
         self._rows += pending
         failpoint(f"ledger.{kind}.committed")
 
-    def _next_row(self, kind: str, fields: dict[str, Any]) -> LedgerEvent:
+    def _next_row(self, kind: str, fields: dict[str, Any], head: LedgerHead) -> LedgerEvent:
         hospital, data_set = self._account
         names = {field.name for field in dataclasses.fields(LedgerEvent)}
         return LedgerEvent(
             hospital=hospital,
             data_set=data_set,
-            sequence=self._head.sequence + 1,
+            sequence=head.sequence + 1,
             kind=kind,
             at=datetime.now(UTC).isoformat(timespec="seconds"),
-            previous_hash=self._head.hash,
+            previous_hash=head.hash,
             **{name: value for name, value in fields.items() if name in names},
         ).sealed(self._file.key)
 
@@ -253,8 +253,8 @@ class PrivacyLedger:
         rows = self._file.rows(connection, self._account, after)
         if self._rows and (not rows or rows[0] != self._rows[-1]):
             raise LedgerError(
-                f"the privacy ledger of hospital {self._account[0]!r}, data set {self._account[1]!r}, changed behind row "
-                f"{after}: rows that were there are gone or altered. See `medfl-ray privacy ledger recover`."
+                f"the privacy ledger of hospital {self._account[0]!r}, data set {self._account[1]!r}, changed behind "
+                f"row {after}: rows that were there are gone or altered. See `medfl-ray privacy ledger recover`."
             )
         added = rows[1:] if self._rows else rows
         check_chain(self._account, self._rows, added, self._file.key.public_key)
@@ -279,9 +279,9 @@ class PrivacyLedger:
             if after > limit:
                 subject = f"job {job!r} at hospital" if whose == "job" else "hospital"
                 raise BudgetExceeded(
-                    f"{subject} {self._account[0]!r} would reach epsilon={_up(after)} on data set {self._account[1]!r}; "
-                    f"its budget is {limit:g} (patient-level, add/remove adjacency, delta={its_delta:g}). Raise "
-                    "privacy.noise_multiplier or lower federation.rounds."
+                    f"{subject} {self._account[0]!r} would reach epsilon={_up(after)} on data set "
+                    f"{self._account[1]!r}; its budget is {limit:g} (patient-level, add/remove adjacency, "
+                    f"delta={its_delta:g}). Raise privacy.noise_multiplier or lower federation.rounds."
                 )
 
 

@@ -107,7 +107,9 @@ class LedgerEvent:
     @property
     def segment(self) -> Segment:
         """What a reservation charges."""
-        assert self.noise_multiplier is not None and self.sample_rate is not None and self.num_steps is not None
+        assert self.noise_multiplier is not None
+        assert self.sample_rate is not None
+        assert self.num_steps is not None
         return Segment(self.noise_multiplier, self.sample_rate, self.num_steps)
 
 

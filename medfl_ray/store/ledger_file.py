@@ -48,9 +48,11 @@ class LedgerFile:
         """
         self.path = path
         self._lock_timeout_s = lock_timeout_s
+        self._may_create = True
         self._engine = create_engine("sqlite://", creator=self._connect, poolclass=NullPool)
         event.listen(self._engine, "begin", _begin)
         self._prepare()
+        self._may_create = False
         self.key = self._open_key()
 
     @contextmanager
@@ -75,7 +77,7 @@ class LedgerFile:
             .where(ledger_events.c.sequence > after)
             .order_by(ledger_events.c.sequence)
         )
-        return [LedgerEvent.from_mapping(row) for row in connection.execute(query).mappings()]
+        return [LedgerEvent.from_mapping(dict(row)) for row in connection.execute(query).mappings()]
 
     def append(self, connection: Connection, row: LedgerEvent) -> None:
         """Write one row; it counts once the surrounding `writing` block ends."""
@@ -102,8 +104,8 @@ class LedgerFile:
         key_exists = self.path.with_name(KEY_NAME).exists()
         if key_exists and not self.path.exists():
             raise LedgerError(
-                f"the privacy ledger {self.path.name!r} is gone although the hospital's key is there: what was spent is "
-                "unknown. Restore the file, or run `medfl-ray privacy ledger recover` with the mirrored ledger."
+                f"the privacy ledger {self.path.name!r} is gone although the hospital's key is there: what was "
+                "spent is unknown. Restore the file, or run `medfl-ray privacy ledger recover` with its mirror."
             )
         with self.writing() as connection:
             version = connection.exec_driver_sql("PRAGMA user_version").scalar()
@@ -143,7 +145,10 @@ class LedgerFile:
         return key
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=self._lock_timeout_s, isolation_level=None)
+        # Made once and never again: a file that vanishes during a run must not come back empty.
+        mode = "rwc" if self._may_create else "rw"
+        address = f"{self.path.absolute().as_uri()}?mode={mode}"
+        connection = sqlite3.connect(address, uri=True, timeout=self._lock_timeout_s, isolation_level=None)
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             connection.execute(f"PRAGMA {pragma}")
         return connection
