@@ -17,7 +17,7 @@ FloatArray = npt.NDArray[np.float32]
 Triple = tuple[float, float, float]
 
 # Where the head's centre lies, seen from the brain's.
-HEAD_CENTRE_MM: Triple = (0.0, 6.0, -14.0)
+HEAD_CENTRE_MM: Triple = (0.0, 5.0, -6.0)
 LATTICE_REACH_MM = 130.0
 # Array axis -> (axis in the room: 0 right, 1 front, 2 top; direction). The last array axis crosses the slices.
 ARRAY_AXES: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = {
@@ -97,7 +97,8 @@ class SmoothField:
         distance = np.abs(position)
         near = 2 / 3 - distance**2 + distance**3 / 2
         far = np.clip(2 - distance, 0, None) ** 3 / 6
-        return np.where(distance < 1, near, far).astype(np.float32)
+        weights: FloatArray = np.where(distance < 1, near, far).astype(np.float32)
+        return weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +128,7 @@ def draw_pose(rng: np.random.Generator) -> Pose:
     shear = np.eye(3) + np.triu(rng.normal(0, 0.02, (3, 3)), 1)
     matrix = _rotation(angles) @ shear @ np.diag(1 / scale)
     shift = rng.normal(0, (3.0, 3.0, 4.0))
-    coarse = [(SmoothField(rng, 65.0), 3.5) for _ in range(3)]
+    coarse = [(SmoothField(rng, 65.0), 3.0) for _ in range(3)]
     fine = [(SmoothField(rng, 28.0), 1.6) for _ in range(3)]
     return Pose(matrix, shift, tuple(coarse + fine))
 

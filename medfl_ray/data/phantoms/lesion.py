@@ -83,6 +83,7 @@ def lesion_maps(lesion: Lesion, grid: Grid, distance: FloatArray, white: FloatAr
     return LesionMaps(whole, core, np.minimum(dead, core))
 
 
-def _inside(level: FloatArray, voxel: float | np.float32) -> FloatArray:
+def _inside(level: npt.NDArray[np.floating], voxel: float | np.float32) -> FloatArray:
     """Fraction of a voxel where the level is below 1."""
-    return np.clip((1 - level) / np.float32(voxel) + np.float32(0.5), 0, 1).astype(np.float32)
+    fraction: FloatArray = np.clip((1 - level) / np.float32(voxel) + np.float32(0.5), 0, 1).astype(np.float32)
+    return fraction

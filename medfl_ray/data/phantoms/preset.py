@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -21,7 +22,7 @@ Orientation = Literal["axial", "coronal", "sagittal"]
 class LesionPreset(Section):
     """Size and look of the tumours."""
 
-    radius_mm: Range = Field((17.0, 28.0), description="Smallest and largest mean radius of the whole tumour.")
+    radius_mm: Range = Field((20.0, 30.0), description="Smallest and largest mean radius of the whole tumour.")
     core_share: Range = Field((0.5, 0.72), description="Radius of the core as a share of the whole tumour's.")
     roughness: Annotated[float, Field(ge=0, le=1)] = Field(
         0.28, description="How far noise moves the tumour's border, as a share of its radius."
@@ -100,6 +101,7 @@ class PhantomPreset(Section):
         return self
 
 
+@lru_cache(maxsize=1)
 def preset_names() -> tuple[str, ...]:
     """Names of the presets that ship with the package."""
     return tuple(sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml")))
@@ -113,11 +115,17 @@ def load_preset(preset: str | Path | PhantomPreset) -> PhantomPreset:
     """
     if isinstance(preset, PhantomPreset):
         return preset
-    path = PRESET_FOLDER / f"{preset}.yaml"
-    if not path.is_file():
-        path = Path(preset)
-        if path.suffix not in {".yaml", ".yml"}:
-            raise ConfigError(
-                f"no phantom preset {str(preset)!r}; known are {', '.join(preset_names())}, or give a .yaml file"
-            )
+    if str(preset) in preset_names():
+        return _shipped(str(preset))
+    path = Path(preset)
+    if path.suffix not in {".yaml", ".yml"}:
+        raise ConfigError(
+            f"no phantom preset {str(preset)!r}; known are {', '.join(preset_names())}, or give a .yaml file"
+        )
+    return parse_model(PhantomPreset, read_yaml(path), path.name)
+
+
+@lru_cache(maxsize=16)
+def _shipped(name: str) -> PhantomPreset:
+    path = PRESET_FOLDER / f"{name}.yaml"
     return parse_model(PhantomPreset, read_yaml(path), path.name)

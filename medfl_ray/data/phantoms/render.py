@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage, stats
 
-from medfl_ray.data.phantoms.anatomy import Anatomy, list_label_maps, load_label_map, load_template
+from medfl_ray.data.phantoms.anatomy import Anatomy, list_label_maps, load_label_map
 from medfl_ray.data.phantoms.geometry import FloatArray, Grid, draw_pose, scanner_grid
+from medfl_ray.data.phantoms.head_template import load_template
 from medfl_ray.data.phantoms.lesion import Lesion, LesionMaps, draw_lesion, lesion_maps
 from medfl_ray.data.phantoms.preset import HospitalProfile, PhantomPreset, load_preset
 from medfl_ray.data.phantoms.profiles import hospital_profile
@@ -99,13 +100,8 @@ def _compose(
     distance = lesion.distance(coordinates) if lesion else None
     if lesion and distance is not None:
         coordinates = lesion.displace(coordinates, distance)
-    indices = np.stack([(c - o) / anatomy.spacing_mm for c, o in zip(coordinates, anatomy.origin_mm, strict=True)])
-    head = np.ones(grid.shape, dtype=bool)
-    for axis, length in enumerate(anatomy.fractions.shape[1:]):
-        head &= (indices[axis] > -0.5) & (indices[axis] < length - 0.5)
-    places = indices[:, head].astype(np.float32)
-    tissue = np.stack([ndimage.map_coordinates(t, places, np.float32, order=1) for t in anatomy.fractions]) / 255
-    parts = np.zeros((4, places.shape[1]), dtype=np.float32)
+    tissue, head = anatomy.sample(coordinates)
+    parts = np.zeros((4, tissue.shape[1]), dtype=np.float32)
     empty = np.zeros(grid.shape, dtype=np.float32)
     if lesion is None or distance is None:
         return np.concatenate([tissue, parts]), head, LesionMaps(empty, empty, empty)

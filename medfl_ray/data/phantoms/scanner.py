@@ -9,10 +9,10 @@ from scipy import ndimage
 
 from medfl_ray.data.phantoms.geometry import FloatArray, Grid, SmoothField
 from medfl_ray.data.phantoms.preset import HospitalProfile
-from medfl_ray.data.phantoms.tissues import BRIGHTNESS, LESION_PARTS, TEXTURE, TISSUES
+from medfl_ray.data.phantoms.tissues import BRIGHTNESS, LESION_PARTS, PATCHINESS, TEXTURE, TISSUES
 
 PARTS = TISSUES + LESION_PARTS
-FAT_PATCHES = np.array([0.2 if p in {"fat", "muscle", "marrow"} else 0.06 for p in PARTS], dtype=np.float32)
+PATCHINESS_OF_PART = np.array([PATCHINESS.get(p, 0.05) for p in PARTS], dtype=np.float32)
 TEXTURE_OF_PART = np.array([TEXTURE[p] for p in PARTS], dtype=np.float32)
 
 
@@ -67,8 +67,9 @@ def _texture(
     fine = ndimage.gaussian_filter(rng.standard_normal(grid.shape, dtype=np.float32), 0.6, truncate=2.5)[head]
     fine /= max(float(fine.std()), 1e-6)
     patches = SmoothField(rng, 12.0).on(grid)[head]
-    relief = 1 + (TEXTURE_OF_PART @ fractions) * fine + (FAT_PATCHES @ fractions) * patches
-    return np.clip(relief, 0.2, 2.0)
+    relief = 1 + (TEXTURE_OF_PART @ fractions) * fine + (PATCHINESS_OF_PART @ fractions) * patches
+    clipped: FloatArray = np.clip(relief, 0.2, 2.0).astype(np.float32)
+    return clipped
 
 
 def _bias(grid: Grid, profile: HospitalProfile, rng: np.random.Generator) -> FloatArray:

@@ -13,11 +13,11 @@ LESION_PARTS = ("oedema", "core", "necrosis", "rim")
 # Mean intensity per sequence; the tissue that a key does not name is air, which is 0.
 BRIGHTNESS: dict[str, dict[str, float]] = {
     "T1": {
-        "white": 0.78, "grey": 0.54, "deep_grey": 0.62, "csf": 0.20, "bone": 0.07, "marrow": 0.62, "fat": 0.95,
+        "white": 0.80, "grey": 0.50, "deep_grey": 0.62, "csf": 0.20, "bone": 0.07, "marrow": 0.62, "fat": 0.95,
         "muscle": 0.42, "eye": 0.22, "vessel": 0.25, "oedema": 0.50, "core": 0.44, "necrosis": 0.27, "rim": 0.47,
     },
     "T1c": {
-        "white": 0.76, "grey": 0.56, "deep_grey": 0.62, "csf": 0.20, "bone": 0.07, "marrow": 0.62, "fat": 0.95,
+        "white": 0.78, "grey": 0.53, "deep_grey": 0.62, "csf": 0.20, "bone": 0.07, "marrow": 0.62, "fat": 0.95,
         "muscle": 0.50, "eye": 0.22, "vessel": 1.05, "oedema": 0.50, "core": 0.86, "necrosis": 0.28, "rim": 1.12,
     },
     "T2": {
@@ -35,3 +35,6 @@ TEXTURE: dict[str, float] = {
     "white": 0.03, "grey": 0.05, "deep_grey": 0.04, "csf": 0.05, "bone": 0.25, "marrow": 0.15, "fat": 0.12,
     "muscle": 0.18, "eye": 0.03, "vessel": 0.10, "oedema": 0.08, "core": 0.14, "necrosis": 0.10, "rim": 0.12,
 }  # fmt: skip
+
+# Standard deviation of slow variation, over centimetres, where it is not 0.05.
+PATCHINESS: dict[str, float] = {"fat": 0.10, "muscle": 0.12, "marrow": 0.15, "white": 0.03, "csf": 0.03, "core": 0.14}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medfl_ray.data.phantoms.render import Phantom
 
-Ending = Literal[".nii.gz", ".nrrd", ".png"]
+Stored = npt.NDArray[Any]
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -22,7 +22,9 @@ def as_volume(phantom: Phantom) -> tuple[npt.NDArray[np.float32], npt.NDArray[np
     return phantom.image, phantom.affine
 
 
-def write_array(path: Path, array: npt.NDArray[np.number], affine: npt.NDArray[np.float64]) -> None:
+def write_array(
+    path: Path, array: npt.NDArray[np.float32] | npt.NDArray[np.uint8], affine: npt.NDArray[np.float64]
+) -> None:
     """Write an array [I, J, K] or, several channels in one file, [C, I, J, K]; the ending names the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stored = array.astype(np.uint8 if array.dtype == np.uint8 else np.int32 if array.max() > 32767 else np.int16)
@@ -34,16 +36,16 @@ def write_array(path: Path, array: npt.NDArray[np.number], affine: npt.NDArray[n
         _write_nifti(path, stored, affine)
 
 
-def _write_nifti(path: Path, array: npt.NDArray[np.integer], affine: npt.NDArray[np.float64]) -> None:
+def _write_nifti(path: Path, array: Stored, affine: npt.NDArray[np.float64]) -> None:
     channels_last = np.moveaxis(array, 0, -1) if array.ndim == 4 else array
-    image = nib.Nifti1Image(channels_last, affine)
-    image.header.set_xyzt_units("mm")
-    image.set_sform(affine, code="scanner")
-    image.set_qform(affine, code="scanner")
+    image = nib.Nifti1Image(channels_last, affine)  # type: ignore[no-untyped-call]
+    image.header.set_xyzt_units("mm")  # type: ignore[no-untyped-call]
+    image.set_sform(affine, code="scanner")  # type: ignore[no-untyped-call]
+    image.set_qform(affine, code="scanner")  # type: ignore[no-untyped-call]
     nib.save(image, path)
 
 
-def _write_nrrd(path: Path, array: npt.NDArray[np.integer], affine: npt.NDArray[np.float64]) -> None:
+def _write_nrrd(path: Path, array: Stored, affine: npt.NDArray[np.float64]) -> None:
     import nrrd
 
     placed = RAS_TO_LPS @ affine
@@ -62,7 +64,7 @@ def _write_nrrd(path: Path, array: npt.NDArray[np.integer], affine: npt.NDArray[
     nrrd.write(str(path), array, header, index_order="F")
 
 
-def _write_png(path: Path, array: npt.NDArray[np.integer]) -> None:
+def _write_png(path: Path, array: Stored) -> None:
     """Write a slice as a 16-bit picture, or as an 8-bit one where the values allow."""
     from PIL import Image
 

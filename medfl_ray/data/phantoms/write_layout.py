@@ -61,7 +61,7 @@ class RenderedCase:
     phantom: Phantom
 
 
-def phantom_set(preset: str | Path, **options: Any) -> PhantomSet:
+def phantom_set(preset: str | Path | PhantomPreset, **options: Any) -> PhantomSet:
     """Build a `PhantomSet` and check that its format and layout can hold the preset.
 
     Raises:
