@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 UNIT = "patient"
 ADJACENCY = "add_remove"
-FINEST_GRID = 1e-4
+GRID = 1e-4
 RENYI_ORDERS = (*range(2, 64), *range(64, 257, 8), 384, 512, 1024, 2048)
+COARSE_FROM_EPSILON = 4.0
 LARGEST_PLD_EPSILON = 100.0
 """Above this an epsilon promises nothing, and the distributions need gigabytes: the looser Renyi bound is given."""
 
@@ -48,8 +49,7 @@ def epsilon_spent(history: Iterable[Segment], delta: float) -> float:
 
     Source: Koskela et al. 2020, arXiv:1906.03049; Doroshenko et al. 2022, arXiv:2207.04380 (PLD).
     """
-    if not 0 < delta < 1:
-        raise PrivacyConfigError(f"delta is {delta!r}; it must lie between 0 and 1, and below 1 / num_patients")
+    check_delta(delta)
     merged = merge_segments(history)
     return _epsilon(merged, delta) if merged else 0.0
 
@@ -68,6 +68,16 @@ def merge_segments(history: Iterable[Segment]) -> tuple[Segment, ...]:
     return tuple(Segment(*key, count) for key, count in sorted(steps.items()) if count)
 
 
+def check_delta(delta: float) -> None:
+    """Refuse a delta that is no probability between 0 and 1.
+
+    Raises:
+      PrivacyConfigError: delta is 0 or below, 1 or above, or no number.
+    """
+    if not 0 < delta < 1:
+        raise PrivacyConfigError(f"delta is {delta!r}; it must lie between 0 and 1, and below 1 / num_patients")
+
+
 def check_segment(segment: Segment) -> None:
     """Refuse a segment that no accountant could account.
 
@@ -84,7 +94,7 @@ def check_segment(segment: Segment) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(history: tuple[Segment, ...], delta: float, grid: float = FINEST_GRID) -> float:
+def _epsilon(history: tuple[Segment, ...], delta: float, grid: float = GRID) -> float:
     from dp_accounting.pld import PLDAccountant
     from dp_accounting.privacy_accountant import NeighboringRelation
 
@@ -94,10 +104,13 @@ def _epsilon(history: tuple[Segment, ...], delta: float, grid: float = FINEST_GR
     return min(looser, _compose(PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, grid), history, delta))
 
 
-def rough_epsilon(history: Iterable[Segment], delta: float) -> float:
-    """Return an epsilon on a ten times coarser grid, a little too large: for a search's first steps only."""
-    merged = merge_segments(history)
-    return _epsilon(merged, delta, 10 * FINEST_GRID) if merged else 0.0
+def search_epsilon(segment: Segment, delta: float, target: float) -> float:
+    """Return one segment's epsilon for a search towards a target, on a grid that is coarse where that is harmless.
+
+    Coarser means a little larger and several times quicker; small targets need the fine grid and are quick on it.
+    """
+    merged = merge_segments([segment])
+    return _epsilon(merged, delta, 10 * GRID if target >= COARSE_FROM_EPSILON else GRID)
 
 
 def renyi_epsilon(history: Iterable[Segment], delta: float) -> float:

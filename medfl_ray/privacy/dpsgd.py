@@ -30,9 +30,9 @@ class PatientGradientSum:
     def add(self, gradient: Iterable[torch.Tensor]) -> None:
         """Add the gradient of one patient, one tensor per parameter in a fixed order.
 
-        A patient may be added once per step; the sampler sees to it. The tensors are not changed. A gradient that holds a NaN or an infinity counts as zero: it has no
-        norm to clip, and zero keeps the patient's influence below C. Nobody is told, since that too
-        would be about the patient.
+        A patient may be added once per step; the sampler sees to it. The tensors are not changed. A gradient
+        that holds a NaN or an infinity counts as zero: it has no norm to clip, and zero keeps the patient's
+        influence below C. Nobody is told, since that too would be about the patient.
 
         Raises:
           PrivacyConfigError: the tensors do not have P elements together.

@@ -20,7 +20,7 @@ from sqlalchemy import Connection
 from medfl_ray.errors import BudgetExceeded, LedgerError, PrivacyConfigError
 from medfl_ray.failpoints import failpoint
 from medfl_ray.messages import Mechanism, PrivacySpent
-from medfl_ray.privacy.accountant import Segment, check_segment, epsilon_spent
+from medfl_ray.privacy.accountant import Segment, check_delta, check_segment, epsilon_spent
 from medfl_ray.store.ledger_events import (
     LedgerEvent,
     LedgerHead,
@@ -38,8 +38,7 @@ class PrivacyLedger:
 
     def __init__(self, file: LedgerFile, account: tuple[str, str], delta: float, max_epsilon: float | None) -> None:
         """See `open`."""
-        if not 0 < delta < 1:
-            raise PrivacyConfigError(f"delta is {delta!r}; it must lie between 0 and 1, and below 1 / num_patients")
+        check_delta(delta)
         if max_epsilon is not None and not max_epsilon > 0:
             raise PrivacyConfigError(f"max_epsilon is {max_epsilon!r}; it must be a number above 0")
         self._file = file
