@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -55,7 +56,7 @@ class HospitalData:
         patients = [patient for hospital in hospitals for patient in hospital.train]
         self._cases = PreparedCases([loader for patient in patients for loader in patient], data.cache)
         ends = np.cumsum([0, *(len(patient) for patient in patients)])
-        self._cases_of_patient = [range(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        self._cases_of_patient = [range(a, b) for a, b in pairwise(ends)]
         self._holdout = PreparedCases([loader for hospital in hospitals for loader in hospital.holdout], data.cache)
         self._foreground: dict[int, tuple[npt.NDArray[np.int64], ...]] = {}
         # Left-right is the first axis of a RAS volume and the last one (columns) of a picture.

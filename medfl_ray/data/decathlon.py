@@ -6,13 +6,16 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medfl_ray.data.cases import Case, CaseIndex
 from medfl_ray.data.readers import IMAGE_ENDINGS
 from medfl_ray.errors import LayoutError
 
-NO_PATIENTS = "the layout names no patients, so every case counts as one patient; add patient_id to dataset.json if some share one"
+Split = Literal["train", "holdout"] | None
+NO_PATIENTS = (
+    "the layout names no patients, so every case counts as one; add patient_id to dataset.json if some share one"
+)
 
 
 def read_decathlon(directory: Path) -> CaseIndex:
@@ -22,7 +25,7 @@ def read_decathlon(directory: Path) -> CaseIndex:
       LayoutError: dataset.json is missing, not JSON, or an entry has no image.
     """
     raw = read_json(directory / "dataset.json")
-    entries = [(entry, None) for entry in raw.get("training") or []]
+    entries: list[tuple[Any, Split]] = [(entry, None) for entry in raw.get("training") or []]
     entries += [
         (entry, "holdout") for entry in raw.get("validation") or [] if isinstance(entry, Mapping) and "label" in entry
     ]
@@ -57,7 +60,8 @@ def read_nnunet(directory: Path) -> CaseIndex:
         expected = set(range(len(channels) or len(by_channel)))
         if set(by_channel) != expected:
             raise LayoutError(
-                f"case {position + 1} of {len(found)} has channels {sorted(by_channel)}; dataset.json expects {sorted(expected)}"
+                f"case {position + 1} of {len(found)} has channels {sorted(by_channel)}; dataset.json expects "
+                f"{sorted(expected)}"
             )
         paths = tuple(by_channel[i] for i in sorted(by_channel))
         cases.append(Case(str(patients.get(name, name)), name, paths, _label_file(labels, name)))
@@ -99,7 +103,8 @@ def label_names(raw: Mapping[str, Any]) -> dict[int, str]:
             named[value] = str(key)
         else:
             raise LayoutError(
-                f"label {key!r} of dataset.json has the value {value!r}; region-based labels are not supported, one number is"
+                f"label {key!r} of dataset.json has the value {value!r}; region-based labels are not supported, one "
+                "number is"
             )
     return {value: name for value, name in sorted(named.items()) if value > 0}
 
@@ -112,10 +117,11 @@ def stem_of(path: Path) -> str:
     return path.stem
 
 
-def _entry(directory: Path, entry: Any, split: Any, position: int) -> Case:
+def _entry(directory: Path, entry: Any, split: Split, position: int) -> Case:
     if not isinstance(entry, Mapping) or not entry.get("image"):
         raise LayoutError(
-            f"entry {position + 1} of 'training' in dataset.json has no 'image'; expected {{\"image\": ..., \"label\": ...}}"
+            f"entry {position + 1} of 'training' in dataset.json has no 'image'; expected "
+            f'{{"image": ..., "label": ...}}'
         )
     image = entry["image"]
     images = tuple(directory / str(p) for p in (image if isinstance(image, list) else [image]))

@@ -61,10 +61,8 @@ def _detect(directory: Path) -> str:
         ) from None
     if names & {"manifest.csv", "manifest.json"}:
         return "manifest"
-    if "imagesTr" in names and any((directory / "imagesTr").glob("*_0000.*")):
-        return "nnunet"
     if "dataset.json" in names:
-        return "decathlon"
+        return _around_dataset_json(directory)
     if len([name for name in names if name.endswith(".csv")]) == 1:
         return "manifest"
     if not names:
@@ -74,3 +72,16 @@ def _detect(directory: Path) -> str:
     if holds_dicom(directory):
         return "dicom"
     raise LayoutError(f"the folder {directory.name!r} has no known layout; expected {EXPECTED}")
+
+
+def _around_dataset_json(directory: Path) -> str:
+    """Tell nnU-Net from Decathlon: version 1 of nnU-Net lists image names that lack the channel's _0000."""
+    from medfl_ray.data.decathlon import read_json
+
+    entries = read_json(directory / "dataset.json").get("training")
+    first = entries[0] if isinstance(entries, list) and entries else {}
+    image = first.get("image") if isinstance(first, dict) else None
+    listed = directory / str(image[0] if isinstance(image, list) and image else image)
+    if not listed.is_file() and any((directory / "imagesTr").glob("*_0000.*")):
+        return "nnunet"
+    return "decathlon"

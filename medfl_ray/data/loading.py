@@ -129,7 +129,8 @@ def name_classes(configured: Mapping[int, str], index: CaseIndex, task: str) -> 
         values = values or {value: f"class {value}" for value in range(1, highest + 1)}
         if lowest < 0 or highest > max(values, default=1):
             raise LabelError(
-                f"class {lowest if lowest < 0 else highest} is outside 0..{max(values)}; name every class in data.labels"
+                f"class {lowest if lowest < 0 else highest} is outside 0..{max(values)}; name every class in "
+                "data.labels"
             )
         return values, values
     if not values:

@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from medfl_ray.data.volume import Volume
 from medfl_ray.errors import GeometryError, UnreadableFile
@@ -23,6 +23,8 @@ def read_nifti(path: Path) -> Volume:
     """
     try:
         image = nib.load(path)
+        if not isinstance(image, SpatialImage):
+            raise UnreadableFile("the file holds no volume; expected a NIfTI image")
         if image.get_data_dtype().names:
             raise UnreadableFile("the NIfTI voxels are colours; expected one number per voxel and channel")
         values = np.asarray(image.dataobj, dtype=np.float32)

@@ -82,8 +82,10 @@ def check_splits(cases: Sequence[Case]) -> None:
         other = first.setdefault(case.patient_id, position)
         if cases[other].split != case.split:
             raise LayoutError(
-                f"cases {other + 1} and {position + 1} of {len(cases)} are of one patient but on two sides of the split "
-                f"({cases[other].split or 'unassigned'} and {case.split or 'unassigned'}); put every patient on one side"
+                f"cases {other + 1} and {position + 1} of {len(cases)} are of one patient but on two sides of the "
+                "split "
+                f"({cases[other].split or 'unassigned'} and {case.split or 'unassigned'}); put every patient on one "
+                "side"
             )
 
 
@@ -107,7 +109,8 @@ def _by_field(cases: Sequence[Case], field: str) -> dict[str, tuple[Case, ...]]:
     if missing:
         known = sorted(set().union(*(case.fields for case in cases)))
         raise ConfigError(
-            f"{missing} of {len(cases)} cases have no field {field!r} (data.partition.field); fields found: {', '.join(known) or 'none'}"
+            f"{missing} of {len(cases)} cases have no field {field!r} (data.partition.field); fields found: "
+            f"{', '.join(known) or 'none'}"
         )
     home: dict[str, str] = {}
     for position, case in enumerate(cases):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.data.volume import Array
 
+V = TypeVar("V", bound=np.generic)
 MOST_VOXELS_KEPT = 20_000  # Per class; enough centres, and bounded memory for whole-body volumes.
 
 
@@ -65,7 +67,7 @@ def augment(
     return np.ascontiguousarray(image * scale + shift + noise), np.ascontiguousarray(target)
 
 
-def _pad(array: npt.NDArray[np.generic], patch_size: tuple[int, ...]) -> npt.NDArray[np.generic]:
+def _pad(array: npt.NDArray[V], patch_size: tuple[int, ...]) -> npt.NDArray[V]:
     missing = [p - n for p, n in zip(patch_size, array.shape[1:], strict=True)]
     if not any(missing):
         return np.array(array)

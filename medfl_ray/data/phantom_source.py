@@ -86,7 +86,8 @@ def open_phantom_hospital(run: RunConfig, phantom: PhantomConfig, hospital_index
     if (preset.task, preset.spatial_dims) != (run.data.task, run.spatial_dims):
         raise ConfigError(
             f"the preset {preset.name!r} is a {preset.spatial_dims}D {preset.task}; the run's data.task is "
-            f"{run.data.task!r} in {run.spatial_dims} dimensions. Set data.task, data.spatial_dims and model.type to match"
+            f"{run.data.task!r} in {run.spatial_dims} dimensions. Set data.task, data.spatial_dims and model.type to "
+            "match"
         )
     channels, picked = pick_channels(run.data.channels, preset.channels)
     labels = _labels(run.data.labels, preset.labels)

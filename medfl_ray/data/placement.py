@@ -5,6 +5,8 @@ Apart from `preprocess`, so that the description of a preparation can be read wi
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from monai.data.meta_tensor import MetaTensor
@@ -23,13 +25,15 @@ def place(
       array: [C, *S].
       mode: 'bilinear' for images (trilinear in 3D), 'nearest' for labels.
     """
-    tensor = MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(affine.copy()))
+    tensor: torch.Tensor = MetaTensor(
+        torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(affine.copy())
+    )
     if orientation is not None:
         tensor = Orientation(axcodes=orientation, labels=(("L", "R"), ("P", "A"), ("I", "S")))(tensor)
     if spacing_mm is not None:
-        tensor = Spacing(pixdim=spacing_mm, mode=mode, padding_mode="border", dtype=torch.float32)(tensor)
-    placed = np.ascontiguousarray(tensor.as_tensor().numpy(), dtype=np.float32)
-    return placed, _four_by_four(tensor.affine.numpy().astype(np.float64))
+        tensor = Spacing(pixdim=spacing_mm, mode=mode, padding_mode="border", dtype=np.float32)(tensor)
+    placed = np.ascontiguousarray(tensor.numpy(), dtype=np.float32)
+    return placed, _four_by_four(cast(MetaTensor, tensor).affine.numpy().astype(np.float64))
 
 
 def _four_by_four(affine: Affine) -> Affine:

@@ -100,7 +100,8 @@ class Preprocessing(BaseModel):
     def _check_channels(self, image: Volume) -> Volume:
         if self.channels and image.array.shape[0] != len(self.channels):
             raise GeometryError(
-                f"the image has {image.array.shape[0]} channels; expected {len(self.channels)} ({', '.join(self.channels)})"
+                f"the image has {image.array.shape[0]} channels; expected {len(self.channels)} "
+                f"({', '.join(self.channels)})"
             )
         return image
 
@@ -133,7 +134,8 @@ class Preprocessing(BaseModel):
         if not np.array_equal(known[order][place], values):
             strange = sorted(set(np.unique(values).tolist()) - set(known.tolist()))
             raise LabelError(
-                f"the label has the value {strange[0]:g}; expected 0 (background) or one of {sorted(self.label_values)}. "
+                f"the label has the value {strange[0]:g}; expected 0 (background) or one of "
+                f"{sorted(self.label_values)}. "
                 "Name every value in data.labels, or correct the label"
             )
         classes: Labels = order[place].astype(np.uint8)

@@ -72,8 +72,10 @@ def _policy(run: RunConfig, hospital: str, declared: Declared, num_patients: int
 def _partitioned_policies(run: RunConfig) -> list[SitePolicy]:
     if run.data.declared == "private":
         raise ConfigError(
-            "data.directory holds private data without a declared number of patients. List the folder under data.hospitals "
-            "with num_patients (rounded, public), or set data.declared to 'public' or 'synthetic' if that is what they are"
+            "data.directory holds private data without a declared number of patients. List the folder under "
+            "data.hospitals "
+            "with num_patients (rounded, public), or set data.declared to 'public' or 'synthetic' if that is what "
+            "they are"
         )
     return [
         _policy(run, hospital, run.data.declared, _num_train_patients(run, cases))
@@ -138,7 +140,8 @@ def _locate(run: RunConfig, hospital: HospitalConfig) -> Site:
     unknown = set(site.data.preprocessing) - {"spacing_mm", "intensity", "window"}
     if unknown:
         raise ConfigError(
-            f"data.preprocessing of hospital {hospital.id!r} has {sorted(unknown)}; known are spacing_mm, intensity, window"
+            f"data.preprocessing of hospital {hospital.id!r} has {sorted(unknown)}; known are spacing_mm, intensity, "
+            "window"
         )
     if site.data.labels:
         changes["labels"] = site.data.labels
@@ -215,7 +218,8 @@ def _check_one_network(opened: list[HospitalCases]) -> None:
         if (len(hospital.channels), hospital.labels) != (len(opened[0].channels), opened[0].labels):
             raise LayoutError(
                 f"hospitals {opened[0].hospital_id!r} and {hospital.hospital_id!r} do not fit one network: channels "
-                f"{list(opened[0].channels)} and {list(hospital.channels)}, labels {opened[0].labels} and {hospital.labels}. "
+                f"{list(opened[0].channels)} and {list(hospital.channels)}, labels {opened[0].labels} and "
+                f"{hospital.labels}. "
                 "Name data.channels and data.labels in the run"
             )
 

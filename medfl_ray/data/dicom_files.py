@@ -1,0 +1,66 @@
+"""Finding and opening DICOM files; parsing itself is pydicom's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydicom import dcmread
+from pydicom.dataset import FileDataset
+from pydicom.errors import InvalidDicomError
+
+from medfl_ray.errors import UnreadableFile
+
+# Objects that stand beside images and have no voxels of their own, or voxels that are labels.
+LABEL_MODALITIES = {"SEG", "RTSTRUCT"}
+NOT_IMAGES = {*LABEL_MODALITIES, "SR", "PR", "KO", "RTPLAN", "RTDOSE", "RTRECORD", "REG", "DOC", "ANN", "FID", "RWV"}
+
+
+def open_dicom(path: Path, pixels: bool = True) -> FileDataset:
+    """Parse one DICOM file.
+
+    Raises:
+      UnreadableFile: the file is truncated or is not DICOM.
+    """
+    try:
+        dataset = dcmread(path, stop_before_pixels=not pixels)
+    except InvalidDicomError:
+        raise UnreadableFile(
+            "not a DICOM file (the DICM mark is missing); remove it from the folder or convert it"
+        ) from None
+    except (EOFError, ValueError, KeyError, NotImplementedError, AttributeError, TypeError) as error:
+        raise UnreadableFile(
+            f"the DICOM file is damaged ({type(error).__name__}); export it again from its archive"
+        ) from None
+    if not dataset.get("SOPClassUID") and "Modality" not in dataset:
+        raise UnreadableFile(
+            "the DICOM file says neither what object it is nor its modality; it is truncated or not an image"
+        )
+    return dataset
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file has the DICOM mark at byte 128."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
+
+
+def dicom_files(folder: Path, recursive: bool = False) -> Iterator[Path]:
+    """Yield the DICOM files of a folder in a fixed order; directories of media (DICOMDIR) are left out.
+
+    Raises:
+      UnreadableFile: a file called .dcm is not DICOM.
+    """
+    for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
+        if not path.is_file() or path.name.upper() == "DICOMDIR" or path.name.startswith("."):
+            continue
+        if is_dicom(path):
+            yield path
+        elif path.suffix.lower() in (".dcm", ".dicom", ".ima"):
+            raise UnreadableFile(
+                f"a file of {path.stat().st_size} bytes is called {path.suffix} but is not DICOM (the DICM mark is "
+                "missing); "
+                "export it again from its archive"
+            )
