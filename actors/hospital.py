@@ -46,8 +46,13 @@ def state_folder(run: RunConfig, policy: SitePolicy, run_folder: Path) -> Path:
         return run_folder / "hospitals" / policy.hospital
     if run.output.state_directory is not None:
         return run.output.state_directory / policy.hospital
+    return state_root() / policy.hospital
+
+
+def state_root() -> Path:
+    """Return the user's folder of ledgers, which outlive every run."""
     root = os.environ.get("MEDFL_STATE_DIR") or os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
-    return Path(root) / "medfl-ray" / policy.hospital
+    return Path(root) / "medfl-ray"
 
 
 def build_hospital(spec: HospitalSpec) -> Hospital:
