@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from medfl_ray.training.evaluation import dice_per_label
 
 FloatArray = npt.NDArray[np.floating]
 LabelArray = npt.NDArray[np.integer]
+Plane = npt.NDArray[Any]
 
 BACKGROUND, TEXT, MUTED = "#0d1420", "#eef2f7", "#9fb0c3"
 TRUTH_COLOUR = "#ffffff"
@@ -69,9 +71,7 @@ def informative_channel(image: FloatArray, region: LabelArray) -> int:
     return int(np.argmax(contrasts))
 
 
-def axial_planes(
-    volumes: Sequence[npt.NDArray[np.generic]], region: LabelArray, affine: FloatArray | None
-) -> tuple[list[npt.NDArray[np.generic]], float]:
+def axial_planes(volumes: Sequence[Plane], region: LabelArray, affine: FloatArray | None) -> tuple[list[Plane], float]:
     """Cut the axial slice in which the region is largest (else the middle one), radiological sides up.
 
     Returns the planes [rows, columns] with anterior on top and the patient's right on the left, and the
@@ -105,7 +105,7 @@ def _axial_axes(affine: FloatArray | None) -> tuple[int, bool, tuple[bool, bool]
     return axis, down > across, flips, float(sizes[down] / max(sizes[across], 1e-9))
 
 
-def _crop(planes: Sequence[npt.NDArray[np.generic]], aspect: float) -> tuple[list[npt.NDArray[np.generic]], float]:
+def _crop(planes: Sequence[Plane], aspect: float) -> tuple[list[Plane], float]:
     """Cut away empty air around the head, keeping a margin."""
     image = planes[0].astype(np.float64)
     low, high = np.percentile(image, [1, 99])
@@ -121,9 +121,9 @@ def _crop(planes: Sequence[npt.NDArray[np.generic]], aspect: float) -> tuple[lis
 
 
 def _segmentation_png(
-    image: npt.NDArray[np.generic],
-    truth: npt.NDArray[np.generic] | None,
-    prediction: npt.NDArray[np.generic],
+    image: Plane,
+    truth: Plane | None,
+    prediction: Plane,
     labels: Mapping[int, str],
     scores: Mapping[str, float],
     caption: str,
@@ -156,7 +156,7 @@ def _segmentation_png(
 def _classification_png(
     image: FloatArray,
     truth: LabelArray | int | None,
-    prediction: npt.NDArray[np.generic],
+    prediction: Plane,
     labels: Mapping[int, str],
     affine: FloatArray | None,
     channels: Sequence[str],
@@ -196,12 +196,12 @@ def _panels(count: int, height_over_width: float) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _show(panel: Axes, image: npt.NDArray[np.generic], aspect: float) -> None:
+def _show(panel: Axes, image: Plane, aspect: float) -> None:
     low, high = np.percentile(image.astype(np.float64), [1, 99.5])
     panel.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=aspect, interpolation="bicubic")
 
 
-def _paint(panel: Axes, plane: npt.NDArray[np.generic], labels: Mapping[int, str]) -> None:
+def _paint(panel: Axes, plane: Plane, labels: Mapping[int, str]) -> None:
     for value in labels:
         mask = plane == value
         if value == 0 or not mask.any():

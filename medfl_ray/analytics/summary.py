@@ -39,7 +39,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class HospitalSummary:
-    """One hospital's part in a run; a value is None where it was not measured or not shown."""
+    """One hospital's part in a run; a value is None where it was not measured or not shown.
+
+    spent: after the last round, everything ever charged to the data set included. ledger_total: after the
+    baselines, where the run had any.
+    """
 
     hospital: str
     info: HospitalInfo | None
@@ -52,6 +56,7 @@ class HospitalSummary:
     central: Metric | None
     spending: tuple[tuple[int, PrivacySpent], ...]
     spent: PrivacySpent | None
+    ledger_total: PrivacySpent | None
     rounds_asked: int
     rounds_trained: int
     failures: tuple[ClientFailure, ...]
@@ -261,7 +266,8 @@ def _summarise_hospital(name: str, read: _Read) -> HospitalSummary:
     seen = [metric for _, metric in tables if metric is not None]
     evaluation = read.evaluations.get(name)
     final = evaluation.metrics.get(read.metric) if evaluation else None
-    spending = _with_budget([(r.round, r.receipt.spent[name]) for r in read.results if name in r.receipt.spent])
+    charged = [(r.round, r.receipt.spent[name]) for r in read.results if name in r.receipt.spent]
+    spending = _with_budget(charged, read.config.privacy.epsilon)
     local = (read.baselines.get("local") or {}).get(name) or {}
     central = ((read.baselines.get("central") or {}).get("metrics") or {}).get(name) or {}
     metrics = evaluation.metrics if evaluation else {}
@@ -277,7 +283,8 @@ def _summarise_hospital(name: str, read: _Read) -> HospitalSummary:
         local=_metric_of(local.get("metrics"), read.metric),
         central=_metric_of(central, read.metric),
         spending=spending,
-        spent=_last_spent(name, read, spending, local),
+        spent=spending[-1][1] if spending else None,
+        ledger_total=_ledger_total(name, read, local),
         rounds_asked=sum(name in r.receipt.asked for r in read.results),
         rounds_trained=sum(name in r.receipt.trained and r.receipt.published for r in read.results),
         failures=tuple(f for f in _all_failures(read) if f.hospital == name),
@@ -289,23 +296,20 @@ def _all_failures(read: _Read) -> list[ClientFailure]:
     return [*(f for result in read.results for f in result.receipt.failures), *read.absent]
 
 
-def _with_budget(spending: Sequence[tuple[int, PrivacySpent]]) -> tuple[tuple[int, PrivacySpent], ...]:
+def _with_budget(
+    spending: Sequence[tuple[int, PrivacySpent]], fallback: float | None
+) -> tuple[tuple[int, PrivacySpent], ...]:
     """Keep the last word of each round; a reservation may not know the budget that the settled update names."""
     budget = next((spent.budget for _, spent in reversed(spending) if spent.budget is not None), None)
+    budget = budget if budget is not None else fallback
     rounds = {number: s.model_copy(update={"budget": s.budget or budget}) for number, s in spending}
     return tuple(sorted(rounds.items()))
 
 
-def _last_spent(
-    name: str, read: _Read, spending: Sequence[tuple[int, PrivacySpent]], local: Mapping[str, Any]
-) -> PrivacySpent | None:
-    """Return the highest cumulative figure that the ledger, the receipts or the baseline name."""
-    exported = _spent_of((read.ledgers.get(name) or {}).get("spent"))
-    known = [s for s in [exported, _spent_of(local.get("spent")), *(s for _, s in spending)] if s is not None]
-    if not known:
-        return None
-    budget = next((s.budget for s in reversed(known) if s.budget is not None), read.config.privacy.epsilon)
-    return max(known, key=lambda s: s.epsilon).model_copy(update={"budget": budget})
+def _ledger_total(name: str, read: _Read, local: Mapping[str, Any]) -> PrivacySpent | None:
+    """Return the highest cumulative figure that the ledger or the baseline names: baselines are charged too."""
+    known = [_spent_of((read.ledgers.get(name) or {}).get("spent")), _spent_of(local.get("spent"))]
+    return max((s for s in known if s is not None), key=lambda s: s.epsilon, default=None)
 
 
 def _declared(name: str, read: _Read, evaluation: SiteEvaluation | None) -> str:
@@ -343,7 +347,8 @@ def _read_lines(path: Path) -> list[RoundResult]:
 
 def _read_models(path: Path, model: type[M]) -> dict[str, M]:
     raw = _read_json(path) or {}
-    return _checked(path, lambda: {name: model.model_validate(value) for name, value in raw.items()})
+    models: dict[str, M] = _checked(path, lambda: {name: model.model_validate(value) for name, value in raw.items()})
+    return models
 
 
 def _read_json(path: Path) -> Any:

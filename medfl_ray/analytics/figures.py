@@ -1,0 +1,196 @@
+"""The report's charts, drawn as SVG without any global state of matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from medfl_ray.analytics.summary import HospitalSummary, RunSummary, Spread, shown
+
+FEDERATED, LOCAL, CENTRAL = "#0b6e99", "#c05a00", "#6b4fa0"
+INK, GRID, FAINT = "#1f2933", "#e3e8ee", "#98a4b3"
+HOSPITALS = ("#0f8f80", "#d1495b", "#8a6d00", "#5b6ee1", "#a0522d", "#3c7d2a", "#b0408f", "#4a6572")
+MOST_NAMED = len(HOSPITALS)
+MOST_COMPARED = 40
+
+
+@dataclass(frozen=True)
+class Chart:
+    """An SVG with the words that say the same to who cannot see it."""
+
+    title: str
+    svg: str
+    alt: str
+
+
+def metric_name(metric: str) -> str:
+    """Return how a metric is written in a sentence."""
+    return {"dice": "Dice", "auc": "AUC"}.get(metric, metric)
+
+
+def learning_curves(summary: RunSummary) -> Chart | None:
+    """Draw the held-out metric over rounds, per hospital and mean, with the baselines as lines."""
+    curves = [(h.hospital, h.curve) for h in summary.hospitals if h.curve]
+    if not curves:
+        return None
+    figure, axes = _figure()
+    few = len(curves) <= MOST_NAMED
+    for place, (name, curve) in enumerate(curves):
+        colour = HOSPITALS[place] if few else FAINT
+        x, y = zip(*curve, strict=True)
+        axes.plot(x, y, color=colour, linewidth=1.2, alpha=0.85 if few else 0.3, label=name if few else None)
+    x, y = zip(*summary.mean_curve, strict=True)
+    axes.plot(x, y, color=FEDERATED, linewidth=3, marker="o", markersize=4.5, label="federated, mean")
+    _baseline(axes, summary.local, LOCAL, "local only, mean")
+    _baseline(axes, summary.central, CENTRAL, "central, mean")
+    axes.set_xlabel("round")
+    axes.set_ylabel(f"{metric_name(summary.metric)} on held-out patients")
+    _finish(axes, columns=2)
+    first, last = summary.mean_curve[0], summary.mean_curve[-1]
+    alt = (
+        f"Line chart of {metric_name(summary.metric)} on held-out patients over rounds, one line per hospital and "
+        f"their mean, which goes from {first[1]:.3f} in round {first[0]} to {last[1]:.3f} in round {last[0]}."
+    )
+    return Chart("Learning curves", _svg(figure), alt + _baseline_words(summary))
+
+
+def comparison(summary: RunSummary) -> Chart | None:
+    """Draw each hospital's local, federated and central figure on one line, its patients as faint dots."""
+    rows = [h for h in summary.hospitals if shown(h.federated) is not None]
+    if not rows or len(rows) > MOST_COMPARED:
+        return None
+    figure, axes = _figure(height=max(2.6, 0.42 * len(rows) + 1.5))
+    for place, hospital in enumerate(rows):
+        _compare(axes, place, hospital)
+    axes.set_yticks(range(len(rows)), [h.hospital for h in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(f"{metric_name(summary.metric)} on held-out patients")
+    entries = [Line2D([], [], color=FEDERATED, marker="o", linestyle="", markersize=8, label="federated")]
+    if summary.local:
+        entries.append(Line2D([], [], color=LOCAL, marker="s", linestyle="", markersize=7, label="local only"))
+    if summary.central:
+        entries.append(Line2D([], [], color=CENTRAL, marker="D", linestyle="", markersize=6.5, label="central"))
+    if any(h.patient_scores for h in rows):
+        entries.append(Line2D([], [], color=FAINT, marker="|", linestyle="", markersize=9, label="one patient"))
+    axes.grid(axis="y", visible=False)
+    _finish(axes, columns=4, entries=entries)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    words = "; ".join(_comparison_words(h) for h in rows)
+    return Chart("Federated beside local and central", _svg(figure), f"Per hospital: {words}.")
+
+
+def epsilon_curves(summary: RunSummary) -> Chart | None:
+    """Draw each hospital's cumulative epsilon over rounds, with its budget."""
+    rows = [h for h in summary.hospitals if h.spending]
+    if not rows:
+        return None
+    figure, axes = _figure()
+    few = len(rows) <= MOST_NAMED
+    for place, hospital in enumerate(rows):
+        x = [number for number, _ in hospital.spending]
+        y = [spent.epsilon for _, spent in hospital.spending]
+        axes.plot(
+            x,
+            y,
+            color=HOSPITALS[place] if few else FAINT,
+            linewidth=1.8,
+            marker="o",
+            markersize=3.5,
+            alpha=1 if few else 0.35,
+            label=hospital.hospital if few else None,
+        )
+    for budget in sorted({s.budget for h in rows for _, s in h.spending if s.budget is not None})[:MOST_NAMED]:
+        axes.axhline(budget, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"budget {budget:g}")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("round")
+    axes.set_ylabel("epsilon (patient, add/remove)")
+    _finish(axes, columns=3)
+    words = "; ".join(f"{h.hospital} {h.spending[-1][1].epsilon:.2f}" for h in rows[:MOST_NAMED])
+    alt = f"Line chart of cumulative patient-level epsilon (add/remove) over rounds per hospital; at the end: {words}."
+    return Chart("Epsilon over rounds", _svg(figure), alt)
+
+
+def _compare(axes: Axes, place: int, hospital: HospitalSummary) -> None:
+    federated, local, central = shown(hospital.federated), shown(hospital.local), shown(hospital.central)
+    scores = hospital.patient_scores or ()
+    axes.plot(scores, [place + 0.27] * len(scores), color=FAINT, marker="|", linestyle="", markersize=7, alpha=0.8)
+    points = [value for value in (federated, local, central) if value is not None]
+    axes.plot([min(points), max(points)], [place, place], color=GRID, linewidth=5, solid_capstyle="round", zorder=1)
+    for value, colour, marker, size in (
+        (central, CENTRAL, "D", 6.5),
+        (local, LOCAL, "s", 7),
+        (federated, FEDERATED, "o", 9),
+    ):
+        if value is not None:
+            axes.plot([value], [place], color=colour, marker=marker, markersize=size, markeredgecolor="white", zorder=3)
+
+
+def _comparison_words(hospital: HospitalSummary) -> str:
+    values = (("federated", hospital.federated), ("local only", hospital.local), ("central", hospital.central))
+    known = [f"{name} {metric.value:.3f}" for name, metric in values if metric is not None and metric.value is not None]
+    return f"{hospital.hospital} {', '.join(known)}"
+
+
+def _baseline(axes: Axes, value: Spread | None, colour: str, name: str) -> None:
+    if value is not None:
+        axes.axhline(value.mean, color=colour, linewidth=1.8, linestyle=(0, (5, 3)), label=name)
+
+
+def _baseline_words(summary: RunSummary) -> str:
+    words = [
+        f" The mean of {name} is {value.mean:.3f}."
+        for name, value in (("local-only models", summary.local), ("the central model", summary.central))
+        if value is not None
+    ]
+    return "".join(words)
+
+
+def _figure(width: float = 5.6, height: float = 3.9) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    axes.set_facecolor("none")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=10.5, length=3, color=FAINT)
+    axes.xaxis.label.set(color=INK, size=11)
+    axes.yaxis.label.set(color=INK, size=11)
+    axes.grid(visible=True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _finish(axes: Axes, columns: int, entries: Sequence[Line2D] | None = None) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    handles = list(entries) if entries is not None else axes.get_legend_handles_labels()[0]
+    if handles:
+        axes.legend(
+            handles=handles,
+            ncols=min(columns, len(handles)),
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            frameon=False,
+            fontsize=10,
+            labelcolor=INK,
+            handlelength=1.6,
+            columnspacing=1.4,
+        )
+    ticks = axes.get_xlim()
+    if np.isclose(ticks[0], ticks[1]):
+        axes.set_xlim(ticks[0] - 1, ticks[1] + 1)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
