@@ -27,12 +27,20 @@ class Anatomy:
     fractions: npt.NDArray[np.uint8]
     origin_mm: npt.NDArray[np.float64]  # of voxel 0, with the brain's centre at 0
     spacing_mm: float
-    lesion_sites_mm: FloatArray  # [N, 3], deep in the cerebrum
 
     @cached_property
     def occupied(self) -> npt.NDArray[np.bool_]:
         """Where a voxel or one of its neighbours holds tissue; the rest is air."""
         return ndimage.binary_dilation(self.fractions.any(axis=-1), np.ones((3, 3, 3), bool))  # type: ignore[no-any-return]
+
+    @cached_property
+    def lesion_sites_mm(self) -> FloatArray:
+        """Places [N, 3] where gliomas grow and stay visible: white matter with cerebrum all around it."""
+        solid = self.fractions[..., :3].sum(axis=-1, dtype=np.float32)
+        around = ndimage.uniform_filter(solid, size=max(3, round(22 / self.spacing_mm)))
+        sites = np.argwhere((self.fractions[..., 0] > 128) & (around > 0.8 * 255)) * self.spacing_mm + self.origin_mm
+        above = sites[(sites[:, 2] > -12) & (np.abs(sites[:, 0]) > 12)]
+        return np.ascontiguousarray(above, dtype=np.float32)
 
     def sample(self, coordinates: Sequence[FloatArray]) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
         """Return fractions 0..1 [T, N] of the N places that are not air, and the mask of these places.
@@ -77,7 +85,7 @@ def list_label_maps(folder: Path) -> tuple[Path, ...]:
     return maps
 
 
-@lru_cache(maxsize=24)
+@lru_cache(maxsize=48)
 def load_label_map(path: Path, spacing_mm: int) -> Anatomy:
     """Return one subject's label map at a whole number of millimetres per voxel.
 
@@ -134,16 +142,4 @@ def pack(maps: Mapping[str, FloatArray], origin_mm: npt.NDArray[np.float64], spa
     for index, name in enumerate(TISSUES):
         if name in maps:
             stack[..., index] = np.rint(255 * np.clip(maps[name] / total, 0, 1))
-    origin = np.asarray(origin_mm, dtype=np.float64)
-    return Anatomy(stack, origin, float(spacing_mm), _lesion_sites(stack, origin, spacing_mm))
-
-
-def _lesion_sites(
-    fractions: npt.NDArray[np.uint8], origin_mm: npt.NDArray[np.float64], spacing_mm: float
-) -> FloatArray:
-    """White matter of the hemispheres with brain all around it: where gliomas grow and stay visible."""
-    solid = fractions[..., :3].sum(axis=-1, dtype=np.float32)
-    around = ndimage.uniform_filter(solid, size=max(3, round(22 / spacing_mm)))
-    sites = np.argwhere((fractions[..., 0] > 128) & (around > 0.8 * 255)) * spacing_mm + origin_mm
-    above = sites[(sites[:, 2] > -12) & (np.abs(sites[:, 0]) > 12)]
-    return np.ascontiguousarray(above, dtype=np.float32)
+    return Anatomy(stack, np.asarray(origin_mm, dtype=np.float64), float(spacing_mm))

@@ -27,7 +27,7 @@ MNI_PADDING = ((12, 12), (16, 26), (58, 22))
 BRAIN_CENTRE: Triple = (0.0, -18.0, 10.0)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=5)
 def load_template(spacing_mm: int) -> Anatomy:
     """Return the MNI152 head at a whole number of millimetres per voxel.
 

@@ -17,6 +17,8 @@ from medfl_ray.data.phantoms.preset import HospitalProfile, PhantomPreset, load_
 from medfl_ray.data.phantoms.profiles import hospital_profile
 from medfl_ray.data.phantoms.scanner import acquire
 
+PLACEMENT_SPACING_MM = 4
+
 LabelArray = npt.NDArray[np.uint8]
 
 
@@ -61,10 +63,10 @@ def render_phantom(
     profile = hospital_profile(chosen, hospital_index, seed)
     entropy = [seed & (2**64 - 1), hospital_index, patient_index]
     streams = [np.random.default_rng(s) for s in np.random.SeedSequence(entropy).spawn(3)]
-    anatomy = _anatomy(profile, size_voxels, labelmaps, int(streams[0].integers(2**31)))
+    anatomy, placement = _anatomies(profile, size_voxels, labelmaps, int(streams[0].integers(2**31)))
     pose = draw_pose(streams[0])
     sick = bool(streams[1].random() < profile.prevalence)
-    lesion = draw_lesion(streams[1], chosen.lesion, profile.size_factor, anatomy.lesion_sites_mm)
+    lesion = draw_lesion(streams[1], chosen.lesion, profile.size_factor, placement.lesion_sites_mm)
     height = _slice_height(lesion, streams[1]) if chosen.spatial_dims == 2 else None
     grid = scanner_grid(profile, size_voxels, height)
     fractions, head, maps = _compose(anatomy, grid, pose.anatomy_coordinates(grid), lesion if sick else None, chosen)
@@ -79,13 +81,18 @@ def render_phantom(
     return Phantom(image, label, truth, grid.affine, name, chosen.channels, dict(chosen.labels))
 
 
-def _anatomy(profile: HospitalProfile, size_voxels: int, labelmaps: Path | None, draw: int) -> Anatomy:
-    """The anatomy at about three quarters of the voxel's size, so that a voxel averages what it covers."""
+def _anatomies(
+    profile: HospitalProfile, size_voxels: int, labelmaps: Path | None, draw: int
+) -> tuple[Anatomy, Anatomy]:
+    """The anatomy to render, at about three quarters of the voxel's size so that a voxel averages what it covers,
+    and the one to place lesions in, which must not depend on the voxel's size.
+    """
     spacing = int(np.clip(0.75 * min(profile.field_of_view_mm) / size_voxels, 1, 5))
     if labelmaps is None:
-        return load_template(spacing)
+        return load_template(spacing), load_template(PLACEMENT_SPACING_MM)
     maps = list_label_maps(Path(labelmaps))
-    return load_label_map(maps[draw % len(maps)], spacing)
+    path = maps[draw % len(maps)]
+    return load_label_map(path, spacing), load_label_map(path, PLACEMENT_SPACING_MM)
 
 
 def _slice_height(lesion: Lesion, rng: np.random.Generator) -> float:

@@ -25,8 +25,8 @@ BRIGHTNESS: dict[str, dict[str, float]] = {
         "muscle": 0.24, "eye": 0.98, "vessel": 0.10, "oedema": 0.76, "core": 0.64, "necrosis": 0.92, "rim": 0.58,
     },
     "FLAIR": {
-        "white": 0.45, "grey": 0.57, "deep_grey": 0.55, "csf": 0.12, "bone": 0.06, "marrow": 0.40, "fat": 0.62,
-        "muscle": 0.28, "eye": 0.12, "vessel": 0.12, "oedema": 0.93, "core": 0.74, "necrosis": 0.40, "rim": 0.80,
+        "white": 0.45, "grey": 0.57, "deep_grey": 0.55, "csf": 0.12, "bone": 0.06, "marrow": 0.40, "fat": 0.78,
+        "muscle": 0.28, "eye": 0.12, "vessel": 0.12, "oedema": 0.88, "core": 0.74, "necrosis": 0.40, "rim": 0.80,
     },
 }  # fmt: skip
 
