@@ -29,8 +29,7 @@ from medfl_ray.store.ledger_events import (
     genesis,
 )
 from medfl_ray.store.ledger_file import LedgerFile
-
-EXPORT_FORMAT = "medfl-ray privacy ledger v1"
+from medfl_ray.store.ledger_mirror import EXPORT_FORMAT
 
 
 class PrivacyLedger:

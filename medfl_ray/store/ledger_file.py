@@ -24,6 +24,7 @@ from medfl_ray.store.tables import (
 )
 
 LOCK_TIMEOUT_S = 30.0
+LEDGER_NAME = "ledger.sqlite"
 KEY_NAME = "hospital.key"
 PLAIN_WORDS = (
     ("locked", "another process holds it; wait for that run to end, or end it"),

@@ -1,0 +1,118 @@
+"""medfl-ray privacy: plan and estimate what a run costs, and read hospitals' ledgers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medfl_ray.cli import privacy_ledger
+from medfl_ray.errors import PrivacyConfigError
+
+app = typer.Typer(no_args_is_help=True)
+app.add_typer(privacy_ledger.app, name="ledger", help="Show and verify a hospital's privacy ledger.")
+
+Epsilon = Annotated[float | None, typer.Option(help="Patient-level epsilon of the whole run.")]
+Delta = Annotated[float | None, typer.Option(help="Delta; min(1e-5, 1 / (10 num_patients)) when absent.")]
+Sigma = Annotated[float | None, typer.Option("--noise-multiplier", help="Noise standard deviation over the clip norm.")]
+Rate = Annotated[float | None, typer.Option(help="Poisson rate q of a patient per step.")]
+Patients = Annotated[int | None, typer.Option(help="Public, rounded number of training patients of the hospital.")]
+Batch = Annotated[float | None, typer.Option(help="Expected patients per step; gives q with --num-patients.")]
+Rounds = Annotated[int | None, typer.Option(help="Rounds.")]
+Steps = Annotated[int | None, typer.Option("--steps-per-round", help="Local steps per round.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override of the configuration, section.key=value.")]
+Config = Annotated[Path | None, typer.Argument(help="YAML file of a run: plan each of its hospitals.")]
+
+
+@app.command()
+def plan(
+    config: Config = None,
+    epsilon: Epsilon = None,
+    delta: Delta = None,
+    noise_multiplier: Sigma = None,
+    sample_rate: Rate = None,
+    num_patients: Patients = None,
+    batch_size: Batch = None,
+    rounds: Rounds = None,
+    steps_per_round: Steps = 1,
+    set_: Set = None,
+) -> None:
+    """Solve the one that is left out of epsilon, noise multiplier, sample rate and rounds; or plan a run's file."""
+    from medfl_ray.cli import privacy_tables
+
+    if config is not None:
+        from medfl_ray.config_files import load_run_config
+
+        if any(value is not None for value in (epsilon, noise_multiplier, sample_rate, rounds, batch_size)):
+            raise PrivacyConfigError("give either a configuration (and --set) or the figures themselves, not both")
+        privacy_tables.print_run_plan(load_run_config(config, tuple(set_ or ())))
+        return
+    privacy_tables.print_plan(
+        privacy_tables.Question(
+            epsilon=epsilon,
+            delta=_delta(delta, num_patients),
+            noise_multiplier=noise_multiplier,
+            sample_rate=_rate(sample_rate, batch_size, num_patients),
+            rounds=rounds,
+            steps_per_round=steps_per_round or 1,
+        )
+    )
+
+
+@app.command()
+def estimate(
+    noise_multiplier: Sigma = None,
+    rounds: Rounds = None,
+    steps_per_round: Steps = None,
+    num_patients: Patients = None,
+    batch_size: Batch = None,
+    sample_rate: Rate = None,
+    delta: Delta = None,
+) -> None:
+    """Say what a run would cost one hospital's patients."""
+    from medfl_ray.cli import privacy_tables
+
+    rate = _rate(sample_rate, batch_size, num_patients)
+    needed = {
+        "--noise-multiplier": noise_multiplier,
+        "--rounds": rounds,
+        "--steps-per-round": steps_per_round,
+        "--sample-rate (or --batch-size and --num-patients)": rate,
+        "--delta (or --num-patients)": delta or num_patients,
+    }
+    missing = [name for name, value in needed.items() if value is None]
+    if missing or rate is None or noise_multiplier is None or rounds is None or steps_per_round is None:
+        raise PrivacyConfigError(f"a patient-level epsilon cannot be computed without {', '.join(missing)}")
+    privacy_tables.print_plan(
+        privacy_tables.Question(
+            epsilon=None,
+            delta=_delta(delta, num_patients),
+            noise_multiplier=noise_multiplier,
+            sample_rate=rate,
+            rounds=rounds,
+            steps_per_round=steps_per_round,
+        )
+    )
+
+
+def _delta(delta: float | None, num_patients: int | None) -> float:
+    from medfl_ray.site_policy import default_delta
+
+    if delta is not None:
+        if num_patients is not None and delta >= 1 / num_patients:
+            raise PrivacyConfigError(f"delta={delta:g} is not below 1 / num_patients = {1 / num_patients:g}; lower it")
+        return delta
+    if num_patients is None:
+        raise PrivacyConfigError("an epsilon says nothing without its delta; give --delta or --num-patients")
+    return default_delta(num_patients)
+
+
+def _rate(sample_rate: float | None, batch_size: float | None, num_patients: int | None) -> float | None:
+    if sample_rate is not None:
+        return sample_rate
+    if batch_size is None:
+        return None
+    if num_patients is None:
+        raise PrivacyConfigError("--batch-size gives a sample rate only together with --num-patients")
+    return min(1.0, batch_size / num_patients)

@@ -1,0 +1,76 @@
+"""medfl-ray privacy ledger: show and verify what a hospital's data sets have been charged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medfl_ray.errors import LedgerError
+
+app = typer.Typer(no_args_is_help=True)
+
+Run = Annotated[Path | None, typer.Argument(help="A run's folder: read the ledgers exported with it.")]
+State = Annotated[Path | None, typer.Option(help="The hospital's state folder: read the ledger itself.")]
+DeltaOption = Annotated[float, typer.Option(help="Delta of the epsilon shown for a state folder.")]
+
+
+@app.command()
+def show(run: Run = None, state: State = None, delta: DeltaOption = 1e-5) -> None:
+    """Print the charges of every account and what they cost together."""
+    from medfl_ray.cli.privacy_tables import print_ledger
+
+    for export in _exports(run, state, delta):
+        print_ledger(export)
+
+
+@app.command()
+def verify(run: Run = None, state: State = None, delta: DeltaOption = 1e-5) -> None:
+    """Check every row's order, hash, signature and meaning; the first bad row is named."""
+    from medfl_ray.store.ledger_mirror import verify_export
+
+    for export in _exports(run, state, delta):
+        head = verify_export(export)
+        typer.echo(
+            f"hospital {export['hospital']}, data set {export['data_set']}: {head.sequence} rows are whole and signed; "
+            f"head {str(head)[:24]}..."
+        )
+
+
+def _exports(run: Path | None, state: Path | None, delta: float) -> list[dict[str, Any]]:
+    if (run is None) == (state is None):
+        raise LedgerError("give either a run's folder or --state with a hospital's state folder")
+    exports = _of_run(run) if run is not None else _of_state(state or Path(), delta)
+    if not exports:
+        raise LedgerError("there is no account: nothing has been charged here")
+    return exports
+
+
+def _of_run(run: Path) -> list[dict[str, Any]]:
+    path = run / "ledger.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LedgerError(
+            f"cannot read {path.name!r} in {run.name!r} ({type(error).__name__}); give the folder of a finished "
+            "run with DP"
+        ) from None
+    if not isinstance(content, dict):
+        raise LedgerError(f"{path.name!r} holds {type(content).__name__}; expected one export per hospital")
+    return [export for _, export in sorted(content.items()) if export]
+
+
+def _of_state(state: Path, delta: float) -> list[dict[str, Any]]:
+    from medfl_ray.store.ledger import PrivacyLedger
+    from medfl_ray.store.ledger_file import LEDGER_NAME, LedgerFile
+
+    paths = sorted(state.rglob(LEDGER_NAME))
+    if not paths:
+        raise LedgerError(f"there is no {LEDGER_NAME!r} in {state.name!r} or below; check the state folder")
+    exports = []
+    for path in paths:
+        for hospital, data_set in LedgerFile(path).accounts():
+            exports.append(PrivacyLedger.open(path, hospital, data_set, delta, None).export())
+    return exports
