@@ -3,8 +3,7 @@
 import json
 
 import pytest
-
-from benchmarks.harness import Goal, benchmark, describe_machine, report, table
+from harness import Goal, benchmark, describe_machine, report, table
 
 
 @pytest.mark.parametrize(
