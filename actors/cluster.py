@@ -54,7 +54,7 @@ def connect(address: str | None = None, num_cpus: int | None = None, dashboard: 
                 _node_ip_address="127.0.0.1",
                 **options,
             )
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever Ray says becomes one sentence
         where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
         raise ClusterError(
             f"could not {'reach' if address else 'start'} {where}: {type(error).__name__}. Check RAY_ADDRESS and "
@@ -78,7 +78,7 @@ def disconnect() -> None:
 
 def secure_environment() -> None:
     """Set, before Ray is imported, what keeps our own cluster on loopback and behind a token."""
-    # Ray 2.55 rewrites a 127.0.0.1 node address to the machine's own unless this is 0, and then listens on all interfaces.
+    # Unless this is 0, Ray 2.55 rewrites a 127.0.0.1 node address to the machine's own and listens everywhere.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -61,7 +61,6 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
     Raises:
       DataError, ModelError, PrivacyError: with the reason, in words that hold no identifier.
     """
-    from medfl_ray.analytics.report import write_local_report
     from medfl_ray.data.sources import open_hospital_data
     from medfl_ray.store.ledger import PrivacyLedger
 
@@ -91,6 +90,8 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
         )
 
     def local_report(round: int, values: Mapping[str, float], scores: Sequence[Any]) -> None:
+        from medfl_ray.analytics.report import write_local_report
+
         write_local_report(spec.state_folder, policy.hospital, run, round, values, [score.headline for score in scores])
 
     return Hospital(HospitalParts(run, policy, spec.index, trainer, data, ledger, make_pictures, local_report))

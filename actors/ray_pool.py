@@ -173,7 +173,7 @@ def deal(names: Sequence[str], num_actors: int | None) -> list[tuple[str, ...]]:
 def actor_options(
     home: Sequence[str], num_actors: int, resources: Mapping[str, float], gpus_per_actor: float
 ) -> dict[str, Any]:
-    """Return the resources of an actor: its hospital's own node where the cluster names one, a GPU share, a CPU share."""
+    """Return an actor's resources: its hospital's own node where the cluster names one, a GPU and a CPU share."""
     gpus = resources.get("GPU", 0.0)
     share = gpus_per_actor or (min(1.0, gpus / num_actors) if gpus else 0.0)
     pins = {f"hospital:{name}": 0.001 for name in home if f"hospital:{name}" in resources}
