@@ -22,7 +22,7 @@ class Entry:
     """One network: its builder, its levels and what it asks of the input size.
 
     Each input edge is a multiple of `divisor(levels)`. `fixed_size` networks accept only the patch
-    size they were built for. A network with `max_levels` refuses a longer list of features.
+    size they were built for. `onnx_note` says why an ONNX file of the network has a fixed size, where it has.
     """
 
     build: Callable[[Request], nn.Module]
@@ -31,6 +31,7 @@ class Entry:
     max_levels: int = 8
     spatial_dims: tuple[int, ...] = (2, 3)
     fixed_size: bool = False
+    onnx_note: str = ""
 
 
 def _per_level(levels: int) -> int:
@@ -44,8 +45,12 @@ CATALOGUE: dict[str, Entry] = {
     "segresnet": Entry(networks.segresnet, _per_level),
     "dynunet": Entry(networks.dynunet, _per_level, min_levels=3),
     "attention_unet": Entry(networks.attention_unet, _per_level),
-    "unetr": Entry(networks.unetr, lambda levels: 16, fixed_size=True),
-    "swin_unetr": Entry(networks.swin_unetr, lambda levels: 32, min_levels=1),
+    "unetr": Entry(
+        networks.unetr, lambda levels: 16, fixed_size=True, onnx_note="its position embedding belongs to one size"
+    ),
+    "swin_unetr": Entry(
+        networks.swin_unetr, lambda levels: 32, min_levels=1, onnx_note="its window partition is traced for one size"
+    ),
     "densenet": Entry(networks.densenet, lambda levels: 2 ** (levels + 1), min_levels=1),
 }
 
@@ -93,6 +98,11 @@ def size_divisor(model: ModelConfig) -> int:
 def has_fixed_size(model: ModelConfig) -> bool:
     """Tell whether the network accepts no other input size than its patch size."""
     return _entry(model).fixed_size
+
+
+def onnx_size_note(model: ModelConfig) -> str:
+    """Return why an ONNX file of the network accepts one size only; empty where space is dynamic."""
+    return _entry(model).onnx_note
 
 
 def smallest_size(model: ModelConfig, spatial_dims: int, patch_size: tuple[int, ...]) -> tuple[int, ...]:

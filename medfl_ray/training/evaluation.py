@@ -25,11 +25,9 @@ class PatientScore:
     @property
     def headline(self) -> float:
         """The one figure of the patient: mean Dice, or the probability given to the true class."""
-        if self.dice is not None:
-            return float(np.mean(list(self.dice.values())))
-        assert self.probabilities is not None
-        assert self.truth is not None
-        return self.probabilities[self.truth]
+        if self.probabilities is not None and self.truth is not None:
+            return self.probabilities[self.truth]
+        return float(np.mean(list((self.dice or {}).values())))
 
 
 def dice_per_label(prediction: Labels, truth: Labels, labels: Mapping[int, str]) -> dict[str, float]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medfl_ray.errors import ModelError
+
 OVERLAP = 0.25
 WINDOWS_AT_ONCE = 4
 
@@ -23,12 +25,15 @@ def segment(network: nn.Module, image: Tensor, patch_size: tuple[int, ...]) -> T
     logits = sliding_window_inference(
         image[None], patch_size, WINDOWS_AT_ONCE, network, overlap=OVERLAP, mode="gaussian", padding_mode="constant"
     )
-    assert isinstance(logits, Tensor), "a segmentation network has one output"
+    if not isinstance(logits, Tensor):
+        raise ModelError(
+            "the network has several outputs; a segmentation network has one, so switch deep supervision off"
+        )
     return logits[0]
 
 
 def classify(network: nn.Module, image: Tensor, smallest: tuple[int, ...]) -> Tensor:
-    """Return class probabilities [L] of a whole image [C, *S], padded at the far end to the smallest size."""
+    """Return class probabilities [L] of a whole image [C, *S], padded with zeros all round to the smallest size."""
     shortfall = [max(0, low - edge) for low, edge in zip(smallest, image.shape[1:], strict=True)]
-    padding = [amount for missing in reversed(shortfall) for amount in (0, missing)]
+    padding = [amount for missing in reversed(shortfall) for amount in (missing // 2, missing - missing // 2)]
     return torch.softmax(network(functional.pad(image, padding)[None])[0], dim=0)

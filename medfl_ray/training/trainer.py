@@ -6,10 +6,9 @@ Shapes: N patients of a step, K patches of a patient, C channels, S voxels per a
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -121,14 +120,18 @@ class Trainer:
 
     def evaluate(self, weights: Vector, data: LocalData) -> list[PatientScore]:
         """Score the held-out patients, in the order of their first case; cases of one patient are averaged."""
+        return self.score_cases(weights, data.holdout, data.labels)
+
+    def score_cases(
+        self, weights: Vector, cases: Iterable[PreparedCase], labels: Mapping[int, str]
+    ) -> list[PatientScore]:
+        """Score any cases, one at a time; those without a label are left out, those of one patient averaged."""
         self._load_for_inference(weights)
-        cases = [case for case in data.holdout if case.label is not None]
-        order = list(dict.fromkeys(case.patient_id for case in cases))
-        cases.sort(key=lambda case: order.index(case.patient_id))
-        return [
-            average_cases([self._score(case, data) for case in own])
-            for _, own in groupby(cases, key=lambda case: case.patient_id)
-        ]
+        per_patient: dict[str, list[PatientScore]] = {}
+        for case in cases:
+            if case.label is not None:
+                per_patient.setdefault(case.patient_id, []).append(self._score(case, labels))
+        return [average_cases(scores) for scores in per_patient.values()]
 
     def predict(self, weights: Vector, case: PreparedCase) -> npt.NDArray[np.uint8]:
         """Return the predicted labels [*S] of one case, or its class [] for classification."""
@@ -182,9 +185,9 @@ class Trainer:
         for parameter, piece in zip(self._parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter).clone()
 
-    def _score(self, case: PreparedCase, data: LocalData) -> PatientScore:
+    def _score(self, case: PreparedCase, labels: Mapping[int, str]) -> PatientScore:
         if self._task == "segmentation":
-            return PatientScore(dice=dice_per_label(self._predict_loaded(case), np.asarray(case.label), data.labels))
+            return PatientScore(dice=dice_per_label(self._predict_loaded(case), np.asarray(case.label), labels))
         probabilities = self._probabilities(case)
         return PatientScore(probabilities=tuple(probabilities.tolist()), truth=int(np.asarray(case.label)))
 
@@ -192,12 +195,12 @@ class Trainer:
         if self._task == "classification":
             return np.asarray(self._probabilities(case).argmax().item(), dtype=np.uint8)
         with torch.inference_mode():
-            logits = segment(self._network, torch.from_numpy(case.image).to(self.device), self._patch_size)
+            logits = segment(self._network, torch.tensor(case.image, device=self.device), self._patch_size)
             return logits.argmax(dim=0).to("cpu", torch.uint8).numpy()
 
     def _probabilities(self, case: PreparedCase) -> Tensor:
         with torch.inference_mode():
-            return classify(self._network, torch.from_numpy(case.image).to(self.device), self._patch_size).cpu()
+            return classify(self._network, torch.tensor(case.image, device=self.device), self._patch_size).cpu()
 
     def _load_for_inference(self, weights: Vector) -> None:
         load_into(self._network, weights)

@@ -1,0 +1,188 @@
+"""ONNX export of a run's model: written only where onnxruntime says what torch says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+from torch.export import Dim
+
+from medfl_ray.data.dataset import HospitalData
+from medfl_ray.errors import ExportError
+from medfl_ray.export.package import ModelPackage, load_run, open_public_data, read_package
+from medfl_ray.export.parity import Image, Parity, measure_parity, parity_images, patches_of
+from medfl_ray.export.weights import load_weights
+from medfl_ray.models.catalogue import build_network, onnx_size_note, size_divisor
+from medfl_ray.params import Vector, checksum, layout_of, load_into
+
+INPUT, OUTPUT = "image", "logits"
+PACKAGE_FORMAT = 1
+
+
+def export_run(run_dir: Path) -> Parity:
+    """Write model.onnx and model.json of a finished run from its model.safetensors.
+
+    Raises:
+      ConfigError: the folder is not a run's.
+      ExportError: the run has not ended, its weights do not fit, or parity failed; then no model.onnx is left.
+    """
+    for name in ("model.onnx", "model.json"):
+        (run_dir / name).unlink(missing_ok=True)
+    run = load_run(run_dir)
+    data = open_public_data(run)
+    package = read_package(run_dir, run, data)
+    layout = layout_of(network_of(package))
+    return export_onnx(package, load_weights(run_dir / "model.safetensors", layout), run_dir, data)
+
+
+def network_of(package: ModelPackage) -> nn.Module:
+    """Build a package's network, untrained, in evaluation mode."""
+    return build_network(
+        package.model, package.spatial_dims, package.num_channels, package.out_channels, False, package.patch_size
+    ).eval()
+
+
+def export_onnx(package: ModelPackage, weights: Vector, directory: Path, data: HospitalData | None = None) -> Parity:
+    """Write model.onnx, with everything that serving needs in its metadata, and model.json beside it.
+
+    Args:
+      weights: [P].
+      data: a hospital's data that are not private, for the parity check; phantoms when None.
+
+    Raises:
+      ExportError: torch cannot export the network, the file is not valid ONNX, or parity failed.
+    """
+    network = network_of(package)
+    load_into(network, weights)
+    images, origin = parity_images(package, data)
+    sizes = _sizes(package)
+    batches = [patches_of(images[:1], sizes[0]), *(patches_of(images, size) for size in sizes)]
+    description = _describe(package, weights)
+    model = _to_onnx(network, batches[-1], dynamic_space=len(sizes) > 1)
+    onnx.helper.set_model_props(model, {f"medfl.{key}": json.dumps(value) for key, value in description.items()})
+    with _unfinished(directory / "model.onnx") as path:
+        _save_checked(model, path)
+        parity = measure_parity(network, _runner(path), batches, origin)
+        description["onnx"] = {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "size_bytes": path.stat().st_size,
+            "opset": next(entry.version for entry in model.opset_import if entry.domain == ""),
+            "input": INPUT,
+            "output": OUTPUT,
+        }
+    with _unfinished(directory / "model.json") as path:
+        path.write_text(json.dumps({**description, "parity": asdict(parity)}, indent=1), encoding="utf-8")
+    return parity
+
+
+def _sizes(package: ModelPackage) -> list[tuple[int, ...]]:
+    """Return the input sizes to check: the patch and, where space is dynamic, a larger one with unequal edges."""
+    patch = package.patch_size
+    if onnx_size_note(package.model):
+        return [patch]
+    step = size_divisor(package.model)
+    return [patch, tuple(edge + step * (axis + 1) for axis, edge in enumerate(patch))]
+
+
+def _describe(package: ModelPackage, weights: Vector) -> dict[str, Any]:
+    note = onnx_size_note(package.model)
+    return {
+        "format": PACKAGE_FORMAT,
+        "name": package.name,
+        "task": package.task,
+        "network": package.model.model_dump(mode="json"),
+        "spatial_dims": package.spatial_dims,
+        "channels": list(package.channels),
+        "labels": {str(value): name for value, name in package.labels.items()},
+        "out_channels": package.out_channels,
+        "patch_size": list(package.patch_size),
+        "size_divisor": size_divisor(package.model),
+        "dynamic_batch": True,
+        "dynamic_space": not note,
+        "dynamic_space_note": note,
+        "preprocessing": package.preprocessing.model_dump(mode="json"),
+        "privacy": package.privacy,
+        "weights_checksum": checksum(weights),
+    }
+
+
+def _to_onnx(network: nn.Module, example: torch.Tensor, dynamic_space: bool) -> onnx.ModelProto:
+    axes = range(example.ndim) if dynamic_space else range(1)
+    # A batch of one would be taken for a constant.
+    example = example if len(example) > 1 else torch.cat([example, example])
+    shapes = ({axis: Dim.DYNAMIC for axis in axes if axis != 1},)
+    with _quiet_exporter():
+        try:
+            program = torch.onnx.export(
+                network, (example,), dynamo=True, dynamic_shapes=shapes, input_names=[INPUT], output_names=[OUTPUT],
+                verbose=False,
+            )  # fmt: skip
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(
+                f"torch could not export the network ({type(error).__name__}); the weights are in model.safetensors"
+            ) from error
+    if program is None:
+        raise ExportError("torch returned no exported program; the weights are in model.safetensors")
+    return program.model_proto
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep out the exporter's words on packages that no network here needs, and on its own deprecations."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+def _save_checked(model: onnx.ModelProto, path: Path) -> None:
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError("the exporter wrote a file that the ONNX checker refuses; no model.onnx was kept") from error
+    onnx.save_model(model, path)
+
+
+def _runner(path: Path) -> Callable[[Image], Image]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(batch: Image) -> Image:
+        (logits,) = session.run([OUTPUT], {INPUT: np.ascontiguousarray(batch)})
+        result: npt.NDArray[np.float32] = np.asarray(logits)
+        return result
+
+    return run
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """Yield a temporary file beside the path that takes its name only if nothing goes wrong."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

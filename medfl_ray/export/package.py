@@ -1,0 +1,121 @@
+"""What a trained model needs beside its weights: network, channels, labels, preparation and privacy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from medfl_ray.config import ModelConfig, RunConfig
+from medfl_ray.config_files import load_run_config
+from medfl_ray.data.dataset import HospitalData
+from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.data.sources import list_hospitals, open_hospital_data
+from medfl_ray.errors import ConfigError, DataError, ExportError
+from medfl_ray.messages import HospitalInfo, PrivacySpent, Receipt
+
+Task = Literal["segmentation", "classification"]
+
+
+@dataclass(frozen=True)
+class ModelPackage:
+    """One run's model as serving and evaluation need it; `labels` names the classes above 0."""
+
+    name: str
+    task: Task
+    model: ModelConfig
+    spatial_dims: int
+    patch_size: tuple[int, ...]
+    channels: tuple[str, ...]
+    out_channels: int
+    labels: dict[int, str]
+    preprocessing: Preprocessing
+    privacy: dict[str, Any]
+
+    @property
+    def num_channels(self) -> int:
+        """Image channels of the network."""
+        return self.model.in_channels or len(self.channels)
+
+
+def read_package(run_dir: Path, run: RunConfig, data: HospitalData | None) -> ModelPackage:
+    """Collect what a finished run says of its model.
+
+    Args:
+      data: the data of a hospital that are not private, for channel names and preparation; of private data
+        only what the hospitals declared is used.
+
+    Raises:
+      ExportError: the run has not ended.
+    """
+    info = _read_infos(run_dir)[0]
+    if data is not None:
+        channels, preprocessing = data.channels, data.preprocessing
+    else:
+        channels = run.data.channels or tuple(f"channel-{i}" for i in range(info.num_channels))
+        values = tuple(sorted(run.data.labels)) or tuple(info.labels)
+        values = values if run.data.task == "segmentation" else ()
+        preprocessing = Preprocessing.from_config(run.data, run.spatial_dims, channels, values)
+    return ModelPackage(
+        name=run.name,
+        task=run.data.task,
+        model=run.model,
+        spatial_dims=run.spatial_dims,
+        patch_size=run.patch_size,
+        channels=channels,
+        out_channels=run.model.out_channels or max(info.labels, default=1) + 1,
+        labels=dict(info.labels),
+        preprocessing=preprocessing,
+        privacy=privacy_statement(run, run_dir),
+    )
+
+
+def load_run(run_dir: Path) -> RunConfig:
+    """Return the resolved configuration of a run's folder.
+
+    Raises:
+      ConfigError: the folder is not a run's.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir.name!r} is not the folder of a run: it has no config.yaml")
+    return load_run_config(run_dir / "config.yaml")
+
+
+def open_public_data(run: RunConfig) -> HospitalData | None:
+    """Open the first hospital whose data are public or synthetic; None where none can be read here."""
+    quiet = run.model_copy(update={"training": run.training.model_copy(update={"num_workers": 0})})
+    try:
+        public = [policy.hospital for policy in list_hospitals(quiet) if policy.declared != "private"]
+        return open_hospital_data(quiet, (public[0],)) if public else None
+    except (ConfigError, DataError):
+        return None
+
+
+def privacy_statement(run: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """Say what the weights reveal: epsilon per hospital with unit, delta and adjacency, or that DP was off."""
+    if not run.privacy.enable_dp:
+        return {
+            "differential_privacy": False,
+            "note": "trained without differential privacy; weights may reveal patients",
+        }
+    spent: dict[str, PrivacySpent] = {}
+    path = run_dir / "receipts.jsonl"
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        spent.update(Receipt.model_validate_json(line).spent)
+    return {
+        "differential_privacy": True,
+        "unit": run.privacy.unit,
+        "adjacency": "add_remove",
+        "max_grad_norm": run.privacy.max_grad_norm,
+        "spent": {hospital: figure.model_dump(mode="json") for hospital, figure in spent.items()},
+    }
+
+
+def _read_infos(run_dir: Path) -> list[HospitalInfo]:
+    path = run_dir / "hospitals.json"
+    if not path.is_file():
+        raise ExportError(
+            f"the run {run_dir.name!r} has not ended (no hospitals.json); continue it with medfl-ray run --resume"
+        )
+    return [HospitalInfo.model_validate(entry) for entry in json.loads(path.read_text()).values()]

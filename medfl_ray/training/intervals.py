@@ -1,0 +1,35 @@
+"""How sure a mean over patients is: percentile bootstrap over patients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from medfl_ray.training.evaluation import PatientScore, summarise
+
+NUM_RESAMPLES = 1000
+LEVEL = 0.95
+Intervals = dict[str, tuple[float, float]]
+
+
+def bootstrap_intervals(
+    scores: Sequence[PatientScore], summary: Callable[[Sequence[PatientScore]], dict[str, float]] = summarise
+) -> Intervals:
+    """Return the 95 % interval of every figure of the summary, patients drawn with replacement.
+
+    The resamples are seeded, so that one evaluation always has the same intervals. Resamples in which a
+    figure does not exist (an AUC of one class) are passed over.
+    """
+    rng = np.random.default_rng(0)
+    drawn: dict[str, list[float]] = {}
+    for _ in range(NUM_RESAMPLES):
+        for name, value in summary([scores[i] for i in rng.integers(len(scores), size=len(scores))]).items():
+            drawn.setdefault(name, []).append(value)
+    tail = (1 - LEVEL) / 2
+    return {name: _bounds(values, tail) for name, values in drawn.items()}
+
+
+def _bounds(values: Sequence[float], tail: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
