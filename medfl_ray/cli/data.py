@@ -118,7 +118,7 @@ def _summary(found: Inspection) -> list[tuple[str, str]]:
             rows.append((f"volume of {name}", text))
     classes = [case.label_class for case in usable if case.label_class is not None]
     rows += [(f"class {value}", f"{classes.count(value)} cases") for value in sorted(set(classes))]
-    fields = sorted(set().union(*(case.fields for case in found.index.cases)))
+    fields = sorted(key for key in set().union(*(c.fields for c in found.index.cases)) if not key.startswith("series_"))
     rows.append(("fields", ", ".join(fields) or "none"))
     return rows
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset
 
-from medfl_ray.data.dicom_files import open_dicom
+from medfl_ray.data.dicom_files import LABEL_MODALITIES, open_dicom
 from medfl_ray.data.volume import LPS_TO_RAS, Volume
 from medfl_ray.errors import GeometryError, LabelError, UnreadableFile
 
@@ -31,16 +31,16 @@ def read_dicom_label(path: Path, reference: Volume, labels: Mapping[int, str]) -
         raise UnreadableFile("the label file does not exist or is a folder; expected one DICOM SEG or RTSTRUCT file")
     dataset = open_dicom(path)
     modality = str(dataset.get("Modality", ""))
+    if modality not in LABEL_MODALITIES:
+        raise LabelError(f"the label is a DICOM {modality or 'object without modality'}; expected SEG or RTSTRUCT")
     names = _names(dataset)
     values = match_values(names, labels)
     if modality == "SEG":
         masks = _segments(dataset, values, reference)
-    elif modality == "RTSTRUCT":
+    else:
         from medfl_ray.data.contours import fill_regions
 
         masks = fill_regions(dataset, values, reference)
-    else:
-        raise LabelError(f"the label is a DICOM {modality or 'object without modality'}; expected SEG or RTSTRUCT")
     return _merge(masks, values, reference, [names[n] for n in names if n not in values])
 
 
