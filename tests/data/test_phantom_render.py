@@ -160,7 +160,7 @@ def test_a_slice_with_a_tumour_shows_it() -> None:
     quiet = HospitalProfile(name="test", **QUIET, prevalence=1.0)  # type: ignore[arg-type]
     sick = preset.model_copy(update={"hospitals": (quiet,)})
     well = preset.model_copy(update={"hospitals": (quiet.model_copy(update={"prevalence": 0.0}),)})
-    for patient in range(4):
+    for patient in range(10):
         with_tumour = render_phantom(sick, 0, patient, 48).image[1]
         without = render_phantom(well, 0, patient, 48).image[1]
         assert (with_tumour > 1.3 * without + 100).sum() > 20

@@ -120,6 +120,10 @@ class Pose:
             coordinates[index % 3] += np.float32(amplitude_mm) * field.on(grid)
         return coordinates
 
+    def room_point(self, point_mm: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """Where a place in the anatomy lies in the room, up to the few millimetres of smooth displacement."""
+        return np.asarray(np.linalg.solve(self.matrix, point_mm - self.shift_mm), dtype=np.float64)
+
 
 def draw_pose(rng: np.random.Generator) -> Pose:
     """Draw head size, position and shape of one patient."""

@@ -33,7 +33,7 @@ def hospital_profile(preset: PhantomPreset, hospital_index: int, seed: int) -> H
         "contrast_spread": rng.uniform(0.04, 0.1),
         "gain": float(np.exp(rng.uniform(np.log(200), np.log(4000)))),
         "slice_thickness_mm": (rng.choice([1.0, 1.2, 3.0, 5.0]), rng.choice([1.0, 3.0, 5.0, 6.0])),
-        "field_of_view_mm": (rng.uniform(215, 240), rng.uniform(190, 230)),
+        "field_of_view_mm": (rng.uniform(215, 240), rng.uniform(208, 235)),
         "orientation": str(rng.choice(["axial", "sagittal", "coronal"], p=[0.6, 0.3, 0.1])),
         "prevalence": rng.uniform(*preset.prevalence),
         "size_factor": rng.uniform(0.8, 1.15),

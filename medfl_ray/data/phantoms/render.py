@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy import ndimage, stats
 
 from medfl_ray.data.phantoms.anatomy import Anatomy, list_label_maps, load_label_map
-from medfl_ray.data.phantoms.geometry import FloatArray, Grid, draw_pose, scanner_grid
+from medfl_ray.data.phantoms.geometry import FloatArray, Grid, Pose, draw_pose, scanner_grid
 from medfl_ray.data.phantoms.head_template import load_template
 from medfl_ray.data.phantoms.lesion import Lesion, LesionMaps, draw_lesion, lesion_maps
 from medfl_ray.data.phantoms.preset import HospitalProfile, PhantomPreset, load_preset
@@ -67,7 +67,7 @@ def render_phantom(
     pose = draw_pose(streams[0])
     sick = bool(streams[1].random() < profile.prevalence)
     lesion = draw_lesion(streams[1], chosen.lesion, profile.size_factor, placement.lesion_sites_mm)
-    height = _slice_height(lesion, streams[1]) if chosen.spatial_dims == 2 else None
+    height = _slice_height(lesion, pose, streams[1]) if chosen.spatial_dims == 2 else None
     grid = scanner_grid(profile, size_voxels, height)
     fractions, head, maps = _compose(anatomy, grid, pose.anatomy_coordinates(grid), lesion if sick else None, chosen)
     image = acquire(fractions, head, grid, chosen.channels, profile, streams[2])
@@ -89,15 +89,16 @@ def _anatomies(
     """
     spacing = int(np.clip(0.75 * min(profile.field_of_view_mm) / size_voxels, 1, 5))
     if labelmaps is None:
-        return load_template(spacing), load_template(PLACEMENT_SPACING_MM)
+        # Below 2 mm the template, an average of many brains, has no more detail and takes half a minute to build.
+        return load_template(max(spacing, 2)), load_template(PLACEMENT_SPACING_MM)
     maps = list_label_maps(Path(labelmaps))
     path = maps[draw % len(maps)]
     return load_label_map(path, spacing), load_label_map(path, PLACEMENT_SPACING_MM)
 
 
-def _slice_height(lesion: Lesion, rng: np.random.Generator) -> float:
-    """Height of the slice: through the tumour, and at the same heights where there is none."""
-    return float(lesion.centre_mm[2] + rng.normal(0, 0.2) * lesion.radius_mm)
+def _slice_height(lesion: Lesion, pose: Pose, rng: np.random.Generator) -> float:
+    """Height of the slice in the room: through the tumour, and at the same heights where there is none."""
+    return float(pose.room_point(lesion.centre_mm)[2] + rng.uniform(-0.3, 0.3) * lesion.radius_mm)
 
 
 def _compose(
