@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from medfl_ray.analytics.summary import HospitalSummary, RunSummary, Spread, shown
+from medfl_ray.analytics.summary import Curve, HospitalSummary, RunSummary, Spread, shown
 
 FEDERATED, LOCAL, CENTRAL = "#0b6e99", "#c05a00", "#6b4fa0"
 INK, GRID, FAINT = "#1f2933", "#e3e8ee", "#98a4b3"
@@ -93,20 +93,13 @@ def epsilon_curves(summary: RunSummary) -> Chart | None:
     if not rows:
         return None
     figure, axes = _figure()
-    few = len(rows) <= MOST_NAMED
-    for place, hospital in enumerate(rows):
-        x = [number for number, _ in hospital.spending]
-        y = [spent.epsilon for _, spent in hospital.spending]
-        axes.plot(
-            x,
-            y,
-            color=HOSPITALS[place] if few else FAINT,
-            linewidth=1.8,
-            marker="o",
-            markersize=3.5,
-            alpha=1 if few else 0.35,
-            label=hospital.hospital if few else None,
-        )
+    groups = _same_spending(rows)
+    few = len(groups) <= MOST_NAMED
+    for place, (curve, names) in enumerate(groups.items()):
+        x, y = zip(*curve, strict=True)
+        colour, alpha = (HOSPITALS[place], 1.0) if few else (FAINT, 0.35)
+        label = (", ".join(names) if len(names) <= 3 else f"{len(names)} hospitals") if few else None
+        axes.plot(x, y, color=colour, linewidth=2.2, marker="o", markersize=4, alpha=alpha, label=label)
     for budget in sorted({s.budget for h in rows for _, s in h.spending if s.budget is not None})[:MOST_NAMED]:
         axes.axhline(budget, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"budget {budget:g}")
     axes.set_ylim(bottom=0)
@@ -116,6 +109,15 @@ def epsilon_curves(summary: RunSummary) -> Chart | None:
     words = "; ".join(f"{h.hospital} {h.spending[-1][1].epsilon:.2f}" for h in rows[:MOST_NAMED])
     alt = f"Line chart of cumulative patient-level epsilon (add/remove) over rounds per hospital; at the end: {words}."
     return Chart("Epsilon over rounds", _svg(figure), alt)
+
+
+def _same_spending(rows: Sequence[HospitalSummary]) -> dict[Curve, list[str]]:
+    """Group hospitals whose lines would hide each other."""
+    groups: dict[Curve, list[str]] = {}
+    for hospital in rows:
+        curve = tuple((number, round(spent.epsilon, 2)) for number, spent in hospital.spending)
+        groups.setdefault(curve, []).append(hospital.hospital)
+    return groups
 
 
 def _compare(axes: Axes, place: int, hospital: HospitalSummary) -> None:

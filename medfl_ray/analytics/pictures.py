@@ -100,7 +100,7 @@ def _axial_axes(affine: FloatArray | None) -> tuple[int, bool, tuple[bool, bool]
     others = [a for a in range(3) if a != axis]
     across = max(others, key=lambda a: abs(steps[0, a]))
     down = next(a for a in others if a != across)
-    # RAS: x grows to the patient's left-to-right, shown mirrored; y grows to the front, shown upwards.
+    # RAS: x grows to the patient's right, which is shown on the left; y grows to the front, which is on top.
     flips = (bool(steps[1, down] > 0), bool(steps[0, across] > 0))
     return axis, down > across, flips, float(sizes[down] / max(sizes[across], 1e-9))
 

@@ -1,0 +1,171 @@
+"""The report's words and large figures: a run in one sentence and a handful of tiles."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from medfl_ray.analytics.figures import metric_name
+from medfl_ray.analytics.summary import HospitalSummary, RunSummary, Spread
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One large figure; `kind` chooses its colour."""
+
+    kind: str
+    name: str
+    value: str
+    more: str
+
+
+def headline(summary: RunSummary) -> str:
+    """Return what was trained, how well it does beside local training, and what privacy it cost."""
+    trained = sum(h.rounds_trained > 0 for h in summary.hospitals)
+    first = (
+        f"{trained} hospital{'s' if trained != 1 else ''} trained one {summary.config.model.type} together over "
+        f"{summary.num_published} round{'s' if summary.num_published != 1 else ''} "
+        f"({duration_words(summary.wall_time_s)}); images stayed where they were."
+    )
+    return " ".join(part for part in (first, _score_sentence(summary), _privacy_sentence(summary)) if part)
+
+
+def tiles(summary: RunSummary) -> list[Tile]:
+    """Return the large figures, in the order in which they are read."""
+    name = metric_name(summary.metric)
+    found = []
+    for kind, title, value in (
+        ("", f"Federated {name}", summary.federated),
+        ("local", f"Local only {name}", summary.local),
+        ("central", f"Central {name}", summary.central),
+    ):
+        if value is not None:
+            found.append(Tile(kind, title, f"{value.mean:.3f}", spread_words(value)))
+    if summary.federated is None:
+        why = "private data: each hospital sees its own" if summary.num_suppressed else "no evaluation took place"
+        found.append(Tile("", f"Federated {name}", "suppressed" if summary.num_suppressed else "none", why))
+    if summary.gain is not None:
+        better = sum((h.gain or 0) > 0 for h in summary.hospitals)
+        more = f"{spread_words(summary.gain, signed=True)}; better at {better} of {summary.gain.count} hospitals"
+        found.append(Tile("gain", "Federated minus local", f"{summary.gain.mean:+.3f}", more))
+    return [*found, _privacy_tile(summary)]
+
+
+def badges(summary: RunSummary) -> list[str]:
+    """Return the run's kind in a few words each."""
+    config = summary.config
+    declared = sorted({h.declared for h in summary.hospitals} or {config.data.effective_declared})
+    return [
+        f"{len(summary.hospitals)} hospitals",
+        f"{config.data.task}, {config.spatial_dims}D",
+        config.model.type,
+        f"{' and '.join(declared)} data",
+        "patient-level differential privacy" if summary.private_training else "no differential privacy",
+        f"{config.aggregation.strategy}, {config.aggregation.mode} aggregation",
+        *config.tags,
+    ]
+
+
+def small_number(value: float) -> str:
+    """Return a delta as people write it: 1e-5, not 1e-05."""
+    return f"{value:.2g}".replace("e-0", "e-")
+
+
+def delta_words(summary: RunSummary) -> str:
+    """Return the accounts' delta, or the range of them."""
+    deltas = sorted({h.spent.delta for h in summary.hospitals if h.spent is not None})
+    if not deltas:
+        return ""
+    few = small_number(deltas[0])
+    return f"delta = {few}" if len(deltas) == 1 else f"delta = {few} to {small_number(deltas[-1])}"
+
+
+def failure_words(hospital: HospitalSummary) -> str:
+    """Return in which rounds a hospital failed; the reasons stand below the table."""
+    if not hospital.failures:
+        return "none"
+    return _round_words([failure.round for failure in hospital.failures])
+
+
+def grouped_failures(summary: RunSummary) -> list[str]:
+    """Return one sentence per hospital, stage and reason, with the rounds it happened in."""
+    rounds: dict[tuple[str, str, str], list[int]] = {}
+    for failure in [*(f for h in summary.hospitals for f in h.failures), *summary.failures]:
+        rounds.setdefault((failure.hospital, failure.stage, failure.reason), []).append(failure.round)
+    return [f"{h}, {stage}, {_round_words(numbers)}: {reason}" for (h, stage, reason), numbers in rounds.items()]
+
+
+def _round_words(numbers: list[int]) -> str:
+    known = sorted({number for number in numbers if number})
+    if not known:
+        return "outside the rounds"
+    if len(known) == 1:
+        return f"round {known[0]}"
+    return f"{len(known)} rounds, {known[0]} to {known[-1]}"
+
+
+def duration_words(seconds: float) -> str:
+    """Return a duration as a person says it."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size_words(num_bytes: int | None) -> str:
+    """Return a number of bytes in decimal units."""
+    if num_bytes is None:
+        return "not known: the run left no weights"
+    value, unit = float(num_bytes), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit} of float32, down and up"
+
+
+def spread_words(value: Spread, signed: bool = False) -> str:
+    """Return standard deviation and range over hospitals."""
+    if value.count == 1:
+        return "one hospital"
+    low, high = (f"{v:+.3f}" if signed else f"{v:.3f}" for v in (value.low, value.high))
+    return f"SD {value.deviation:.3f} over {value.count} hospitals, {low} to {high}"
+
+
+def _score_sentence(summary: RunSummary) -> str:
+    federated, gain = summary.federated, summary.gain
+    name = metric_name(summary.metric)
+    if federated is None:
+        return "Scores on private patients are suppressed." if summary.num_suppressed else ""
+    sentence = f"On held-out patients the federated model reaches a mean {name} of {federated.mean:.3f}"
+    if gain is None or summary.local is None:
+        return f"{sentence} (SD {federated.deviation:.3f} over {federated.count} hospitals)."
+    side = "above" if gain.mean > 0 else "below"
+    spread = f", SD {gain.deviation:.3f} over {gain.count} hospitals" if gain.count > 1 else ""
+    return (
+        f"{sentence}; hospitals that train alone, with the same mechanism, reach {summary.local.mean:.3f}. "
+        f"That is {abs(gain.mean):.3f} {side} local training{spread}."
+    )
+
+
+def _privacy_sentence(summary: RunSummary) -> str:
+    if not summary.private_training:
+        return "Differential privacy was off: nothing bounds what the weights reveal of a patient."
+    spent = [h.spent for h in summary.hospitals if h.spent is not None]
+    if not spent:
+        return "Nothing was charged to a privacy ledger."
+    worst = max(spent, key=lambda s: s.epsilon)
+    terms = f"patient-level, {delta_words(summary)}, add/remove"
+    return f"No hospital spent more than epsilon = {worst.epsilon:.2f} ({terms})."
+
+
+def _privacy_tile(summary: RunSummary) -> Tile:
+    spent = [h.spent for h in summary.hospitals if h.spent is not None]
+    if not summary.private_training or not spent:
+        why = "nothing was charged" if summary.private_training else "differential privacy was off"
+        return Tile("eps", "Epsilon", "none", why)
+    worst = max(spent, key=lambda s: s.epsilon)
+    budget = f"of a budget of {worst.budget:g}; " if worst.budget is not None else ""
+    terms = f"{budget}patient-level, {delta_words(summary)}, add/remove"
+    return Tile("eps", "Largest epsilon spent", f"{worst.epsilon:.2f}", terms)

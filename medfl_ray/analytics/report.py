@@ -1,0 +1,243 @@
+"""The report of a run, and a hospital's own: one self-contained HTML file each."""
+
+from __future__ import annotations
+
+import base64
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from medfl_ray.analytics.disclosure import MEANING, caveats, disclosures
+from medfl_ray.analytics.figures import comparison, epsilon_curves, learning_curves, metric_name
+from medfl_ray.analytics.headline import (
+    badges,
+    delta_words,
+    duration_words,
+    failure_words,
+    grouped_failures,
+    headline,
+    size_words,
+    small_number,
+    tiles,
+)
+from medfl_ray.analytics.summary import RunSummary, summarise_run
+from medfl_ray.config import RunConfig
+from medfl_ray.messages import PrivacySpent
+
+MOST_PICTURES = 24
+PACKAGES = ("medfl-ray", "torch", "monai", "ray", "dp-accounting", "onnxruntime", "onnxruntime-gpu")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG with its caption and the words for who cannot see it."""
+
+    png: bytes
+    caption: str
+    alt: str
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html into a run's folder and return its path.
+
+    Raises:
+      ConfigError: the folder is not a run's, or one of its files is damaged.
+    """
+    summary = summarise_run(run_dir)
+    path = run_dir / "report.html"
+    pictures, num_left_out = read_pictures(summary, run_dir / "pictures")
+    _write(path, render_report(summary, pictures, num_left_out), mode=0o644)
+    return path
+
+
+def render_report(summary: RunSummary, pictures: Sequence[Picture], num_left_out: int = 0) -> str:
+    """Return the report's HTML; `num_left_out` pictures are only mentioned."""
+    figures = (learning_curves(summary), comparison(summary))
+    return _render(
+        "report.html.j2",
+        summary=summary,
+        metric_name=metric_name(summary.metric),
+        headline=headline(summary),
+        badges=badges(summary),
+        tiles=tiles(summary),
+        charts=[chart for chart in figures if chart is not None],
+        epsilon_chart=epsilon_curves(summary),
+        privacy_facts=_privacy_facts(summary),
+        delta_words=delta_words(summary),
+        failure_words=failure_words,
+        failures=grouped_failures(summary),
+        per_label=_label_names(summary),
+        pictures=pictures,
+        num_more_pictures=num_left_out,
+        hidden_pictures=[h.hospital for h in summary.hospitals if not h.may_show_pictures and h.rounds_asked],
+        disclosures=disclosures(summary),
+        meaning=MEANING,
+        caveats=caveats(summary),
+        export=list(export_facts(summary.export)) if summary.export else [],
+        facts=_facts(summary),
+        config_text=config_text(summary.config),
+    )
+
+
+def write_local_report(
+    directory: Path,
+    hospital: str,
+    run: RunConfig,
+    round: int,
+    values: Mapping[str, float],
+    patient_scores: Sequence[float],
+    pictures: Sequence[bytes] = (),
+    spent: PrivacySpent | None = None,
+) -> Path:
+    """Write a hospital's own report of its private data, readable by its owner alone, and return its path.
+
+    Args:
+      directory: the hospital's state folder; never the run's folder.
+      values: the held-out metrics, unsuppressed. patient_scores: one per held-out patient, without identifiers.
+    """
+    shown = [
+        Picture(png, f"Held-out case {number}", f"Prediction beside the truth, held-out case {number}.")
+        for number, png in enumerate(pictures, start=1)
+    ]
+    text = _render(
+        "local.html.j2",
+        hospital=hospital,
+        run=run,
+        round=round,
+        values=values,
+        patient_scores=list(patient_scores),
+        pictures=shown,
+        spent=spent,
+    )
+    folder = directory / "reports"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"{datetime.now():%Y%m%d-%H%M%S}-{run.name}-{hospital}-round-{round:05d}.html"
+    _write(path, text, mode=0o600)
+    return path
+
+
+def read_pictures(summary: RunSummary, folder: Path) -> tuple[list[Picture], int]:
+    """Return pictures of hospitals that may show them, each one's first case before any second, and how many are left."""
+    found: list[tuple[int, str, Path]] = []
+    allowed = {h.hospital for h in summary.hospitals if h.may_show_pictures}
+    for path in folder.glob("*.png") if folder.is_dir() else ():
+        hospital, _, number = path.stem.rpartition("-")
+        if hospital in allowed and number.isdigit():
+            found.append((int(number), hospital, path))
+    chosen = sorted(sorted(found)[:MOST_PICTURES], key=lambda item: (item[1], item[0]))
+    pictures = [
+        Picture(path.read_bytes(), f"{name}, held-out case {number}", _alt(summary, name, number))
+        for number, name, path in chosen
+    ]
+    return pictures, len(found) - len(chosen)
+
+
+def _alt(summary: RunSummary, hospital: str, number: int) -> str:
+    if summary.config.data.task == "classification":
+        return f"Held-out case {number} of {hospital}: the image beside its true and predicted class."
+    return (
+        f"Held-out case {number} of {hospital}: a slice alone, with the true regions, and with the predicted regions."
+    )
+
+
+def export_facts(manifest: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return a model manifest's plain figures as names and texts, nested ones with their path."""
+    facts: list[tuple[str, str]] = []
+    for key, value in manifest.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            facts.extend(export_facts(value, f"{name}, "))
+        elif isinstance(value, float):
+            facts.append((name, f"{value:.4g}"))
+        elif isinstance(value, (list, tuple)):
+            facts.append((name, ", ".join(str(item) for item in value)))
+        elif value is not None:
+            facts.append((name, str(value)))
+    return facts
+
+
+def config_text(config: RunConfig) -> str:
+    """Return the configuration as YAML with folders and files by name alone: a path tells of who ran it."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return value.name if isinstance(value, Path) else value
+
+    return yaml.safe_dump(plain(config.model_dump()), sort_keys=False, allow_unicode=True)
+
+
+def _label_names(summary: RunSummary) -> list[str]:
+    names = list(dict.fromkeys(name for h in summary.hospitals for name in h.per_label))
+    return names if len(names) > 1 else []
+
+
+def _privacy_facts(summary: RunSummary) -> list[tuple[str, str]]:
+    privacy = summary.config.privacy
+    return [
+        ("Unit", "one patient with all images, not one image"),
+        ("Adjacency", "add or remove one patient"),
+        ("Delta", delta_words(summary).removeprefix("delta = ")),
+        ("Accountant", privacy.accountant.upper()),
+        ("Clip norm", f"{privacy.max_grad_norm:g} per patient gradient"),
+        ("Randomness", "sampling and noise from the operating system, not from the run's seed"),
+    ]
+
+
+def _facts(summary: RunSummary) -> list[tuple[str, str]]:
+    devices = sorted({h.info.device for h in summary.hospitals if h.info})
+    facts = [
+        ("Rounds published", f"{summary.num_published} of {summary.planned_rounds}"),
+        ("Time in rounds", duration_words(summary.wall_time_s)),
+        ("Weights moved", size_words(summary.num_bytes)),
+        ("Hospitals' devices", ", ".join(devices) or "not stated"),
+        ("Machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"),
+        ("Python", platform.python_version()),
+    ]
+    return facts + [(name, text) for name in PACKAGES if (text := _version(name))]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("medfl_ray.analytics", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["small_number"] = small_number
+    environment.filters["png_uri"] = lambda data: "data:image/png;base64," + base64.b64encode(data).decode()
+    environment.filters["svg_uri"] = lambda text: (
+        "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
+    )
+    written_at = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    return environment.get_template(template).render(version=_version("medfl-ray"), written_at=written_at, **values)
+
+
+def _write(path: Path, text: str, mode: int) -> None:
+    """Replace a file; it has its final permissions before the first byte is in it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
