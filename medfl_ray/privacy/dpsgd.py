@@ -65,6 +65,7 @@ class PatientGradientSum:
 
 
 def gradient_norm(tensors: Iterable[torch.Tensor]) -> float:
-    """Return the Euclidean norm over all tensors together, accumulated in float64."""
-    squares = [float(torch.linalg.vector_norm(t.reshape(-1).to(torch.float64))) ** 2 for t in tensors]
+    """Return the Euclidean norm over all tensors together, accumulated in float64; infinite where it is not finite."""
+    flat = (tensor.reshape(-1).to(torch.float64) for tensor in tensors)
+    squares = [float(torch.dot(values, values)) for values in flat]
     return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
