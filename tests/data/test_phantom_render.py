@@ -6,13 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from medfl_ray.data.phantoms.preset import HospitalProfile, PhantomPreset, load_preset, preset_names
 from medfl_ray.data.phantoms.profiles import hospital_profile
 from medfl_ray.data.phantoms.render import Phantom, render_phantom
-from medfl_ray.errors import ConfigError, LayoutError
+from medfl_ray.errors import ConfigError, LayoutError, UnreadableFile
 
 LABEL_MAPS = Path(__file__).parents[2].parent / "shared" / "data" / "brain_labelmaps_synthseg"
 QUIET = {"snr": 1000.0, "bias_amplitude": 0.0, "contrast_spread": 0.0}
@@ -190,6 +191,17 @@ def test_a_preset_file_is_checked(tmp_path: Path) -> None:
 
 def test_a_folder_without_label_maps_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LayoutError, match=r"holds 0 NIfTI files and no labels\.json"):
+        render_phantom("brain_tumour", 0, 0, 24, 0, tmp_path)
+
+
+def test_a_broken_or_brainless_label_map_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.json").write_text('{"index_to_freesurfer": {"0": 0, "1": 24}}')
+    path = tmp_path / "subject.nii.gz"
+    path.write_bytes(b"\x1f\x8b not a gzip file")
+    with pytest.raises(UnreadableFile, match="cannot read label map"):
+        render_phantom("brain_tumour", 0, 0, 24, 0, tmp_path)
+    nib.save(nib.Nifti1Image(np.ones((40, 40, 40), np.uint8), np.eye(4)), path)
+    with pytest.raises(LayoutError, match="no cortex or no white matter"):
         render_phantom("brain_tumour", 0, 0, 24, 0, tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -12,6 +13,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
 from scipy import ndimage
 
 from medfl_ray.data.phantoms.tissues import TISSUES
@@ -91,12 +93,13 @@ def load_label_map(path: Path, spacing_mm: int) -> Anatomy:
 
     Raises:
       UnreadableFile: the map or its labels.json cannot be read.
+      LayoutError: the map does not show a brain.
     """
     try:
         image = nib.as_closest_canonical(nib.load(path))  # type: ignore[no-untyped-call]
         labels = np.asarray(image.dataobj).astype(np.uint8)
         index = json.loads((path.parent / "labels.json").read_text())["index_to_freesurfer"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, ImageFileError) as error:
         raise UnreadableFile(
             f"cannot read label map {path.name!r}: {type(error).__name__}; expected NIfTI and labels.json"
         ) from None
@@ -107,6 +110,10 @@ def load_label_map(path: Path, spacing_mm: int) -> Anatomy:
     tissue = lookup[labels]
     maps = {name: block_mean((tissue == i).astype(np.float32), spacing_mm) for i, name in enumerate(TISSUES)}
     cortex = np.argwhere(tissue == TISSUES.index("grey"))
+    if not len(cortex) or not (tissue == TISSUES.index("white")).any():
+        raise LayoutError(
+            f"label map {path.name!r} has no cortex or no white matter; expected FreeSurfer labels of a head"
+        )
     centre = (cortex.min(axis=0) + cortex.max(axis=0)) / 2
     return pack(maps, (spacing_mm - 1) / 2 - centre, spacing_mm)
 
