@@ -67,7 +67,7 @@ def comparison(summary: RunSummary) -> Chart | None:
     rows = [h for h in summary.hospitals if shown(h.federated) is not None]
     if not rows or len(rows) > MOST_COMPARED:
         return None
-    figure, axes = _figure(height=max(2.6, 0.42 * len(rows) + 1.5))
+    figure, axes = _figure(height=max(3.9, 0.42 * len(rows) + 1.5))
     for place, hospital in enumerate(rows):
         _compare(axes, place, hospital)
     axes.set_yticks(range(len(rows)), [h.hospital for h in rows])
@@ -84,7 +84,8 @@ def comparison(summary: RunSummary) -> Chart | None:
     _finish(axes, columns=4, entries=entries)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     words = "; ".join(_comparison_words(h) for h in rows)
-    return Chart("Federated beside local and central", _svg(figure), f"Per hospital: {words}.")
+    title = "Federated beside its baselines" if summary.local or summary.central else "Hospitals side by side"
+    return Chart(title, _svg(figure), f"Per hospital: {words}.")
 
 
 def epsilon_curves(summary: RunSummary) -> Chart | None:

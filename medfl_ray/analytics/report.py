@@ -125,7 +125,7 @@ def write_local_report(
 
 
 def read_pictures(summary: RunSummary, folder: Path) -> tuple[list[Picture], int]:
-    """Return pictures of hospitals that may show them, each one's first case before any second, and how many are left."""
+    """Return pictures of hospitals that may show them, first cases before second ones, and how many are left out."""
     found: list[tuple[int, str, Path]] = []
     allowed = {h.hospital for h in summary.hospitals if h.may_show_pictures}
     for path in folder.glob("*.png") if folder.is_dir() else ():
