@@ -87,8 +87,8 @@ def measure_parity(
     if not difference <= RELATIVE_TOLERANCE * scale or agreement < LEAST_AGREEMENT:
         raise ExportError(
             f"parity failed: the exported model's logits differ by up to {difference:.2g}, of {scale:.2g}, "
-            f"and {agreement:.2%} of the labels agree; expected at most {RELATIVE_TOLERANCE:g} of the range and at least "
-            f"{LEAST_AGREEMENT:.1%}. No model.onnx was kept"
+            f"and {agreement:.2%} of the labels agree; expected at most {RELATIVE_TOLERANCE:g} of the range and "
+            f"at least {LEAST_AGREEMENT:.1%}. No model.onnx was kept"
         )
     classes = {value: str(value) for value in range(1, expected[0].shape[1])}
     dice = float(np.mean([list(dice_per_label(b, a, classes).values()) for a, b in labels]))

@@ -1,0 +1,123 @@
+"""ONNX files that say what torch says, carry what serving needs, and do not exist where parity fails."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.errors import ConfigError, ExportError
+from medfl_ray.export.onnx_export import export_onnx, export_run, network_of
+from medfl_ray.export.package import ModelPackage
+from medfl_ray.export.parity import measure_parity
+from medfl_ray.export.weights import load_weights
+from medfl_ray.params import flatten
+
+MakePackage = Callable[[dict[str, Any], Any, tuple[int, ...]], ModelPackage]
+SMALL = {"features": [4, 8]}
+NETWORKS = [
+    pytest.param("unet2d", SMALL, (16, 16), True),
+    pytest.param("unet3d", SMALL, (16, 16, 16), True),
+    pytest.param("basic_unet", SMALL, (32, 32), True, marks=pytest.mark.ci),
+    pytest.param("segresnet", SMALL, (16, 16), True, marks=pytest.mark.ci),
+    pytest.param("dynunet", SMALL, (16, 16), True, marks=pytest.mark.ci),
+    pytest.param("attention_unet", SMALL, (16, 16), True, marks=pytest.mark.ci),
+    pytest.param("unetr", {"features": [4, 8]}, (16, 16), False, marks=pytest.mark.ci),
+    pytest.param("swin_unetr", {"features": [12]}, (32, 32), False, marks=pytest.mark.ci),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "patch", "dynamic"), NETWORKS)
+def test_parity_and_dynamic_sizes(
+    make_package: MakePackage, tmp_path: Path, name: str, fields: dict[str, Any], patch: tuple[int, ...], dynamic: bool
+) -> None:
+    package = make_package({"type": name, **fields}, "segmentation", patch)
+    network = network_of(package)
+    parity = export_onnx(package, flatten(network), tmp_path)
+    assert parity.max_abs_difference < 1e-3
+    assert parity.agreement > 0.999
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    larger = tuple(edge + 16 for edge in patch) if dynamic else patch
+    image = np.random.default_rng(0).normal(size=(3, 2, *larger)).astype(np.float32)
+    (logits,) = session.run(["logits"], {"image": image})
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(image)).numpy()
+    assert np.abs(expected - logits).max() < 1e-3
+    assert json.loads((tmp_path / "model.json").read_text())["dynamic_space"] is dynamic
+
+
+def test_package_of_a_run(make_run: Callable[..., Path]) -> None:
+    folder = make_run()
+    parity = export_run(folder)
+    assert parity.images == "1 held-out synthetic images"
+    manifest = json.loads((folder / "model.json").read_text())
+    assert manifest["channels"] == ["T1c", "FLAIR"]
+    assert manifest["labels"] == {"1": "tumour"}
+    assert manifest["parity"]["max_abs_difference"] == parity.max_abs_difference
+    assert manifest["privacy"]["differential_privacy"] is False
+    properties = {entry.key: json.loads(entry.value) for entry in onnx.load(folder / "model.onnx").metadata_props}
+    assert properties["medfl.patch_size"] == [32, 32]
+    assert Preprocessing.model_validate(properties["medfl.preprocessing"]).spatial_dims == 2
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.yaml", "hospitals.json", "model.json", "model.onnx", "model.safetensors",
+    ]  # fmt: skip
+
+
+def test_private_data_are_not_opened_for_parity(make_run: Callable[..., Path]) -> None:
+    hospital = {"id": "university", "directory": "/nowhere", "declared": "private", "num_patients": 20}
+    data = {"hospitals": [hospital], "task": "classification", "spatial_dims": 2, "channels": ["T1c", "FLAIR"]}
+    folder = make_run(data=data)
+    assert export_run(folder).images == "2 phantoms"
+    assert json.loads((folder / "model.json").read_text())["channels"] == ["T1c", "FLAIR"]
+
+
+def test_no_model_is_left_where_parity_fails(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run()
+    export_run(folder)
+    original = onnxruntime.InferenceSession.run
+
+    def off_by_one(self: Any, *arguments: Any) -> Any:
+        return [output + np.array([[0.0, 1.0]], dtype=np.float32) for output in original(self, *arguments)]
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run", off_by_one)
+    with pytest.raises(ExportError, match="parity failed"):
+        export_run(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "hospitals.json", "model.safetensors"]
+
+
+def test_not_a_number_is_no_parity(make_package: MakePackage) -> None:
+    network = network_of(make_package({"type": "unet2d", **SMALL}, "segmentation", (16, 16)))
+    with pytest.raises(ExportError, match="parity failed"):
+        measure_parity(network, lambda batch: batch * np.nan, [torch.zeros(1, 2, 16, 16)], "zeros")
+
+
+def test_unfinished_and_foreign_folders(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not the folder of a run"):
+        export_run(tmp_path)
+    folder = make_run()
+    (folder / "hospitals.json").unlink()
+    with pytest.raises(ExportError, match="has not ended"):
+        export_run(folder)
+
+
+def test_weights_must_fit(make_run: Callable[..., Path], make_package: MakePackage) -> None:
+    from medfl_ray.params import layout_of
+
+    path = make_run() / "model.safetensors"
+    other = layout_of(network_of(make_package({"type": "densenet", "features": [8, 16]}, "classification", (32, 32))))
+    with pytest.raises(ExportError, match="does not fit the network"):
+        load_weights(path, other)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ExportError, match="damaged"):
+        load_weights(path, other)
+    path.unlink()
+    with pytest.raises(ExportError, match="run --resume"):
+        load_weights(path, other)
