@@ -40,6 +40,8 @@ def connect(address: str | None = None, num_cpus: int | None = None, dashboard: 
         secure_environment()
     import ray
 
+    if address is None:
+        _check_token_mode()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     options["runtime_env"] = {"env_vars": worker_environment()}
     try:
@@ -81,9 +83,25 @@ def secure_environment() -> None:
     # Unless this is 0, Ray 2.55 rewrites a 127.0.0.1 node address to the machine's own and listens everywhere.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its notice
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
+def _check_token_mode() -> None:
+    """Check that Ray read our environment: it does so once, when it is imported.
+
+    Raises:
+      ClusterError: Ray was imported before `secure_environment` and would start without a token.
+    """
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    if os.environ["RAY_AUTH_MODE"] == "token" and not is_token_auth_enabled():
+        raise ClusterError(
+            "Ray was imported before its token authentication was switched on. Set RAY_AUTH_MODE=token in the "
+            "environment, or call actors.cluster.secure_environment() before the first import of ray."
+        )
 
 
 def worker_environment() -> dict[str, str]:

@@ -4,7 +4,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest
+from actors.cluster import secure_environment
+
+secure_environment()  # before any test file imports Ray, which reads it once
+
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
