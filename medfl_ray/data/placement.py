@@ -56,8 +56,16 @@ def normalise(array: Array, intensity: str, window: tuple[float, float] | None) 
     if intensity == "zscore":
         scaled = NormalizeIntensity(channel_wise=True)(tensor)
     elif intensity == "percentile":
-        scaled = ScaleIntensityRangePercentiles(1, 99, 0.0, 1.0, clip=True, channel_wise=True)(tensor)
+        scaled = torch.stack([_between_percentiles(channel) for channel in tensor])
     else:
         lower, upper = window if window is not None else (0.0, 1.0)
         scaled = ScaleIntensityRange(lower, upper, 0.0, 1.0, clip=True)(tensor)
     return np.ascontiguousarray(torch.as_tensor(scaled).numpy(), dtype=np.float32)
+
+
+def _between_percentiles(channel: torch.Tensor) -> torch.Tensor:
+    """Scale one channel; where the percentiles coincide (a sequence that was not acquired) it becomes 0."""
+    low, high = np.percentile(channel.numpy(), [1, 99])
+    if low == high:
+        return torch.zeros_like(channel)
+    return torch.as_tensor(ScaleIntensityRangePercentiles(1, 99, 0.0, 1.0, clip=True)(channel))

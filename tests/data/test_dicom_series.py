@@ -36,15 +36,15 @@ def test_compressed_series_equals_the_plain_one(tmp_path, dicom, syntax):
     assert np.array_equal(read_volume(ct.save(tmp_path / "series")).array[0], ct.stored * 2.0 - 1000)
 
 
-@pytest.mark.parametrize(
-    "name", ["RLE", "bigendian", "expb", "implicit", "jp2klossless", "jpeg_ls_lossless"]
-)
+@pytest.mark.parametrize("name", ["RLE", "bigendian", "expb", "implicit", "jp2klossless", "jpeg_ls_lossless"])
 def test_transfer_syntaxes_of_one_mr_slice_agree(name):
     plain = read_volume(PYDICOM_FILES / "MR_small.dcm")
     assert np.array_equal(read_volume(PYDICOM_FILES / f"MR_small_{name}.dcm").array, plain.array)
 
 
-@pytest.mark.parametrize("name", ["SC_rgb_jpeg_gdcm.dcm", "SC_rgb_rle.dcm", "SC_rgb_dcmtk_+eb+cr.dcm", "examples_palette.dcm"])
+@pytest.mark.parametrize(
+    "name", ["SC_rgb_jpeg_gdcm.dcm", "SC_rgb_rle.dcm", "SC_rgb_dcmtk_+eb+cr.dcm", "examples_palette.dcm"]
+)
 def test_colour_pictures_have_three_channels(name):
     volume = read_volume(PYDICOM_FILES / name)
     assert volume.array.shape[0] == 3

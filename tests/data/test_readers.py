@@ -26,7 +26,9 @@ def test_fourth_axis_of_nifti_becomes_channels(tmp_path, write_nifti):
     assert np.array_equal(volume.array[1], -VOXELS)
 
 
-@pytest.mark.parametrize(("space", "signs"), [("left-posterior-superior", (-1, -1, 1)), ("RAS", (1, 1, 1)), ("LAS", (-1, 1, 1))])
+@pytest.mark.parametrize(
+    ("space", "signs"), [("left-posterior-superior", (-1, -1, 1)), ("RAS", (1, 1, 1)), ("LAS", (-1, 1, 1))]
+)
 def test_nrrd_in_any_space_lies_where_the_nifti_lies(tmp_path, space, signs):
     flip = np.diag(signs)
     header = {"space": space, "space directions": (flip @ AFFINE[:3, :3]).T, "space origin": flip @ AFFINE[:3, 3]}
@@ -38,7 +40,12 @@ def test_nrrd_in_any_space_lies_where_the_nifti_lies(tmp_path, space, signs):
 
 def test_nrrd_axis_without_direction_becomes_channels(tmp_path):
     directions = np.vstack([[np.nan] * 3, AFFINE[:3, :3].T])
-    header = {"space": "RAS", "space directions": directions, "space origin": AFFINE[:3, 3], "kinds": ["list", *["domain"] * 3]}
+    header = {
+        "space": "RAS",
+        "space directions": directions,
+        "space origin": AFFINE[:3, 3],
+        "kinds": ["list", *["domain"] * 3],
+    }
     nrrd.write(str(tmp_path / "a.nrrd"), np.stack([VOXELS, 2 * VOXELS]), header)
     volume = read_volume(tmp_path / "a.nrrd")
     assert np.array_equal(volume.array[1], 2 * VOXELS)
@@ -58,7 +65,7 @@ def test_pictures_of_every_kind(tmp_path):
     Image.fromarray(colour).save(tmp_path / "alpha.png")
     Image.fromarray(colour[..., :3]).save(tmp_path / "colour.jpg")
     tifffile.imwrite(tmp_path / "colour.tif", colour[..., :3], photometric="rgb")
-    tifffile.imwrite(tmp_path / "pages.tiff", np.stack([grey] * 4).astype(np.float32))
+    tifffile.imwrite(tmp_path / "pages.tiff", np.stack([grey] * 4).astype(np.float32), photometric="minisblack")
     assert np.array_equal(read_volume(tmp_path / "grey.png").array, grey[None])
     assert read_volume(tmp_path / "deep.png").array.max() == 29000
     assert np.array_equal(read_volume(tmp_path / "alpha.png").array, np.moveaxis(colour[..., :3], -1, 0))
