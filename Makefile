@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input insta
 PACKAGES := medfl_ray actors
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ci lint format ci docs lock clean
+.PHONY: help install demo test test-ci lint format ci reference docs lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,7 +38,10 @@ format: $(VENV)/.installed-dev ## Format the code and repair what the linter can
 
 ci: lint test test-ci ## Everything that must pass: lint, test, test-ci
 
-docs: $(VENV)/.installed-docs ## Build the documentation into site/
+reference: $(VENV)/.installed-dev ## Write docs/reference/ from the configuration's schema and the commands
+	$(BIN)/python docs/gen_reference.py
+
+docs: $(VENV)/.installed-docs reference ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
 
 lock: $(VENV)/.installed-docs ## Write constraints.txt from the installed environment
