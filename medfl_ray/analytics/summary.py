@@ -6,24 +6,51 @@ its hospital suppressed stays suppressed here: no mean is drawn over what may no
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from medfl_ray.config import RunConfig
 from medfl_ray.config_files import load_run_config
 from medfl_ray.errors import ConfigError
 from medfl_ray.messages import ClientFailure, HospitalInfo, Label, Metric, PrivacySpent, RoundResult, SiteEvaluation
 
-M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 Curve = tuple[tuple[int, float], ...]
 HEADLINES = ("dice", "auc", "accuracy")
 OPTIONAL_FILES = ("hospitals.json", "evaluation.json", "baselines.json", "ledger.json", "model.json")
+
+
+class LocalBaseline(BaseModel):
+    """One hospital's own model on its own held-out patients."""
+
+    metrics: dict[str, Metric] = {}
+    spent: PrivacySpent | None = None
+
+
+class CentralBaseline(BaseModel):
+    """The pooled model on each hospital's held-out patients."""
+
+    metrics: dict[str, dict[str, Metric]] = {}
+    spent: PrivacySpent | None = None
+
+
+class Baselines(BaseModel):
+    """baselines.json."""
+
+    local: dict[str, LocalBaseline] = {}
+    central: CentralBaseline | None = None
+    failures: tuple[ClientFailure, ...] = ()
+
+
+class LedgerExport(BaseModel):
+    """The part of a hospital's entry in ledger.json that the report reads; empty where DP was off."""
+
+    spent: PrivacySpent | None = None
 
 
 @dataclass(frozen=True)
@@ -167,12 +194,11 @@ def summarise_run(run_dir: Path) -> RunSummary:
         raise ConfigError(f"{run_dir.name!r} is not the folder of a run: it has no config.yaml")
     config = load_run_config(run_dir / "config.yaml")
     results = latest_rounds(_read_lines(run_dir / "metrics.jsonl"))
-    infos = _read_models(run_dir / "hospitals.json", HospitalInfo)
-    evaluations = _read_models(run_dir / "evaluation.json", SiteEvaluation)
-    baselines = _read_json(run_dir / "baselines.json") or {}
-    ledgers = _read_json(run_dir / "ledger.json") or {}
-    absent = [ClientFailure.model_validate(f) for f in _read_json(run_dir / "failures.json") or []]
-    absent += [ClientFailure.model_validate(f) for f in baselines.get("failures", [])]
+    infos = _read_as(run_dir / "hospitals.json", dict[str, HospitalInfo]) or {}
+    evaluations = _read_as(run_dir / "evaluation.json", dict[str, SiteEvaluation]) or {}
+    baselines = _read_as(run_dir / "baselines.json", Baselines) or Baselines()
+    ledgers = _read_as(run_dir / "ledger.json", dict[str, LedgerExport]) or {}
+    absent = [*(_read_as(run_dir / "failures.json", list[ClientFailure]) or []), *baselines.failures]
     names = _hospital_names(config, results, infos, evaluations, absent)
     metric = headline_metric(results, evaluations)
     read = _Read(config, metric, results, infos, evaluations, baselines, ledgers, absent)
@@ -185,8 +211,8 @@ def summarise_run(run_dir: Path) -> RunSummary:
         num_published=sum(result.receipt.published for result in results),
         wall_time_s=sum(result.duration_s for result in results),
         num_bytes=bytes_moved(results, weights_size_bytes(run_dir / "model.safetensors")),
-        central_spent=_spent_of((baselines.get("central") or {}).get("spent")),
-        export=_read_json(run_dir / "model.json"),
+        central_spent=baselines.central.spent if baselines.central else None,
+        export=_read_as(run_dir / "model.json", dict[str, Any]),
         labels_seen=labels_by_kind(results, evaluations),
         failures=tuple(f for f in absent if f.hospital not in names),
         missing=tuple(name for name in OPTIONAL_FILES if not (run_dir / name).is_file()),
@@ -243,8 +269,8 @@ class _Read:
     results: Sequence[RoundResult]
     infos: Mapping[str, HospitalInfo]
     evaluations: Mapping[str, SiteEvaluation]
-    baselines: Mapping[str, Any]
-    ledgers: Mapping[str, Any]
+    baselines: Baselines
+    ledgers: Mapping[str, LedgerExport]
     absent: Sequence[ClientFailure]
 
 
@@ -268,8 +294,8 @@ def _summarise_hospital(name: str, read: _Read) -> HospitalSummary:
     final = evaluation.metrics.get(read.metric) if evaluation else None
     charged = [(r.round, r.receipt.spent[name]) for r in read.results if name in r.receipt.spent]
     spending = _with_budget(charged, read.config.privacy.epsilon)
-    local = (read.baselines.get("local") or {}).get(name) or {}
-    central = ((read.baselines.get("central") or {}).get("metrics") or {}).get(name) or {}
+    local = read.baselines.local.get(name, LocalBaseline())
+    central = read.baselines.central.metrics.get(name, {}) if read.baselines.central else {}
     metrics = evaluation.metrics if evaluation else {}
     labels = {n.split("/", 1)[1]: m.value for n, m in metrics.items() if "/" in n and m.value is not None}
     return HospitalSummary(
@@ -280,8 +306,8 @@ def _summarise_hospital(name: str, read: _Read) -> HospitalSummary:
         federated=final if final is not None else (seen[-1] if seen else None),
         per_label=labels,
         best=max((value for _, value in curve), default=None),
-        local=_metric_of(local.get("metrics"), read.metric),
-        central=_metric_of(central, read.metric),
+        local=local.metrics.get(read.metric),
+        central=central.get(read.metric),
         spending=spending,
         spent=spending[-1][1] if spending else None,
         ledger_total=_ledger_total(name, read, local),
@@ -306,9 +332,9 @@ def _with_budget(
     return tuple(sorted(rounds.items()))
 
 
-def _ledger_total(name: str, read: _Read, local: Mapping[str, Any]) -> PrivacySpent | None:
+def _ledger_total(name: str, read: _Read, local: LocalBaseline) -> PrivacySpent | None:
     """Return the highest cumulative figure that the ledger or the baseline names: baselines are charged too."""
-    known = [_spent_of((read.ledgers.get(name) or {}).get("spent")), _spent_of(local.get("spent"))]
+    known = [read.ledgers.get(name, LedgerExport()).spent, local.spent]
     return max((s for s in known if s is not None), key=lambda s: s.epsilon, default=None)
 
 
@@ -324,15 +350,6 @@ def _declared(name: str, read: _Read, evaluation: SiteEvaluation | None) -> str:
     return own.get(name) or read.config.data.effective_declared
 
 
-def _metric_of(metrics: Mapping[str, Any] | None, name: str) -> Metric | None:
-    raw = (metrics or {}).get(name)
-    return None if raw is None else Metric.model_validate(raw)
-
-
-def _spent_of(raw: Any) -> PrivacySpent | None:
-    return PrivacySpent.model_validate(raw) if isinstance(raw, dict) and "epsilon" in raw else None
-
-
 def _read_lines(path: Path) -> list[RoundResult]:
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     results = []
@@ -345,22 +362,13 @@ def _read_lines(path: Path) -> list[RoundResult]:
     return results
 
 
-def _read_models(path: Path, model: type[M]) -> dict[str, M]:
-    raw = _read_json(path) or {}
-    models: dict[str, M] = _checked(path, lambda: {name: model.model_validate(value) for name, value in raw.items()})
-    return models
-
-
-def _read_json(path: Path) -> Any:
+def _read_as(path: Path, kind: type[T]) -> T | None:
+    """Read a JSON file of a run as the type it holds; None where the run has not come to writing it."""
     if not path.is_file():
         return None
-    return _checked(path, lambda: json.loads(path.read_text(encoding="utf-8")))
-
-
-def _checked(path: Path, read: Callable[[], Any]) -> Any:
     try:
-        return read()
-    except (ValueError, AttributeError):
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except ValidationError:
         raise _not_ours(path) from None
 
 

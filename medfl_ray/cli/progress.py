@@ -238,7 +238,8 @@ def round_line(result: RoundResult, total: int, metric: str, left_s: float | Non
 
 
 def _failure_words(failure: ClientFailure) -> str:
-    return f"{failure.hospital} {'left out' if failure.stage == 'reserve' else 'failed'}: {' '.join(failure.reason.split())}"
+    verb = "left out" if failure.stage == "reserve" else "failed"
+    return f"{failure.hospital} {verb}: {' '.join(failure.reason.split())}"
 
 
 def metric_title(metric: str) -> str:

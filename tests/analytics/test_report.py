@@ -1,0 +1,153 @@
+"""The report: self-contained, true to the folder, and silent about what was suppressed."""
+
+import re
+import stat
+from html.parser import HTMLParser
+
+import pytest
+
+from medfl_ray.analytics.report import config_text, export_facts, write_local_report, write_report
+from medfl_ray.analytics.summary import summarise_run
+from medfl_ray.config_files import load_run_config, parse_run_config
+from medfl_ray.messages import PrivacySpent
+
+PNG = bytes.fromhex("89504e470d0a1a0a") + b"picture"
+
+
+class Page(HTMLParser):
+    """Collects a page's images, links, text and whether its tags are balanced."""
+
+    VOID = ("meta", "img", "br", "link")
+
+    def __init__(self, text):
+        super().__init__()
+        self.images, self.outside, self.words, self.open = [], [], [], []
+        self.feed(text)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        if tag == "img":
+            self.images.append(values)
+        self.outside += [v for k, v in attrs if k in ("src", "href", "srcset") and not v.startswith("data:")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("style", "pre"):
+            self.words.append(data)
+
+
+def page_of(folder):
+    text = write_report(folder).read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    return page, text
+
+
+def test_it_is_one_file_that_loads_nothing_and_every_picture_has_words(make_run):
+    page, text = page_of(make_run(pictures={"oslo-1.png": PNG, "leuven-2.png": PNG}))
+    assert page.outside == []
+    assert "url(" not in text
+    assert "<script" not in text
+    assert len(page.images) == 5  # three charts, two pictures
+    assert all(len(image["alt"]) > 20 for image in page.images)
+    assert "leuven, held-out case 2" in page.text
+
+
+def test_the_headline_says_difference_and_spread(make_run):
+    page, _ = page_of(make_run())
+    assert "reaches a mean Dice of 0.730" in page.text
+    assert "reach 0.645" in page.text
+    assert "0.085 above local training, SD 0.025 over 4 hospitals" in page.text
+    assert "better at 4 of 4 hospitals" in page.text
+
+
+def test_every_epsilon_has_unit_delta_and_adjacency_in_its_section(make_run):
+    _, text = page_of(make_run())
+    sections = re.findall(r"<section>.*?</section>", text, flags=re.S)
+    with_epsilon = [s for s in sections if re.search(r"[Ee]psilon[^<]*\d\.\d\d|7\.90", s)]
+    assert len(with_epsilon) >= 2
+    for section in with_epsilon:
+        assert "patient-level" in section or "patient, add/remove" in section
+        assert "add/remove" in section
+        assert "delta = 1e-5" in section or "add/remove)" in section
+
+
+def test_text_from_outside_is_escaped(make_run):
+    _, text = page_of(make_run())
+    assert "&lt;together&gt;" in text
+    assert "<b>Ray</b>" not in text
+
+
+def test_private_data_are_suppressed_everywhere(make_run):
+    page, text = page_of(make_run(private=True, pictures={"oslo-1.png": PNG}))
+    assert "suppressed for charite, leuven, oslo, porto" in page.text
+    assert "data:image/png" not in text
+    assert not re.search(r"\b0\.(7[0-9]|6[0-9])\d\b", page.text), "no score of any hospital"
+    assert "somewhere/images" not in text
+
+
+def test_a_hospital_that_never_took_part_is_said_on_top(make_run):
+    page, _ = page_of(make_run(absent="oslo"))
+    assert page.text.index("never took part") < page.text.index("In short")
+    assert "3 hospitals trained" in page.text
+
+
+def test_a_run_that_stopped_early_is_reported(make_run):
+    page, _ = page_of(make_run(complete=False))
+    assert "The run stopped early: 4 of 8 rounds were published." in page.text
+    assert "No model.onnx was written" in page.text
+    assert "Local only" not in page.text
+
+
+def test_without_privacy_the_report_says_so(make_run):
+    page, _ = page_of(make_run(dp=False))
+    assert "Differential privacy was off" in page.text
+    assert "How to read epsilon" not in page.text
+
+
+def test_it_never_claims_compliance(make_run):
+    _, text = page_of(make_run())
+    assert "complian" not in text.lower()
+
+
+def test_pictures_of_unknown_hospitals_are_left_out(make_run):
+    _, text = page_of(make_run(pictures={"stranger-1.png": PNG, "oslo.png": PNG, "oslo-x.png": PNG}))
+    assert "data:image/png" not in text
+
+
+def test_the_configuration_shows_folders_by_name_and_is_otherwise_whole(make_run):
+    folder = make_run(private=True)
+    run = load_run_config(folder / "config.yaml")
+    assert "directory: images" in config_text(run)
+    assert summarise_run(folder).config.config_hash in (write_report(folder).read_text())
+
+
+def test_export_facts_are_flat():
+    manifest = {"opset": 18, "parity": {"max_abs_difference": 3.1e-6}, "labels": ["a", "b"], "none": None}
+    expected = [("opset", "18"), ("parity, max abs difference", "3.1e-06"), ("labels", "a, b")]
+    assert export_facts(manifest) == expected
+
+
+@pytest.fixture
+def local_run():
+    return parse_run_config({"name": "study", "data": {"directory": "x"}, "privacy": {"epsilon": 2}})
+
+
+def test_the_local_report_is_readable_by_its_owner_alone(tmp_path, local_run):
+    spent = PrivacySpent(epsilon=1.5, delta=1e-6, budget=2)
+    path = write_local_report(tmp_path, "A", local_run, 3, {"dice": 0.61}, [0.5, 0.72], [PNG], spent)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    page = Page(path.read_text())
+    assert page.outside == []
+    assert "0.610" in page.text
+    assert "0.720" in page.text
+    assert "delta = 1e-6, add/remove" in page.text
+    assert "Keep it inside the hospital" in page.text
+    assert len(page.images) == 1
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
