@@ -17,7 +17,7 @@ from medfl_ray.export.weights import save_weights
 from medfl_ray.messages import HospitalInfo
 from medfl_ray.params import flatten, layout_of
 
-PHANTOM = {"preset": "tumour_slices", "num_hospitals": 1, "patients_per_hospital": 4, "size_voxels": 32}
+HOSPITAL = {"id": "university", "directory": "/nowhere", "declared": "private", "num_patients": 20}
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     def make(**sections: Any) -> Path:
         raw = {
             "name": "finished",
-            "data": {"phantom": PHANTOM, "task": "classification", "spatial_dims": 2},
-            "model": {"type": "densenet", "features": [4], "in_channels": 2, "out_channels": 2},
+            "data": {"hospitals": [HOSPITAL], "spatial_dims": 2, "channels": ["T1c", "FLAIR"], "labels": {7: "tumour"}},
+            "model": {"type": "unet2d", "features": [4, 8], "in_channels": 2, "out_channels": 2},
             "training": {"patch_size_voxels": 32, "device": "cpu"},
             "privacy": {"enable_dp": False},
             **sections,

@@ -54,8 +54,12 @@ def test_parity_and_dynamic_sizes(
     assert json.loads((tmp_path / "model.json").read_text())["dynamic_space"] is dynamic
 
 
-def test_package_of_a_run(make_run: Callable[..., Path]) -> None:
-    folder = make_run()
+def test_package_of_a_classifier(make_run: Callable[..., Path]) -> None:
+    phantom = {"preset": "tumour_slices", "num_hospitals": 1, "patients_per_hospital": 4, "size_voxels": 32}
+    folder = make_run(
+        data={"phantom": phantom, "task": "classification", "spatial_dims": 2},
+        model={"type": "densenet", "features": [4], "in_channels": 2, "out_channels": 2},
+    )
     parity = export_run(folder)
     assert parity.images == "1 held-out synthetic images"
     manifest = json.loads((folder / "model.json").read_text())
@@ -63,29 +67,27 @@ def test_package_of_a_run(make_run: Callable[..., Path]) -> None:
     assert manifest["labels"] == {"1": "tumour"}
     assert manifest["parity"]["max_abs_difference"] == parity.max_abs_difference
     assert manifest["privacy"]["differential_privacy"] is False
+
+
+def test_private_data_are_not_opened_for_parity(make_run: Callable[..., Path]) -> None:
+    folder = make_run()
+    assert export_run(folder).images == "2 phantoms"
     properties = {entry.key: json.loads(entry.value) for entry in onnx.load(folder / "model.onnx").metadata_props}
     assert properties["medfl.patch_size"] == [32, 32]
-    assert Preprocessing.model_validate(properties["medfl.preprocessing"]).spatial_dims == 2
+    preprocessing = Preprocessing.model_validate(properties["medfl.preprocessing"])
+    assert (preprocessing.spatial_dims, preprocessing.label_values) == (2, (7,))
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.yaml", "hospitals.json", "model.json", "model.onnx", "model.safetensors",
     ]  # fmt: skip
 
 
-def test_private_data_are_not_opened_for_parity(make_run: Callable[..., Path]) -> None:
-    hospital = {"id": "university", "directory": "/nowhere", "declared": "private", "num_patients": 20}
-    data = {"hospitals": [hospital], "task": "classification", "spatial_dims": 2, "channels": ["T1c", "FLAIR"]}
-    folder = make_run(data=data)
-    assert export_run(folder).images == "2 phantoms"
-    assert json.loads((folder / "model.json").read_text())["channels"] == ["T1c", "FLAIR"]
-
-
 def test_no_model_is_left_where_parity_fails(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_run()
-    export_run(folder)
+    (folder / "model.onnx").write_bytes(b"an earlier export")
     original = onnxruntime.InferenceSession.run
 
     def off_by_one(self: Any, *arguments: Any) -> Any:
-        return [output + np.array([[0.0, 1.0]], dtype=np.float32) for output in original(self, *arguments)]
+        return [output + np.arange(2, dtype=np.float32)[:, None, None] for output in original(self, *arguments)]
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "run", off_by_one)
     with pytest.raises(ExportError, match="parity failed"):
