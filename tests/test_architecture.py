@@ -3,9 +3,9 @@
 import ast
 import importlib.util
 import re
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
@@ -114,15 +114,17 @@ def test_heavy_libraries_are_not_reached(modules, heavy):
 
 
 def test_help_answers_at_once():
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        result = subprocess.run([sys.executable, "-m", "medfl_ray.cli.main", "--help"], cwd=ROOT, capture_output=True)
-        times.append(time.perf_counter() - start)
-        assert result.returncode == 0
-        if min(times) < 0.5:
-            break
-    assert min(times) < 0.5, f"best of {len(times)}: {min(times):.2f} s"
+    best = min(_cpu_seconds_of_help() for _ in range(5))
+    assert best < 0.5, f"{best:.2f} s of processor time"
+
+
+def _cpu_seconds_of_help():
+    # Processor time, not the clock: other programs on the machine do not make it longer.
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "medfl_ray.cli.main", "--help"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize("path", [*FILES, *PROSE], ids=name_of)
