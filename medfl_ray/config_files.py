@@ -107,22 +107,17 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
 
 
 def _nearest(model: type[BaseModel], place: tuple[str | int, ...]) -> str:
-    current: Any = model
+    current = model
     for part in place[:-1]:
         if isinstance(part, int):
             continue
-        field = current.model_fields.get(part) if isinstance(current, type) else None
+        field = current.model_fields.get(part)
         annotation = getattr(field, "annotation", None)
-        current = next(
-            (
-                a
-                for a in [annotation, *getattr(annotation, "__args__", ())]
-                if isinstance(a, type) and issubclass(a, BaseModel)
-            ),
-            None,
-        )
-        if current is None:
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        inner = next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if inner is None:
             return ""
+        current = inner
     close = difflib.get_close_matches(str(place[-1]), list(current.model_fields), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known keys are {', '.join(current.model_fields)}"
 
