@@ -99,7 +99,7 @@ def solve_num_steps(epsilon: float, delta: float, sample_rate: float, noise_mult
         return LARGEST_NUM_STEPS
     enough = 1.0 if quick(1) > epsilon else max(1.0, _root(quick, epsilon, 1.0, LARGEST_NUM_STEPS) / STRIDE)
     steps = min(LARGEST_NUM_STEPS, max(1, round(_crossing(close, epsilon, enough, STRIDE**2, LARGEST_NUM_STEPS))))
-    grain = 10 ** max(0, len(str(steps)) - SIGNIFICANT_DIGITS)
+    grain: int = 10 ** max(0, len(str(steps)) - SIGNIFICANT_DIGITS)
     steps -= steps % grain
     while grain == 1 and fits(steps + 1):
         steps += 1

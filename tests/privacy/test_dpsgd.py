@@ -71,7 +71,7 @@ def test_sensitivity_with_millions_of_parameters() -> None:
     ]
     m = mechanism(max_grad_norm=1.0)
     assert float(released_sum([gradient], m, size).norm()) <= 1.0 + 1e-9
-    assert gradient_norm(gradient) == pytest.approx(math.sqrt(size) * float(np.float32(1e-3)), rel=1e-12)
+    assert gradient_norm(gradient) == pytest.approx(math.sqrt(size) * float(np.float32(1e-3)), rel=1e-10)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
