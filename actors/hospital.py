@@ -63,7 +63,6 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
     """
     from medfl_ray.data.sources import open_hospital_data
     from medfl_ray.store.ledger import PrivacyLedger
-
     from medfl_ray.training.trainer import Trainer
 
     run, policy = spec.run, spec.policy
@@ -89,10 +88,14 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
             max_epsilon=budget_of(run, policy),
         )
 
-    def local_report(round: int, values: Mapping[str, float], scores: Sequence[Any]) -> None:
+    def local_report(
+        round: int, values: Mapping[str, float], scores: Sequence[Any], pictures: tuple[bytes, ...]
+    ) -> None:
         from medfl_ray.analytics.report import write_local_report
 
-        write_local_report(spec.state_folder, policy.hospital, run, round, values, [score.headline for score in scores])
+        figures = [score.headline for score in scores]
+        spent = ledger.spent() if ledger is not None else None
+        write_local_report(spec.state_folder, policy.hospital, run, round, values, figures, pictures, spent)
 
     return Hospital(HospitalParts(run, policy, spec.index, trainer, data, ledger, make_pictures, local_report))
 
@@ -104,7 +107,10 @@ def make_pictures(trainer: Any, weights: Vector, data: Any) -> tuple[bytes, ...]
     pictures = []
     for case in list(data.holdout)[:PICTURES_PER_HOSPITAL]:
         prediction = trainer.predict(weights, case)
-        pictures.append(prediction_png(case.image, case.label, prediction, dict(data.labels)))
+        picture = prediction_png(
+            case.image, case.label, prediction, dict(data.labels), affine=case.affine, channels=data.channels
+        )
+        pictures.append(picture)
     return tuple(pictures)
 
 

@@ -139,7 +139,8 @@ class RunDisplay:
 
     def _time_left(self) -> float | None:
         """Seconds that the remaining rounds will take at the pace of the last ones; None before the first."""
-        recent = self._durations[-5:]
+        # The first round also reads the images; it would make every estimate too long.
+        recent = (self._durations[1:] or self._durations)[-5:]
         return None if not recent else (self._total - self._done) * sum(recent) / len(recent)
 
     def render(self) -> RenderableType:

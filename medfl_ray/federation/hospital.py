@@ -40,7 +40,7 @@ log = structlog.get_logger()
 Answer = TypeVar("Answer")
 Stage = Literal["start", "reserve", "train", "evaluate", "screen"]
 PictureMaker = Callable[[Trainer, Vector, "HospitalData"], tuple[bytes, ...]]
-LocalReporter = Callable[[int, Mapping[str, float], list[PatientScore]], None]
+LocalReporter = Callable[[int, Mapping[str, float], list[PatientScore], tuple[bytes, ...]], None]
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,15 @@ class Hospital:
             scores = parts.trainer.evaluate(weights, parts.data)
             values = summarise(scores)
             may_show = parts.policy.declared != "private"
+            drawn = parts.make_pictures(parts.trainer, weights, parts.data) if pictures else ()
             if not may_show and pictures:
-                parts.write_local_report(round, values, scores)
+                parts.write_local_report(round, values, scores, drawn)
             return SiteEvaluation(
                 hospital=self.id,
                 round=round,
                 metrics=labelled(values, parts.policy.declared, parts.run.privacy.enable_dp),
                 patient_scores=tuple(score.headline for score in scores) if may_show else None,
-                pictures=parts.make_pictures(parts.trainer, weights, parts.data) if may_show and pictures else (),
+                pictures=drawn if may_show else (),
             )
 
         return self._guarded(round, 0, "evaluate", False, work)
