@@ -12,11 +12,11 @@ from medfl_ray.store.ledger import PrivacyLedger
 
 
 def mechanism() -> Mechanism:
-    return Mechanism(noise_multiplier=4.0, sample_rate=1.0, max_grad_norm=1.0, num_steps=8, num_patients=40, delta=1e-5)
+    return Mechanism(noise_multiplier=20.0, sample_rate=1.0, max_grad_norm=1.0, num_steps=8, num_patients=40, delta=1e-5)
 
 
 def main(folder: str, rounds: str, writer: str = "job") -> None:
-    ledger = PrivacyLedger.open(Path(folder) / "ledger.sqlite", "north", "scans", 1e-5, 8.0)
+    ledger = PrivacyLedger.open(Path(folder) / "ledger.sqlite", "north", "scans", 1e-5, 1.0)
     print("opened", flush=True)
     for round_number in range(1, int(rounds) + 1):
         try:

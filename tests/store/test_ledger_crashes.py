@@ -39,7 +39,7 @@ def start(folder: Path, rounds: int, writer: str = "job", failpoint: str | None 
 
 
 def charged_steps(folder: Path) -> int:
-    ledger = PrivacyLedger.open(folder / "ledger.sqlite", "north", "scans", 1e-5, 8.0)
+    ledger = PrivacyLedger.open(folder / "ledger.sqlite", "north", "scans", 1e-5, 1.0)
     return sum(segment.num_steps for segment in charged_segments(ledger.events()))
 
 
@@ -75,15 +75,15 @@ def test_killed_anywhere_it_never_undercounts(tmp_path: Path, failpoint: str) ->
 
 def test_two_processes_never_pass_the_budget_together(tmp_path: Path) -> None:
     mechanism_steps = STEPS_PER_ROUND
-    PrivacyLedger.open(tmp_path / "ledger.sqlite", "north", "scans", 1e-5, 8.0)
+    PrivacyLedger.open(tmp_path / "ledger.sqlite", "north", "scans", 1e-5, 1.0)
     processes = [start(tmp_path, 5, writer=f"writer-{number}") for number in range(2)]
     answers = [process.communicate(timeout=200)[0].splitlines() for process in processes]
     assert all(lines[-1] == "done" for lines in answers)
     assert any("refused" in lines for lines in answers)
     used = sum(steps_used(lines) for lines in answers)
     assert charged_steps(tmp_path) == used
-    assert epsilon_spent([Segment(4.0, 1.0, used)], 1e-5) <= 8.0
-    assert epsilon_spent([Segment(4.0, 1.0, used + mechanism_steps)], 1e-5) > 8.0
+    assert epsilon_spent([Segment(20.0, 1.0, used)], 1e-5) <= 1.0
+    assert epsilon_spent([Segment(20.0, 1.0, used + mechanism_steps)], 1e-5) > 1.0
 
 
 def test_a_forked_child_writes_to_the_same_account(tmp_path: Path) -> None:
