@@ -116,13 +116,13 @@ def duration_words(seconds: float) -> str:
 def size_words(num_bytes: int | None) -> str:
     """Return a number of bytes in decimal units."""
     if num_bytes is None:
-        return "not known: the run left no weights"
+        return "an unknown size"
     value, unit = float(num_bytes), "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 1000:
             break
         value, unit = value / 1000, larger
-    return f"{value:.3g} {unit} of float32, down and up"
+    return f"{value:.3g} {unit}"
 
 
 def spread_words(value: Spread, signed: bool = False) -> str:
@@ -140,9 +140,9 @@ def _score_sentence(summary: RunSummary) -> str:
         return "Scores on private patients are suppressed." if summary.num_suppressed else ""
     sentence = f"On held-out patients the federated model reaches a mean {name} of {federated.mean:.3f}"
     if gain is None or summary.local is None:
-        return f"{sentence} (SD {federated.deviation:.3f} over {federated.count} hospitals)."
+        return f"{sentence} (standard deviation {federated.deviation:.3f} over {federated.count} hospitals)."
     side = "above" if gain.mean > 0 else "below"
-    spread = f", SD {gain.deviation:.3f} over {gain.count} hospitals" if gain.count > 1 else ""
+    spread = f" (standard deviation {gain.deviation:.3f} over {gain.count} hospitals)" if gain.count > 1 else ""
     return (
         f"{sentence}; hospitals that train alone, with the same mechanism, reach {summary.local.mean:.3f}. "
         f"That is {abs(gain.mean):.3f} {side} local training{spread}."

@@ -148,20 +148,30 @@ def _alt(summary: RunSummary, hospital: str, number: int) -> str:
     )
 
 
-def export_facts(manifest: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return a model manifest's plain figures as names and texts, nested ones with their path."""
-    facts: list[tuple[str, str]] = []
-    for key, value in manifest.items():
-        name = f"{prefix}{key}".replace("_", " ")
-        if isinstance(value, Mapping):
-            facts.extend(export_facts(value, f"{name}, "))
-        elif isinstance(value, float):
-            facts.append((name, f"{value:.4g}"))
-        elif isinstance(value, (list, tuple)):
-            facts.append((name, ", ".join(str(item) for item in value)))
-        elif value is not None:
-            facts.append((name, str(value)))
-    return facts
+def export_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what a model's manifest says of the exported file, above all whether it agrees with the trained one."""
+    onnx, parity = manifest.get("onnx") or {}, manifest.get("parity") or {}
+    size = size_words(onnx.get("size_bytes"))
+    sizes = "any size" if manifest.get("dynamic_space") else "the patch size"
+    patch = " x ".join(str(n) for n in manifest.get("patch_size", ()))
+    facts = [
+        ("Parity with PyTorch", _parity_words(parity)),
+        ("File", f"model.onnx, {size}, opset {onnx['opset']}" if onnx else "model.onnx was not written"),
+        ("Channels", ", ".join(manifest.get("channels", ()))),
+        ("Labels", ", ".join(f"{value} {name}" for value, name in manifest.get("labels", {}).items())),
+        ("Takes", f"{sizes}; trained on {patch} voxels" if patch else ""),
+        ("SHA-256", str(onnx.get("sha256", ""))),
+    ]
+    return [(name, words) for name, words in facts if words]
+
+
+def _parity_words(parity: Mapping[str, Any]) -> str:
+    if not parity:
+        return "not measured"
+    return (
+        f"{100 * parity['agreement']:.5g} % of labels equal, largest difference of the logits "
+        f"{small_number(parity['max_abs_difference'])}, on {parity['num_patches']} patches of {parity['images']}"
+    )
 
 
 def config_text(config: RunConfig) -> str:
@@ -199,7 +209,7 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     facts = [
         ("Rounds published", f"{summary.num_published} of {summary.planned_rounds}"),
         ("Time in rounds", duration_words(summary.wall_time_s)),
-        ("Weights moved", size_words(summary.num_bytes)),
+        ("Weights moved", f"{size_words(summary.num_bytes)}, float32, down and up"),
         ("Hospitals' devices", ", ".join(devices) or "not stated"),
         ("Machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores"),
         ("Python", platform.python_version()),

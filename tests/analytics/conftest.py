@@ -143,9 +143,18 @@ def _write_final(folder: Path, rounds: int, private: bool, dp: bool) -> None:
         },
         "ledger.json": {h: {"spent": spent, "events": []} for h in HOSPITALS} if dp else {},
         "model.json": {
-            "labels": {"1": "core"},
-            "opset": 18,
-            "parity": {"max_abs_difference": 3.1e-6, "same_labels": 1.0},
+            "labels": {"1": "core", "2": "oedema"},
+            "channels": ["T1", "T1c", "T2", "FLAIR"],
+            "patch_size": [32, 32, 32],
+            "dynamic_space": True,
+            "onnx": {"size_bytes": 48178, "opset": 20, "sha256": "ab" * 32},
+            "parity": {
+                "max_abs_difference": 3.1e-6,
+                "agreement": 1.0,
+                "dice": 1.0,
+                "num_patches": 5,
+                "images": "2 held-out synthetic images",
+            },
         },
     }
     for name, document in documents.items():

@@ -62,7 +62,7 @@ def test_the_headline_says_difference_and_spread(make_run):
     page, _ = page_of(make_run())
     assert "reaches a mean Dice of 0.730" in page.text
     assert "reach 0.645" in page.text
-    assert "0.085 above local training, SD 0.025 over 4 hospitals" in page.text
+    assert "0.085 above local training (standard deviation 0.025 over 4 hospitals)" in page.text
     assert "better at 4 of 4 hospitals" in page.text
 
 
@@ -127,10 +127,20 @@ def test_the_configuration_shows_folders_by_name_and_is_otherwise_whole(make_run
     assert summarise_run(folder).config.config_hash in (write_report(folder).read_text())
 
 
-def test_export_facts_are_flat():
-    manifest = {"opset": 18, "parity": {"max_abs_difference": 3.1e-6}, "labels": ["a", "b"], "none": None}
-    expected = [("opset", "18"), ("parity, max abs difference", "3.1e-06"), ("labels", "a, b")]
-    assert export_facts(manifest) == expected
+def test_the_export_is_shown_with_its_parity():
+    parity = {"agreement": 0.9995, "max_abs_difference": 3.1e-6, "num_patches": 5, "images": "2 phantoms"}
+    manifest = {
+        "onnx": {"size_bytes": 48178, "opset": 20, "sha256": "ab"},
+        "parity": parity,
+        "labels": {"1": "core"},
+        "patch_size": [32, 32, 32],
+    }
+    facts = dict(export_facts(manifest))
+    words = "99.95 % of labels equal, largest difference of the logits 3.1e-6, on 5 patches of 2 phantoms"
+    assert facts["Parity with PyTorch"] == words
+    assert facts["File"] == "model.onnx, 48.2 kB, opset 20"
+    assert facts["Takes"] == "the patch size; trained on 32 x 32 x 32 voxels"
+    assert dict(export_facts({})) == {"Parity with PyTorch": "not measured", "File": "model.onnx was not written"}
 
 
 @pytest.fixture
