@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +23,7 @@ DATA_SETS = {"hippocampus": PublicDataSet("Task04_Hippocampus", "CC-BY-SA-4.0")}
 def fetch(name: str, out: Path, archive: Path | None = None) -> Path:
     """Download (or take a local archive of) a public data set, unpack it below `out` and return its folder.
 
-    A download is checked against the MD5 that MONAI records; a local archive is taken as it is.
+    A download is checked against the MD5 that MONAI records; of a local archive only the copy is checked.
 
     Raises:
       ConfigError: the data set is not known, or the archive does not exist.
@@ -29,7 +31,7 @@ def fetch(name: str, out: Path, archive: Path | None = None) -> Path:
       DataError: the folder cannot be written.
     """
     from monai.apps.datasets import DecathlonDataset
-    from monai.apps.utils import HashCheckError, download_and_extract
+    from monai.apps.utils import HashCheckError, download_url, extractall
 
     if name not in DATA_SETS:
         raise ConfigError(f"no public data set {name!r}; known are {', '.join(DATA_SETS)}")
@@ -37,11 +39,14 @@ def fetch(name: str, out: Path, archive: Path | None = None) -> Path:
     if archive is not None and not archive.is_file():
         raise ConfigError(f"the archive {archive.name!r} does not exist; check --archive")
     url = archive.resolve().as_uri() if archive is not None else DecathlonDataset.resource[task]
-    checksum = None if archive is not None else DecathlonDataset.md5[task]
+    checksum = _md5(archive) if archive is not None else DecathlonDataset.md5[task]
+    folder = out / task
+    existed = folder.exists()
     target = out / f"{task}{''.join(archive.suffixes[-2:]) if archive is not None else '.tar'}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        download_and_extract(url, target, out, checksum, "md5", progress=archive is None)
+        download_url(url, target, checksum, "md5", progress=False)
+        extractall(target, out, checksum, "md5")
     except HashCheckError:
         target.unlink(missing_ok=True)
         raise UnreadableFile("the download does not have the recorded checksum; it was removed, try again") from None
@@ -52,11 +57,17 @@ def fetch(name: str, out: Path, archive: Path | None = None) -> Path:
             "check the network, free space and permissions, or give --archive FILE"
         ) from None
     except Exception as error:  # noqa: BLE001 - tarfile, zlib and MONAI each have errors of their own
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)  # a half-unpacked folder would pass for a whole one next time
         raise UnreadableFile(f"the archive cannot be unpacked ({type(error).__name__}); fetch it again") from None
     finally:
         if archive is not None:
             target.unlink(missing_ok=True)
-    folder = out / task
     if not folder.is_dir():
         raise UnreadableFile(f"the archive holds no folder {task!r}; it is another data set")
     return folder
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
+from nibabel.filebasedimages import FileBasedImage, ImageFileError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
+from nibabel.wrapstruct import WrapStructError
 
 from medfl_ray.data.volume import Volume
 from medfl_ray.errors import GeometryError, UnreadableFile
+
+NIFTI2_STARTS = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
 
 
 def read_nifti(path: Path) -> Volume:
@@ -22,19 +26,28 @@ def read_nifti(path: Path) -> Volume:
       GeometryError: the axes or the affine make no sense.
     """
     try:
-        image = nib.load(path)
+        image = _open(path)
         if not isinstance(image, SpatialImage):
             raise UnreadableFile("the file holds no volume; expected a NIfTI image")
         if image.get_data_dtype().names:
             raise UnreadableFile("the NIfTI voxels are colours; expected one number per voxel and channel")
         values = np.asarray(image.dataobj, dtype=np.float32)
-    except (EOFError, OSError, zlib.error, ImageFileError, HeaderDataError, ValueError) as error:
+    except (EOFError, OSError, zlib.error, ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
         if isinstance(error, (UnreadableFile, FileNotFoundError, PermissionError)):
             raise
         raise UnreadableFile(
             f"not a complete NIfTI file ({type(error).__name__}); copy it again from its source"
         ) from None
     return Volume(_channels_first(values), np.asarray(image.affine, dtype=np.float64))
+
+
+def _open(path: Path) -> FileBasedImage:
+    """Open a file; a compressed one is read to its end, because its checksum stands there."""
+    if not path.name.lower().endswith(".gz"):
+        return nib.load(path)
+    raw = gzip.decompress(path.read_bytes())
+    kind = nib.Nifti2Image if raw[:4] in NIFTI2_STARTS else nib.Nifti1Image
+    return kind.from_bytes(raw)
 
 
 def _channels_first(values: np.ndarray) -> np.ndarray:

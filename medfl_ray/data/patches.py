@@ -64,7 +64,7 @@ def augment(
     scale = rng.uniform(0.9, 1.1, shape).astype(np.float32)
     shift = rng.uniform(-0.1, 0.1, shape).astype(np.float32)
     noise = np.float32(rng.uniform(0, 0.1)) * rng.standard_normal(image.shape, dtype=np.float32)
-    return np.ascontiguousarray(image * scale + shift + noise), np.ascontiguousarray(target)
+    return image * scale + shift + noise, target
 
 
 def _pad(array: npt.NDArray[V], patch_size: tuple[int, ...]) -> npt.NDArray[V]:
