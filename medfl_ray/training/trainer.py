@@ -30,6 +30,7 @@ from medfl_ray.training.inference import classify, segment
 from medfl_ray.training.local_data import LocalData
 from medfl_ray.training.losses import make_loss
 from medfl_ray.training.optimizers import make_optimizer
+from medfl_ray.training.patient_gradients import OneAtATime, Patient, forward
 
 Task = Literal["segmentation", "classification"]
 SEED_RANGE = 2**63
@@ -154,23 +155,23 @@ class Trainer:
         """Leave in .grad, step by step, the clipped, summed and noised mean of the patients' gradients."""
         sampler = PoissonSampler(mechanism.sample_rate)
         total = PatientGradientSum(sum(p.numel() for p in self._parameters), mechanism)
+        engine = OneAtATime(self._network, self._loss, self._training.mixed_precision)
         while True:
             for index in sampler.draw(data.num_train_patients):
-                loss = self._patient_losses([self._draw(data, int(index), rng)])[0]
-                total.add(torch.autograd.grad(loss, self._parameters))
-                losses.append(loss.item())
+                for gradient, loss in engine([self._draw(data, int(index), rng)]):
+                    total.add(gradient)
+                    losses.append(loss)
             self._set_gradients(total.release())
             yield
 
-    def _patient_losses(self, patients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def _patient_losses(self, patients: Sequence[Patient]) -> Tensor:
         """Return the loss of each patient, [N], from one forward pass over all their patches."""
         images = torch.cat([images for images, _ in patients])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._training.mixed_precision):
-            logits = self._network(images)
-        own_logits = logits.float().split([len(images) for images, _ in patients])
+        logits = forward(self._network, images, self._training.mixed_precision)
+        own_logits = torch.split(logits, [len(images) for images, _ in patients])
         return torch.stack([self._loss(own, targets) for own, (_, targets) in zip(own_logits, patients, strict=True)])
 
-    def _draw(self, data: LocalData, index: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _draw(self, data: LocalData, index: int, rng: np.random.Generator) -> Patient:
         images, targets = data.train_patches(index, self._training.patches_per_patient, rng)
         largest = int(targets.max())
         if largest >= self._out_channels:
@@ -181,7 +182,7 @@ class Trainer:
         return images.to(self.device), targets.to(self.device)
 
     def _set_gradients(self, flat: Tensor) -> None:
-        pieces = flat.to(self.device, torch.float32).split([p.numel() for p in self._parameters])  # type: ignore[no-untyped-call]
+        pieces = torch.split(flat.to(self.device, torch.float32), [p.numel() for p in self._parameters])
         for parameter, piece in zip(self._parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter).clone()
 
