@@ -13,7 +13,7 @@ from typing import Any
 from actors.coordinator import Coordinator, hospital_specs, local_pool, run_in_process
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ClusterError, MedflError
-from medfl_ray.federation.events import Event, RunEnded
+from medfl_ray.federation.events import Event, Notice
 from medfl_ray.federation.run import RunOutcome
 from medfl_ray.site_policy import SitePolicy
 
@@ -44,7 +44,7 @@ def drive(
         cluster = connect(address, dashboard=dashboard)
         try:
             if dashboard and cluster.dashboard_url:
-                emit(RunEnded(message=f"Ray dashboard: http://{cluster.dashboard_url}"))
+                emit(Notice(message=f"Ray dashboard: http://{cluster.dashboard_url}"))
             return _follow(run, policies, folder, emit, stop)
         finally:
             disconnect()
@@ -98,7 +98,7 @@ def stop_on_interrupt(emit: Emit) -> Iterator[threading.Event]:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
-        emit(RunEnded(message="stopping after the current round; press Ctrl-C again to stop now"))
+        emit(Notice(message="stopping after the current round; press Ctrl-C again to stop now"))
 
     before = signal.signal(signal.SIGINT, handle)
     try:

@@ -48,7 +48,9 @@ def add_update(partial: PartialSum, update: Vector, weight: int) -> PartialSum:
     largest = float(np.max(np.abs(update), initial=0.0)) * weight * _SCALE
     magnitude = partial.magnitude + largest
     if not np.isfinite(largest) or magnitude >= _LIMIT:
-        raise UpdateRejected("the update holds values that are not finite or too large to be summed; nothing of it was used")
+        raise UpdateRejected(
+            "the update holds values that are not finite or too large to be summed; nothing of it was used"
+        )
     scaled = update.astype(np.float64)
     scaled *= weight * _SCALE
     np.rint(scaled, out=scaled)

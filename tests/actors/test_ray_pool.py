@@ -3,11 +3,11 @@
 import threading
 
 import pytest
-from medfl_ray.data.sources import list_hospitals
 from small_runs import small_run
 
 from actors.coordinator import hospital_specs, local_pool, run_in_process
 from actors.ray_pool import RayPool, actor_options, deal
+from medfl_ray.data.sources import list_hospitals
 from medfl_ray.store.run_folder import RunFolder
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from medfl_ray.aggregation.fixed_point import add_update, empty_sum, merge_sums, weighted_mean
 from medfl_ray.errors import UpdateRejected
 

@@ -1,6 +1,7 @@
 """Strategies as (init, apply) over explicit state."""
 
 import numpy as np
+
 from medfl_ray.aggregation.strategies import CATALOGUE, build_strategy
 from medfl_ray.config import AggregationConfig
 

@@ -4,11 +4,11 @@ import threading
 
 import numpy as np
 import pytest
-from medfl_ray.data.sources import list_hospitals
 from small_runs import small_run
 
 from actors.coordinator import hospital_specs, local_pool, run_in_process
 from medfl_ray import params
+from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError, QuorumLost
 from medfl_ray.messages import ClientFailure, ClientUpdate
 from medfl_ray.store.run_folder import RunFolder
