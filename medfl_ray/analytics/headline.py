@@ -89,8 +89,11 @@ def failure_words(hospital: HospitalSummary) -> str:
 def grouped_failures(summary: RunSummary) -> list[str]:
     """Return one sentence per hospital, stage and reason, with the rounds it happened in."""
     rounds: dict[tuple[str, str, str], list[int]] = {}
-    for failure in [*(f for h in summary.hospitals for f in h.failures), *summary.failures]:
+    for failure in (f for h in summary.hospitals for f in h.failures):
         rounds.setdefault((failure.hospital, failure.stage, failure.reason), []).append(failure.round)
+    for failure in summary.baseline_failures:
+        stage = f"baseline, {failure.stage}"
+        rounds.setdefault((failure.hospital, stage, failure.reason), []).append(failure.round)
     return [f"{h}, {stage}, {_round_words(numbers)}: {reason}" for (h, stage, reason), numbers in rounds.items()]
 
 
@@ -152,20 +155,20 @@ def _score_sentence(summary: RunSummary) -> str:
 def _privacy_sentence(summary: RunSummary) -> str:
     if not summary.private_training:
         return "Differential privacy was off: nothing bounds what the weights reveal of a patient."
-    spent = [h.spent for h in summary.hospitals if h.spent is not None]
-    if not spent:
+    worst, total = summary.largest_spent, summary.largest_total
+    if worst is None:
         return "Nothing was charged to a privacy ledger."
-    worst = max(spent, key=lambda s: s.epsilon)
     terms = f"patient-level, {delta_words(summary)}, add/remove"
-    return f"No hospital spent more than epsilon = {worst.epsilon:.2f} ({terms})."
+    more = f"; the baselines, charged too, brought that to {total.epsilon:.2f}" if total else ""
+    return f"After the last round no hospital had spent more than epsilon = {worst.epsilon:.2f} ({terms}){more}."
 
 
 def _privacy_tile(summary: RunSummary) -> Tile:
-    spent = [h.spent for h in summary.hospitals if h.spent is not None]
-    if not summary.private_training or not spent:
+    worst, total = summary.largest_spent, summary.largest_total
+    if not summary.private_training or worst is None:
         why = "nothing was charged" if summary.private_training else "differential privacy was off"
         return Tile("eps", "Epsilon", "none", why)
-    worst = max(spent, key=lambda s: s.epsilon)
     budget = f"of a budget of {worst.budget:g}; " if worst.budget is not None else ""
-    terms = f"{budget}patient-level, {delta_words(summary)}, add/remove"
+    more = f"; {total.epsilon:.2f} with the baselines" if total else ""
+    terms = f"{budget}patient-level, {delta_words(summary)}, add/remove{more}"
     return Tile("eps", "Largest epsilon spent", f"{worst.epsilon:.2f}", terms)

@@ -116,7 +116,7 @@ class RunSummary:
     central_spent: PrivacySpent | None
     export: Mapping[str, Any] | None
     labels_seen: Mapping[str, frozenset[Label]]
-    failures: tuple[ClientFailure, ...]
+    baseline_failures: tuple[ClientFailure, ...]
     missing: tuple[str, ...]
 
     @property
@@ -153,6 +153,19 @@ class RunSummary:
     def gain(self) -> Spread | None:
         """Federated minus local, hospital by hospital."""
         return spread(h.gain for h in self.hospitals)
+
+    @property
+    def largest_spent(self) -> PrivacySpent | None:
+        """The account of the hospital that had spent most after the last round."""
+        return max((h.spent for h in self.hospitals if h.spent), key=lambda s: s.epsilon, default=None)
+
+    @property
+    def largest_total(self) -> PrivacySpent | None:
+        """The same with the baselines, where they added to it."""
+        totals = [h.ledger_total for h in self.hospitals if h.ledger_total]
+        largest, after_rounds = max(totals, key=lambda s: s.epsilon, default=None), self.largest_spent
+        # The ledger recomputes what the receipts say; less than a hundredth is rounding.
+        return largest if largest and after_rounds and largest.epsilon > after_rounds.epsilon + 0.005 else None
 
     @property
     def num_suppressed(self) -> int:
@@ -198,7 +211,7 @@ def summarise_run(run_dir: Path) -> RunSummary:
     evaluations = _read_as(run_dir / "evaluation.json", dict[str, SiteEvaluation]) or {}
     baselines = _read_as(run_dir / "baselines.json", Baselines) or Baselines()
     ledgers = _read_as(run_dir / "ledger.json", dict[str, LedgerExport]) or {}
-    absent = [*(_read_as(run_dir / "failures.json", list[ClientFailure]) or []), *baselines.failures]
+    absent = _read_as(run_dir / "failures.json", list[ClientFailure]) or []
     names = _hospital_names(config, results, infos, evaluations, absent)
     metric = headline_metric(results, evaluations)
     read = _Read(config, metric, results, infos, evaluations, baselines, ledgers, absent)
@@ -214,7 +227,7 @@ def summarise_run(run_dir: Path) -> RunSummary:
         central_spent=baselines.central.spent if baselines.central else None,
         export=_read_as(run_dir / "model.json", dict[str, Any]),
         labels_seen=labels_by_kind(results, evaluations),
-        failures=tuple(f for f in absent if f.hospital not in names),
+        baseline_failures=baselines.failures,
         missing=tuple(name for name in OPTIONAL_FILES if not (run_dir / name).is_file()),
     )
 

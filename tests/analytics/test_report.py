@@ -1,5 +1,6 @@
 """The report: self-contained, true to the folder, and silent about what was suppressed."""
 
+import json
 import re
 import stat
 from html.parser import HTMLParser
@@ -64,6 +65,23 @@ def test_the_headline_says_difference_and_spread(make_run):
     assert "reach 0.645" in page.text
     assert "0.085 above local training (standard deviation 0.025 over 4 hospitals)" in page.text
     assert "better at 4 of 4 hospitals" in page.text
+
+
+def test_the_headline_does_not_hide_what_the_baselines_cost(make_run):
+    page, _ = page_of(make_run())
+    assert "no hospital had spent more than epsilon = 7.90 (patient-level, delta = 1e-5, add/remove)" in page.text
+    assert "the baselines, charged too, brought that to 11.20" in page.text
+
+
+def test_a_baseline_that_was_refused_is_not_a_failed_round(make_run):
+    folder = make_run()
+    baselines = json.loads((folder / "baselines.json").read_text())
+    failure = {"hospital": "porto", "round": 2, "attempt": 1, "stage": "reserve", "reason": "over budget"}
+    baselines["failures"] = [failure]
+    (folder / "baselines.json").write_text(json.dumps(baselines))
+    page, _ = page_of(folder)
+    assert "porto, baseline, reserve, round 2: over budget" in page.text
+    assert summarise_run(folder).hospitals[-1].failures == ()
 
 
 def test_every_epsilon_has_unit_delta_and_adjacency_in_its_section(make_run):
