@@ -1,0 +1,91 @@
+"""The whole command with Ray, as a process of its own: it finishes, stops on Ctrl-C, resumes, and leaves nothing running."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from medfl_ray.config_files import dump_yaml
+from small_runs import small_run
+
+pytestmark = pytest.mark.ci
+
+
+def command(arguments, mark):
+    environment = {**os.environ, "MEDFL_TEST_MARK": mark}
+    environment.pop("RAY_AUTH_TOKEN", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "medfl_ray.cli.main", "run", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def left_running(mark):
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"MEDFL_TEST_MARK={mark}".encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:80])
+        except OSError:
+            continue  # the process has ended, or is not ours
+    return found
+
+
+def nothing_left(mark, within_s=30):
+    ends = time.monotonic() + within_s
+    while time.monotonic() < ends:
+        if not left_running(mark):
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def write_config(tmp_path, **federation):
+    run = small_run(federation={"pool": "ray", "local_steps": 4, **federation})
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(run.model_copy(update={"output": run.output.model_copy(update={"directory": tmp_path})})))
+    return path
+
+
+def final_weights(folder):
+    last = (folder / "receipts.jsonl").read_text().splitlines()[-1]
+    return json.loads(last)["weights_after"]
+
+
+def test_a_run_on_ray_stops_on_interrupt_resumes_to_the_same_weights_and_leaves_no_process(tmp_path):
+    mark = uuid.uuid4().hex
+    config = write_config(tmp_path, rounds=12)
+    stopped = command([str(config)], mark)
+    lines = iter(stopped.stdout.readline, "")
+    assert any(line.startswith("round 2/") for line in lines)
+    stopped.send_signal(signal.SIGINT)
+    output, errors = stopped.communicate(timeout=120)
+    assert stopped.returncode == 130, errors
+    assert "--resume" in output
+    assert "Traceback" not in errors
+    assert nothing_left(mark), left_running(mark)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert not (folder / "report.html").exists()
+
+    resumed = command(["--resume", str(folder)], mark)
+    output, errors = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, errors
+    for name in ("report.html", "model.onnx", "model.safetensors", "ledger.json", "receipts.jsonl"):
+        assert (folder / name).is_file(), name
+    rounds = [json.loads(line)["round"] for line in (folder / "receipts.jsonl").read_text().splitlines()]
+    assert rounds == list(range(1, 13))
+    assert nothing_left(mark), left_running(mark)
+
+    whole = command([str(config), "--pool", "local"], mark)
+    _, errors = whole.communicate(timeout=240)
+    assert whole.returncode == 0, errors
+    (other,) = (path for path in tmp_path.iterdir() if path.is_dir() and path != folder)
+    assert final_weights(other) == final_weights(folder)
