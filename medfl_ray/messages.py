@@ -64,13 +64,17 @@ class RoundPlan(Message):
 
 
 class PrivacySpent(Message):
-    """Cumulative privacy loss of one hospital's data set, reservations included."""
+    """Cumulative privacy loss of one hospital's data set, reservations included.
+
+    `ledger_head` names the last row of the ledger behind the figure, so that receipts remember how far it went.
+    """
 
     epsilon: float
     delta: float
     budget: float | None
     unit: Literal["patient"] = "patient"
     adjacency: Literal["add_remove"] = "add_remove"
+    ledger_head: str | None = None
 
 
 class HospitalInfo(Message):

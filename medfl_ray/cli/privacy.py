@@ -11,7 +11,7 @@ from medfl_ray.cli import privacy_ledger
 from medfl_ray.errors import PrivacyConfigError
 
 app = typer.Typer(no_args_is_help=True)
-app.add_typer(privacy_ledger.app, name="ledger", help="Show and verify a hospital's privacy ledger.")
+app.add_typer(privacy_ledger.app, name="ledger", help="Show, verify and recover privacy ledgers.")
 
 Epsilon = Annotated[float | None, typer.Option(help="Patient-level epsilon of the whole run.")]
 Delta = Annotated[float | None, typer.Option(help="Delta; min(1e-5, 1 / (10 num_patients)) when absent.")]

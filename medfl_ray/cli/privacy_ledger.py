@@ -39,6 +39,25 @@ def verify(run: Run = None, state: State = None, delta: DeltaOption = 1e-5) -> N
         )
 
 
+@app.command()
+def recover(
+    hospital: Annotated[str, typer.Option(help="The hospital whose ledger is brought back.")],
+    state: Annotated[Path, typer.Option(help="The hospital's state folder, in which ledger.sqlite lies or lay.")],
+    mirror: Annotated[list[Path], typer.Argument(help="Folders of runs whose exports remember the ledger.")],
+    delta: DeltaOption = 1e-5,
+) -> None:
+    """Charge what mirrors remember into a ledger that is lost, shorter, damaged or another history."""
+    from medfl_ray.store.ledger_file import LEDGER_NAME
+    from medfl_ray.store.ledger_recovery import recover as recover_ledger
+
+    exports = [export for run in mirror for export in _of_run(run) if export.get("hospital") == hospital]
+    if not exports:
+        raise LedgerError(f"no mirror given holds a ledger of hospital {hospital!r}; check --hospital and the folders")
+    added = recover_ledger(state / LEDGER_NAME, exports, delta)
+    for (_, data_set), count in sorted(added.items()):
+        typer.echo(f"hospital {hospital}, data set {data_set}: {count} rows added; everything mirrored is charged")
+
+
 def _exports(run: Path | None, state: Path | None, delta: float) -> list[dict[str, Any]]:
     if (run is None) == (state is None):
         raise LedgerError("give either a run's folder or --state with a hospital's state folder")

@@ -6,10 +6,9 @@ where provably nothing left the host, gives it back. See privacy/README.md for t
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,11 +21,13 @@ from medfl_ray.failpoints import failpoint
 from medfl_ray.messages import Mechanism, PrivacySpent
 from medfl_ray.privacy.accountant import Segment, check_delta, check_segment, epsilon_spent
 from medfl_ray.store.ledger_events import (
+    CHARGE_FIELDS,
     LedgerEvent,
     LedgerHead,
     charged_segments,
     check_chain,
     genesis,
+    holds,
 )
 from medfl_ray.store.ledger_file import LedgerFile
 from medfl_ray.store.ledger_mirror import EXPORT_FORMAT
@@ -134,7 +135,7 @@ class PrivacyLedger:
         """
         self._refresh()
         epsilon = epsilon_spent(charged_segments(self._rows), self._delta)
-        return PrivacySpent(epsilon=epsilon, delta=self._delta, budget=self._max_epsilon)
+        return PrivacySpent(epsilon=epsilon, delta=self._delta, budget=self._max_epsilon, ledger_head=str(self._head))
 
     def events(self) -> tuple[LedgerEvent, ...]:
         """Return every row of the account, in order."""
@@ -163,14 +164,12 @@ class PrivacyLedger:
           LedgerError: the ledger is shorter than the expected head, or another history.
         """
         rows = self.events()
-        if expected.sequence == 0 or any(row.reason == str(expected) for row in rows if row.kind == "recover"):
+        if holds(rows, expected):
             return
         if len(rows) < expected.sequence:
             seen = f"has {len(rows)} rows and is known to have had {expected.sequence}: its end is missing"
-        elif rows[expected.sequence - 1].hash != expected.hash:
-            seen = f"differs from its mirror at row {expected.sequence}: it is another history"
         else:
-            return
+            seen = f"differs from its mirror at row {expected.sequence}: it is another history"
         raise LedgerError(
             f"the privacy ledger of hospital {self._account[0]!r}, data set {self._account[1]!r}, {seen}. Nothing "
             "trains on this data set until `medfl-ray privacy ledger recover` has charged the mirrored history."
@@ -191,6 +190,36 @@ class PrivacyLedger:
             "head": str(self._head),
             "events": [row.to_dict() for row in self._rows],
         }
+
+    def append_mirrored(self, rows: Sequence[LedgerEvent]) -> None:
+        """Append rows that this hospital wrote and signed before, exactly as a mirror kept them; for recovery.
+
+        Raises:
+          LedgerError: the rows do not follow this ledger's end, or were not signed by this hospital.
+        """
+        with self._file.writing() as connection:
+            self._load(connection)
+            check_chain(self._account, self._rows, rows, self._file.key.public_key)
+            for row in rows:
+                self._file.append(connection, row)
+            failpoint("ledger.recover.mirrored")
+        self._rows += rows
+
+    def charge_again(self, charges: Sequence[LedgerEvent], mirror: LedgerHead) -> None:
+        """Charge reservations of a history that this ledger lost, and write down which; for recovery.
+
+        Afterwards the mirror's head counts as held.
+
+        Raises:
+          LedgerError: the ledger cannot be written.
+        """
+        with self._appending("recover") as append:
+            for lost in charges:
+                why = f"charged again: row {lost.sequence} of the mirror {mirror}"
+                fields = {name: getattr(lost, name) for name in CHARGE_FIELDS}
+                fields |= {"reservation": secrets.token_hex(16), "reason": why}
+                append("reserve", **fields)
+            append(reason=str(mirror))
 
     @property
     def _head(self) -> LedgerHead:
@@ -216,8 +245,8 @@ class PrivacyLedger:
         with self._file.writing() as connection:
             self._load(connection)
 
-            def append(**fields: Any) -> None:
-                row = self._next_row(kind, fields, pending[-1].head if pending else self._head)
+            def append(as_kind: str = kind, **fields: Any) -> None:
+                row = self._next_row(as_kind, fields, pending[-1].head if pending else self._head)
                 self._file.append(connection, row)
                 failpoint(f"ledger.{kind}.appended")
                 pending.append(row)
@@ -230,7 +259,6 @@ class PrivacyLedger:
 
     def _next_row(self, kind: str, fields: dict[str, Any], head: LedgerHead) -> LedgerEvent:
         hospital, data_set = self._account
-        names = {field.name for field in dataclasses.fields(LedgerEvent)}
         return LedgerEvent(
             hospital=hospital,
             data_set=data_set,
@@ -238,7 +266,7 @@ class PrivacyLedger:
             kind=kind,
             at=datetime.now(UTC).isoformat(timespec="seconds"),
             previous_hash=head.hash,
-            **{name: value for name, value in fields.items() if name in names},
+            **fields,
         ).sealed(self._file.key)
 
     def _refresh(self) -> None:

@@ -14,6 +14,20 @@ from medfl_ray.privacy.accountant import Segment
 from medfl_ray.store.hospital_key import HospitalKey, signature_is_valid
 
 CHAIN_LABEL = "medfl-ray privacy ledger v1"
+CHARGE_FIELDS = (
+    "job",
+    "round",
+    "attempt",
+    "noise_multiplier",
+    "sample_rate",
+    "num_steps",
+    "max_grad_norm",
+    "num_patients",
+    "delta",
+    "unit",
+    "adjacency",
+    "fingerprint",
+)
 SEALS = ("hash", "signature")
 
 
@@ -95,8 +109,9 @@ class LedgerEvent:
 
     def digest(self) -> str:
         """SHA-256 over every other field, the hash of the row before included."""
+        # A damaged file may hold bytes where text was: shown as such they have another hash, which is the point.
         body = {name: value for name, value in self.to_dict().items() if name not in SEALS}
-        text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+        text = json.dumps(body, sort_keys=True, separators=(",", ":"), default=repr)
         return hashlib.sha256(f"{CHAIN_LABEL}\n{text}".encode()).hexdigest()
 
     @property
@@ -121,13 +136,18 @@ def genesis(hospital: str, data_set: str) -> LedgerHead:
 
 def charged_segments(events: Iterable[LedgerEvent], job: str | None = None) -> tuple[Segment, ...]:
     """Return what has been reserved and not released, of one job or of all."""
+    return tuple(event.segment for event in charges(events) if job in (None, event.job))
+
+
+def charges(events: Iterable[LedgerEvent]) -> tuple[LedgerEvent, ...]:
+    """Return the reservations that have not been released."""
     charged: dict[str, LedgerEvent] = {}
     for event in events:
-        if event.kind == "reserve" and event.reservation is not None and job in (None, event.job):
+        if event.kind == "reserve" and event.reservation is not None:
             charged[event.reservation] = event
         elif event.kind == "release" and event.closes is not None:
             charged.pop(event.closes, None)
-    return tuple(event.segment for event in charged.values())
+    return tuple(charged.values())
 
 
 def check_chain(
@@ -151,6 +171,18 @@ def check_chain(
                 "restored; see `medfl-ray privacy ledger recover`."
             )
         previous = event.head
+
+
+def holds(events: Sequence[LedgerEvent], head: LedgerHead) -> bool:
+    """Say whether a history has a head among its rows, or has charged the history of that head again."""
+    if head.sequence == 0 or any(event.kind == "recover" and event.reason == str(head) for event in events):
+        return True
+    return len(events) >= head.sequence and events[head.sequence - 1].hash == head.hash
+
+
+def is_genuine(event: LedgerEvent, public_key: str) -> bool:
+    """Say whether a row, seen alone, is unaltered and signed by the hospital."""
+    return event.digest() == event.hash and signature_is_valid(public_key, event.hash, event.signature)
 
 
 def _row_problem(event: LedgerEvent, previous: LedgerHead, account: tuple[str, str], public_key: str) -> str | None:

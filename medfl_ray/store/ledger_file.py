@@ -41,8 +41,10 @@ PLAIN_WORDS = (
 class LedgerFile:
     """One hospital's ledger file; a connection lives for one operation, so that a fork never shares one."""
 
-    def __init__(self, path: Path, lock_timeout_s: float = LOCK_TIMEOUT_S) -> None:
+    def __init__(self, path: Path, lock_timeout_s: float = LOCK_TIMEOUT_S, recovering: bool = False) -> None:
         """Open the file, or make it and the hospital's key beside it.
+
+        A key without a ledger means that the ledger was lost; only recovery may then start a new one.
 
         Raises:
           LedgerError: the file or key is unreadable, foreign, of another version, or one of the two is gone.
@@ -50,6 +52,7 @@ class LedgerFile:
         self.path = path
         self._lock_timeout_s = lock_timeout_s
         self._may_create = True
+        self._recovering = recovering
         self._engine = create_engine("sqlite://", creator=self._connect, poolclass=NullPool)
         event.listen(self._engine, "begin", _begin)
         self._prepare()
@@ -102,7 +105,7 @@ class LedgerFile:
             raise self._damaged()
 
     def _prepare(self) -> None:
-        key_exists = self.path.with_name(KEY_NAME).exists()
+        key_exists = self.path.with_name(KEY_NAME).exists() and not self._recovering
         if key_exists and not self.path.exists():
             raise LedgerError(
                 f"the privacy ledger {self.path.name!r} is gone although the hospital's key is there: what was "
@@ -160,6 +163,8 @@ class LedgerFile:
             yield
         except (DBAPIError, sqlite3.Error) as error:
             raise self._explained(error) from None
+        except (UnicodeDecodeError, OverflowError):  # damaged pages hold text that is none
+            raise self._damaged() from None
 
     def _explained(self, error: Exception) -> LedgerError:
         text = str(error.orig if isinstance(error, DBAPIError) else error)

@@ -1,0 +1,131 @@
+"""Bringing a lost, shortened, replaced or damaged ledger back from what a mirror remembers of it.
+
+Whatever the mirror or a readable row says was charged is charged afterwards. Recovery may charge twice what
+two histories tell differently; it never charges less than either.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from medfl_ray.errors import LedgerError
+from medfl_ray.store.hospital_key import HospitalKey, load_key
+from medfl_ray.store.ledger import PrivacyLedger
+from medfl_ray.store.ledger_events import LedgerEvent, LedgerHead, charges, genesis, holds, is_genuine
+from medfl_ray.store.ledger_file import KEY_NAME, LedgerFile
+from medfl_ray.store.ledger_mirror import read_export, verify_export
+
+Account = tuple[str, str]
+
+
+def recover(path: Path, exports: Sequence[Mapping[str, Any]], delta: float) -> dict[Account, int]:
+    """Charge in a hospital's ledger everything that its mirrored exports show, and open it again.
+
+    Args:
+      path: the ledger's file in the hospital's state folder; a damaged file is kept beside it under another name.
+      exports: the mirrored exports of the hospital's accounts; of one account there may be several.
+      delta: of the accounts, in (0, 1).
+
+    Returns:
+      The number of rows added, per (hospital, data set).
+
+    Raises:
+      LedgerError: an export is damaged, or the damaged file shows an account of which no export was given.
+    """
+    histories = _longest_histories(exports)
+    salvaged = _set_aside_if_damaged(path, {account for account, _ in histories})
+    file = LedgerFile(path, recovering=True)
+    added: dict[Account, int] = {}
+    for account, rows in histories:
+        ledger = PrivacyLedger(file, account, delta, None)
+        before = len(ledger.events())
+        head = rows[-1].head if rows else genesis(*account)
+        _take_over(ledger, file.key, head, rows)
+        known = {row.reservation for other, history in histories if other == account for row in history} - {None}
+        own = [row for row in salvaged if (row.hospital, row.data_set) == account and row.reservation not in known]
+        _charge_unknown(ledger, own, head)
+        salvaged = [row for row in salvaged if (row.hospital, row.data_set) != account]
+        added[account] = added.get(account, 0) + len(ledger.events()) - before
+        ledger.check_holds(head)
+    return added
+
+
+def _longest_histories(exports: Sequence[Mapping[str, Any]]) -> list[tuple[Account, tuple[LedgerEvent, ...]]]:
+    """Return the checked rows of each export, without those that another export continues."""
+    for export in exports:
+        verify_export(export)
+    histories = [((str(export["hospital"]), str(export["data_set"])), read_export(export)) for export in exports]
+    histories.sort(key=lambda history: len(history[1]), reverse=True)
+    kept: list[tuple[Account, tuple[LedgerEvent, ...]]] = []
+    for account, rows in histories:
+        if not any(account == other and longer[: len(rows)] == rows for other, longer in kept):
+            kept.append((account, rows))
+    return kept
+
+
+def _take_over(ledger: PrivacyLedger, key: HospitalKey, head: LedgerHead, rows: Sequence[LedgerEvent]) -> None:
+    """Continue the ledger with the mirror's rows where it is their beginning; else charge what it lacks."""
+    own = ledger.events()
+    if holds(own, head):
+        return
+    if tuple(rows[: len(own)]) == own and all(is_genuine(row, key.public_key) for row in rows):
+        ledger.append_mirrored(rows[len(own) :])
+        return
+    _charge_unknown(ledger, rows, head)
+
+
+def _charge_unknown(ledger: PrivacyLedger, rows: Sequence[LedgerEvent], head: LedgerHead) -> None:
+    """Charge the reservations of another history that this ledger does not hold as charged."""
+    held = {event.reservation for event in charges(ledger.events())}
+    lost = [row for row in charges(rows) if row.reservation not in held]
+    if lost:
+        ledger.charge_again(lost, head)
+
+
+def _set_aside_if_damaged(path: Path, mirrored: set[Account]) -> list[LedgerEvent]:
+    """Rename a file that is damaged or whose rows are bad; return those of its rows that are credible."""
+    if not path.exists():
+        return []
+    rows = _readable_rows(path)
+    try:
+        file = LedgerFile(path)
+        file.check_integrity()
+        for account in file.accounts():
+            PrivacyLedger(file, account, 0.5, None).verify()
+    except LedgerError:
+        key = path.with_name(KEY_NAME)
+        credible = _credible(rows, load_key(key) if key.exists() else None)
+        unknown = {(row.hospital, row.data_set) for row in rows} - mirrored
+        if unknown:
+            raise LedgerError(
+                f"the damaged ledger {path.name!r} also holds {len(unknown)} data set(s) of which no mirror was given: "
+                f"{', '.join(sorted(data_set for _, data_set in unknown))}. Give the mirrors of all of them."
+            ) from None
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
+        for part in (path, *path.parent.glob(f"{path.name}-*")):
+            part.rename(part.with_name(f"damaged-{stamp}-{part.name}"))
+        return credible
+    return []
+
+
+def _credible(rows: Sequence[LedgerEvent], key: HospitalKey | None) -> list[LedgerEvent]:
+    """Return the rows that the hospital signed; where its key is lost, every charge and nothing that takes one back."""
+    if key is not None:
+        return [row for row in rows if is_genuine(row, key.public_key)]
+    return [row for row in rows if row.kind == "reserve" and None not in (row.noise_multiplier, row.num_steps)]
+
+
+def _readable_rows(path: Path) -> list[LedgerEvent]:
+    """Return the rows that can still be read, unchecked; none where the file is no longer a database."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            connection.row_factory = sqlite3.Row
+            query = "SELECT * FROM ledger_events ORDER BY hospital, data_set, sequence"
+            return [LedgerEvent.from_mapping(dict(row)) for row in connection.execute(query)]
+    except (sqlite3.Error, LedgerError):
+        return []
