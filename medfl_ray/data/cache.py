@@ -65,8 +65,11 @@ class PreparedCases(Sequence[PreparedCase]):
         if not self._keeps or num_workers == 0:
             return
         with ThreadPoolExecutor(num_workers) as pool:
-            for _ in pool.map(self.__getitem__, range(len(self))):
-                pass
+            try:
+                for _ in pool.map(self.__getitem__, range(len(self))):
+                    pass
+            finally:
+                pool.shutdown(cancel_futures=True)  # after an error nobody needs the rest
 
     def _to_disk(self, case: PreparedCase, stem: Path) -> PreparedCase:
         """Write the voxels and keep memory maps of them, which the system drops when memory is short."""

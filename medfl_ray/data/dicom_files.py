@@ -15,6 +15,8 @@ from medfl_ray.errors import UnreadableFile
 LABEL_MODALITIES = {"SEG", "RTSTRUCT"}
 NOT_IMAGES = {*LABEL_MODALITIES, "SR", "PR", "KO", "RTPLAN", "RTDOSE", "RTRECORD", "REG", "DOC", "ANN", "FID", "RWV"}
 
+OTHER_FORMATS = {".mha", ".mhd", ".mgz", ".mgh", ".hdr", ".img", ".npy", ".npz", ".svs", ".zip", ".bmp", ".gif"}
+
 
 def open_dicom(path: Path, pixels: bool = True) -> FileDataset:
     """Parse one DICOM file.
@@ -25,6 +27,10 @@ def open_dicom(path: Path, pixels: bool = True) -> FileDataset:
     try:
         dataset = dcmread(path, stop_before_pixels=not pixels)
     except InvalidDicomError:
+        if path.suffix.lower() in OTHER_FORMATS:
+            raise UnreadableFile(
+                f"the format {path.suffix} is not supported; expected DICOM, NIfTI, NRRD, PNG, JPEG or TIFF"
+            ) from None
         raise UnreadableFile(
             "not a DICOM file (the DICM mark is missing); remove it from the folder or convert it"
         ) from None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from medfl_ray.data.cases import CaseIndex
+from medfl_ray.data.cases import Case, CaseIndex
 from medfl_ray.data.partitions import check_splits
 from medfl_ray.errors import ConfigError, LayoutError
 
@@ -22,11 +22,19 @@ def discover_cases(directory: Path, format: str = "auto") -> CaseIndex:
       ConfigError: the folder does not exist or may not be read.
       LayoutError: it is not of the given format, contradicts itself, or holds no case.
     """
-    kind = _detect(directory) if format == "auto" else format
-    index = _reader(kind)(directory)
+    try:
+        kind = _detect(directory) if format == "auto" else format
+        index = _reader(kind)(directory)
+    except PermissionError:
+        raise ConfigError(
+            f"the data folder {directory.name!r} may not be read by this user; change its permissions"
+        ) from None
+    except OSError as error:
+        raise LayoutError(f"the folder {directory.name!r} cannot be read: {error.strerror}; check the disk") from None
     if not index.cases:
         raise LayoutError(f"the folder {directory.name!r} ({kind} layout) holds no case; expected at least 2 patients")
     check_splits(index.cases)
+    _check_owners(index.cases)
     return index
 
 
@@ -53,12 +61,7 @@ def _detect(directory: Path) -> str:
         raise ConfigError(f"the data folder {directory.name!r} does not exist; check data.directory")
     if directory.is_file():
         return "manifest"
-    try:
-        names = {entry.name for entry in directory.iterdir()}
-    except PermissionError:
-        raise ConfigError(
-            f"the data folder {directory.name!r} may not be read by this user; change its permissions"
-        ) from None
+    names = {entry.name for entry in directory.iterdir()}
     if names & {"manifest.csv", "manifest.json"}:
         return "manifest"
     if "dataset.json" in names:
@@ -85,3 +88,16 @@ def _around_dataset_json(directory: Path) -> str:
     if not listed.is_file() and any((directory / "imagesTr").glob("*_0000.*")):
         return "nnunet"
     return "decathlon"
+
+
+def _check_owners(cases: Sequence[Case]) -> None:
+    """Refuse an image that is listed for two patients: it would train one and evaluate the other."""
+    first: dict[tuple[Path, str], int] = {}
+    for position, case in enumerate(cases):
+        for i, path in enumerate(case.images):
+            other = first.setdefault((path, case.fields.get(f"series_{i}", "")), position)
+            if cases[other].patient_id != case.patient_id:
+                raise LayoutError(
+                    f"cases {other + 1} and {position + 1} of {len(cases)} list one image for two patients; "
+                    "correct patient_id or the path"
+                )

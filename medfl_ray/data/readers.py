@@ -6,7 +6,8 @@ the caller says which case it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,8 @@ def read_label(path: Path, reference: Volume, labels: Mapping[int, str] | None =
     if kind == "dicom":
         from medfl_ray.data.dicom_labels import read_dicom_label
 
-        return read_dicom_label(path, reference, labels or {})
+        with _plain_errors():
+            return read_dicom_label(path, reference, labels or {})
     label = _read(path, "", as_label=True)
     if label.array.shape[0] != 1:
         raise LabelError(f"the label has {label.array.shape[0]} channels; expected one whole number per voxel")
@@ -87,7 +89,7 @@ def _kind(path: Path) -> str:
 
 
 def _read(path: Path, series_uid: str, as_label: bool) -> Volume:
-    try:
+    with _plain_errors():
         kind = _kind(path)
         if kind == "nifti":
             from medfl_ray.data.nifti import read_nifti
@@ -104,9 +106,19 @@ def _read(path: Path, series_uid: str, as_label: bool) -> Volume:
         from medfl_ray.data.dicom_series import read_dicom
 
         return read_dicom(path, series_uid)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise UnreadableFile("the file does not exist; check the path in the case list") from None
     except PermissionError:
         raise UnreadableFile("the file may not be read by this user; change its permissions") from None
+    except OSError as error:
+        raise UnreadableFile(
+            f"the file cannot be read ({error.strerror or type(error).__name__}); check the disk"
+        ) from None
     except MemoryError:
         raise UnreadableFile("the image does not fit into memory; its header may be damaged") from None

@@ -136,7 +136,9 @@ def _locate(run: RunConfig, hospital: HospitalConfig) -> Site:
         return Site(
             hospital.id, hospital.declared or run.data.declared, run.data, hospital.directory, run.training.num_workers
         )
-    changes = {**site.data.preprocessing, "format": site.data.format}
+    changes = dict(site.data.preprocessing)
+    if "format" in site.data.model_fields_set:
+        changes["format"] = site.data.format
     unknown = set(site.data.preprocessing) - {"spacing_mm", "intensity", "window"}
     if unknown:
         raise ConfigError(
@@ -148,7 +150,12 @@ def _locate(run: RunConfig, hospital: HospitalConfig) -> Site:
     data = parse_model(
         DataConfig, {**run.data.model_dump(exclude_unset=True), **changes}, "the hospital's data section"
     )
-    directory = hospital.directory or Path(str(hospital.site_config)).parent / site.data.directory
+    directory = Path(str(hospital.site_config)).parent / site.data.directory
+    if hospital.directory is not None and hospital.directory.resolve() != directory.resolve():
+        raise ConfigError(
+            f"the run and the site file of hospital {hospital.id!r} name different folders; the site file decides, "
+            "remove the directory from data.hospitals"
+        )
     return Site(hospital.id, site.data.declared, data, directory, run.training.num_workers or site.training.num_workers)
 
 

@@ -222,6 +222,29 @@ def test_broken_layout(name, tmp_path):
         discover_cases(tmp_path)
 
 
+def test_one_image_for_two_patients(tmp_path):
+    manifest(tmp_path, "patient_id,image,label\np,a.png,1\nq,a.png,0\n")
+    with pytest.raises(LayoutError, match="cases 1 and 2 of 2 list one image for two patients"):
+        discover_cases(tmp_path)
+
+
+def test_unknown_format(tmp_path):
+    (tmp_path / "a.mha").write_text("ObjectType = Image")
+    with pytest.raises(UnreadableFile, match=r"format \.mha is not supported"):
+        read_volume(tmp_path / "a.mha")
+
+
+def test_file_that_the_system_cannot_read(tmp_path, dicom, monkeypatch):
+    folder = dicom().save(tmp_path / "series")
+
+    def fail(self, *arguments, **options):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(UnreadableFile, match=r"cannot be read \(Input/output error\)"):
+        read_volume(folder)
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(ConfigError, match="folder 'nowhere' does not exist"):
         discover_cases(tmp_path / "nowhere")

@@ -75,6 +75,16 @@ def test_site_file_wins_over_the_run(tmp_path, decathlon, make_run):
     assert data.holdout[0].image.max() == 1.0
 
 
+def test_run_may_not_send_a_hospital_to_another_folder(tmp_path, make_run):
+    """Another folder under the same data-set name would spend a budget that is not its own."""
+    path = tmp_path / "hospital_config.yaml"
+    site = {"hospital": {"id": "a"}, "data": {"directory": "images"}, "privacy": {"num_patients": 9}}
+    path.write_text(yaml.safe_dump(site))
+    hospital = {"id": "a", "site_config": str(path), "directory": str(tmp_path / "elsewhere")}
+    with pytest.raises(ConfigError, match="the site file decides"):
+        open_hospital_data(make_run({"hospitals": [hospital]}), ("a",))
+
+
 def test_site_file_of_another_hospital_is_refused(tmp_path, make_run):
     path = tmp_path / "hospital_config.yaml"
     path.write_text(
