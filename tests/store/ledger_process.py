@@ -12,7 +12,9 @@ from medfl_ray.store.ledger import PrivacyLedger
 
 
 def mechanism() -> Mechanism:
-    return Mechanism(noise_multiplier=20.0, sample_rate=1.0, max_grad_norm=1.0, num_steps=8, num_patients=40, delta=1e-5)
+    return Mechanism(
+        noise_multiplier=20.0, sample_rate=1.0, max_grad_norm=1.0, num_steps=8, num_patients=40, delta=1e-5
+    )
 
 
 def main(folder: str, rounds: str, writer: str = "job") -> None:
