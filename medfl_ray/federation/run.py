@@ -12,7 +12,7 @@ from medfl_ray.aggregation.strategies import build_strategy
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import FederationError, QuorumLost
 from medfl_ray.federation.baselines import as_plain, check_baselines, run_baselines
-from medfl_ray.federation.events import Event, HospitalState, PhaseStarted, RoundClosed
+from medfl_ray.federation.events import Event, HospitalState, Notice, PhaseStarted, RoundClosed
 from medfl_ray.federation.planning import mechanisms, steps_per_round
 from medfl_ray.federation.policies import can_start
 from medfl_ray.federation.ports import ClientPool, FederationState, PublishedRound, RunKeeper
@@ -25,6 +25,10 @@ from medfl_ray.site_policy import SitePolicy
 class RunStore(RunKeeper, Protocol):
     """A keeper that also resumes a run and takes its last results."""
 
+    @property
+    def problems(self) -> Sequence[str]:
+        """What was found damaged on the way, one sentence each."""
+
     def next_attempt(self) -> int:
         """Return a number that no earlier attempt of this run has used, durably."""
 
@@ -34,13 +38,15 @@ class RunStore(RunKeeper, Protocol):
     def resume(self) -> PublishedRound | None:
         """Return the last good checkpoint, or None for a new run."""
 
+    def save_hospitals(self, infos: Sequence[HospitalInfo], failures: Sequence[ClientFailure]) -> None:
+        """Write who is present, and who is not and why, before the first round."""
+
     def save_final(
         self,
         weights: Vector,
         layout: Layout,
         evaluations: Sequence[SiteEvaluation],
         failures: Sequence[ClientFailure],
-        infos: Sequence[HospitalInfo],
     ) -> None:
         """Write the final weights and their evaluation at each hospital."""
 
@@ -89,7 +95,8 @@ def run_federation(parts: RunParts) -> RunOutcome:
     parts.emit(PhaseStarted(name="start", total_rounds=parts.run.federation.rounds))
     infos, absent = gather(parts)
     layout, initial = parts.initial_weights(*network_shape(parts.run, infos))
-    infos = same_layout(infos, layout)
+    check_layouts(infos, layout)
+    parts.store.save_hospitals(infos, absent)
     present = tuple(sorted(info.hospital for info in infos))
     policies = {policy.hospital: policy for policy in parts.policies}
     context = RoundContext(
@@ -105,12 +112,15 @@ def run_federation(parts: RunParts) -> RunOutcome:
         mechanisms={hospital: planned[hospital] for hospital in present if hospital in planned},
         emit=parts.emit,
     )
-    kept = parts.store.resume() or FederationState(0, initial, context.strategy.init(layout.size))
+    resumed = parts.store.resume()
+    for problem in parts.store.problems:
+        parts.emit(Notice(message=f"note: {problem}; the checkpoint before it is used"))
+    kept = resumed or FederationState(0, initial, context.strategy.init(layout.size))
     state = FederationState(kept.round, kept.weights, kept.server_state)
     state, reason, trained = repeat_rounds(parts, context, state)
     completed = state.round >= parts.run.federation.rounds
     if completed:
-        finish(parts, context, state, initial, infos, absent)
+        finish(parts, context, state, initial, absent)
     return RunOutcome(
         rounds_done=state.round,
         completed=completed,
@@ -133,9 +143,17 @@ def gather(parts: RunParts) -> tuple[list[HospitalInfo], list[ClientFailure]]:
             parts.emit(HospitalState(hospital=answer.hospital, state="waiting"))
     decision = can_start(parts.run.federation, len(infos))
     if decision.verdict == "stop":
-        details = "; ".join(f"{failure.hospital}: {failure.reason}" for failure in absent)
+        details = reasons(absent)
         raise QuorumLost(f"{decision.reason}. {details}" if details else decision.reason)
     return infos, absent
+
+
+def reasons(failures: Sequence[ClientFailure]) -> str:
+    """Return why hospitals failed, in one sentence; a reason that several share is said once."""
+    by_reason: dict[str, list[str]] = {}
+    for failure in failures:
+        by_reason.setdefault(failure.reason, []).append(failure.hospital)
+    return "; ".join(f"{', '.join(hospitals)}: {reason}" for reason, hospitals in by_reason.items())
 
 
 def network_shape(run: RunConfig, infos: Sequence[HospitalInfo]) -> tuple[int, int]:
@@ -155,7 +173,7 @@ def network_shape(run: RunConfig, infos: Sequence[HospitalInfo]) -> tuple[int, i
     return run.model.in_channels or channels, run.model.out_channels or max(labels, default=1) + 1
 
 
-def same_layout(infos: Sequence[HospitalInfo], layout: Layout) -> list[HospitalInfo]:
+def check_layouts(infos: Sequence[HospitalInfo], layout: Layout) -> None:
     """Check that every hospital built the coordinator's network.
 
     Raises:
@@ -167,7 +185,6 @@ def same_layout(infos: Sequence[HospitalInfo], layout: Layout) -> list[HospitalI
                 f"hospital {info.hospital!r} built a network with another layout than the coordinator; "
                 "install the same version of medfl-ray and its dependencies on both"
             )
-    return list(infos)
 
 
 def repeat_rounds(
@@ -185,7 +202,9 @@ def repeat_rounds(
         parts.emit(RoundClosed(result=result))
         failed_before = 0 if decision.verdict == "publish" else failed_before + 1
         if decision.verdict == "stop":
-            return state, f"round {state.round + 1} was not published: {decision.reason}", trained
+            why = reasons(result.receipt.failures)
+            stopped = f"round {state.round + 1} was not published: {decision.reason}"
+            return state, f"{stopped}. {why}" if why else stopped, trained
         if decision.verdict == "skip":
             context = replace(context, attempt=parts.store.next_attempt())
     return state, reason, trained
@@ -196,7 +215,6 @@ def finish(
     context: RoundContext,
     state: FederationState,
     initial: Vector,
-    infos: Sequence[HospitalInfo],
     absent: Sequence[ClientFailure],
 ) -> None:
     """Evaluate the final weights with pictures, write them, then train the baselines and export the ledgers."""
@@ -204,7 +222,7 @@ def finish(
     answers = list(parts.pool.evaluate(state.round, context.available, state.weights, pictures=True))
     evaluations = [answer for answer in answers if isinstance(answer, SiteEvaluation)]
     failures = [*absent, *(answer for answer in answers if isinstance(answer, ClientFailure))]
-    parts.store.save_final(state.weights, context.layout, evaluations, failures, infos)
+    parts.store.save_final(state.weights, context.layout, evaluations, failures)
     if parts.run.federation.baselines:
         baselines = run_baselines(parts.run, context, parts.policies, initial, parts.emit)
         parts.store.save_baselines(as_plain(baselines))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -62,6 +63,11 @@ class RunFolder:
             raise ConfigError(f"{path.name!r} is not the folder of a run: it has no config.yaml")
         return cls(path, load_run_config(path / "config.yaml"))
 
+    def discard_if_unused(self) -> None:
+        """Remove the folder of a run that ended before its first attempt: nothing was trained, charged or kept."""
+        if not (self.path / "attempt").exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+
     @property
     def job(self) -> str:
         """Name under which the run is charged in the ledgers."""
@@ -77,6 +83,11 @@ class RunFolder:
     def resume(self) -> Checkpoint | None:
         """Return the last good checkpoint; metrics and receipts are completed from it after a crash in between."""
         checkpoint, self.problems = last_good_checkpoint(self.path / "checkpoints")
+        if checkpoint is None and self.problems:
+            raise CheckpointError(
+                f"none of the {len(self.problems)} checkpoints of {self.path.name!r} can be read ({self.problems[0]}). "
+                "Restore one from a backup, or start a new run from its config.yaml"
+            )
         if checkpoint is not None and checkpoint.round not in {r.round for r in self.results() if r.receipt.published}:
             self.record(checkpoint.result)
         return checkpoint
@@ -106,26 +117,32 @@ class RunFolder:
         append_line(self.path / "metrics.jsonl", result.model_dump_json())
         append_line(self.path / "receipts.jsonl", result.receipt.model_dump_json())
 
+    def save_hospitals(self, infos: Sequence[HospitalInfo], failures: Sequence[ClientFailure]) -> None:
+        """Write hospitals.json and, where a hospital could not start, failures.json."""
+        self.save_json("hospitals.json", {info.hospital: info.model_dump(mode="json") for info in infos})
+        self._save_failures(failures)
+
     def save_final(
         self,
         weights: Vector,
         layout: Layout,
         evaluations: Sequence[SiteEvaluation],
         failures: Sequence[ClientFailure],
-        infos: Sequence[HospitalInfo],
     ) -> None:
-        """Write model.safetensors, evaluation.json, hospitals.json and the pictures."""
+        """Write model.safetensors, evaluation.json, failures.json and the pictures."""
         replace_file(self.path / "model.safetensors", save(to_tensors(weights, layout)))
         plain = {e.hospital: e.model_dump(mode="json", exclude={"pictures"}) for e in evaluations}
         self.save_json("evaluation.json", plain)
-        self.save_json("hospitals.json", {info.hospital: info.model_dump(mode="json") for info in infos})
-        if failures:
-            self.save_json("failures.json", [failure.model_dump(mode="json") for failure in failures])
+        self._save_failures(failures)
         pictures = self.path / "pictures"
         for evaluation in evaluations:
             for number, picture in enumerate(evaluation.pictures, start=1):
                 pictures.mkdir(exist_ok=True)
                 replace_file(pictures / f"{evaluation.hospital}-{number}.png", picture)
+
+    def _save_failures(self, failures: Sequence[ClientFailure]) -> None:
+        if failures:
+            self.save_json("failures.json", [failure.model_dump(mode="json") for failure in failures])
 
     def save_baselines(self, document: Mapping[str, object]) -> None:
         """Write baselines.json."""

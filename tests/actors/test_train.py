@@ -1,4 +1,4 @@
-"""The whole command with Ray, as a process of its own: it finishes, stops on Ctrl-C, resumes, and leaves nothing running."""
+"""The whole command on Ray, as a process of its own: it stops on Ctrl-C, resumes, and leaves nothing running."""
 
 import json
 import os
@@ -10,8 +10,9 @@ import uuid
 from pathlib import Path
 
 import pytest
-from medfl_ray.config_files import dump_yaml
 from small_runs import small_run
+
+from medfl_ray.config_files import dump_yaml
 
 pytestmark = pytest.mark.ci
 
