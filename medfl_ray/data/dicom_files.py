@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydicom import dcmread
+from pydicom import config, dcmread
 from pydicom.dataset import FileDataset
 from pydicom.errors import InvalidDicomError
 
 from medfl_ray.errors import UnreadableFile
+
+# Warnings about ill-formed values quote the value, which may be a name; what matters is checked by our readers.
+config.settings.reading_validation_mode = config.IGNORE
 
 # Objects that stand beside images and have no voxels of their own, or voxels that are labels.
 LABEL_MODALITIES = {"SEG", "RTSTRUCT"}

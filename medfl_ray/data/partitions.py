@@ -95,11 +95,6 @@ def shuffled_patients(cases: Sequence[Case], seed: int) -> list[str]:
     return sorted(patients, key=lambda patient: hashlib.sha256(f"{seed}:{patient}".encode()).digest())
 
 
-def holdout_size(num_patients: int, fraction: float) -> int:
-    """Number of held-out patients where no split is given."""
-    return int(np.clip(round(fraction * num_patients), 1, num_patients - 1))
-
-
 def _cases_of(cases: Sequence[Case], patients: set[str]) -> tuple[Case, ...]:
     return tuple(case for case in cases if case.patient_id in patients)
 

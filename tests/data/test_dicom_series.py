@@ -130,6 +130,20 @@ def test_a_series_that_is_no_volume_is_refused(tmp_path, dicom, spoil, message):
         read_volume(folder)
 
 
+def test_ill_formed_values_are_not_quoted_in_warnings(tmp_path, dicom):
+    """Warnings are errors here, so a warning would end the test."""
+    ct = dicom()
+    for slice_ in ct.slices:
+        slice_.add_new("PatientBirthDate", "DA", "20200101")
+    folder = ct.save(tmp_path / "series")
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"20200101", b"SECRET!!"))
+    from medfl_ray.data.dicom_files import open_dicom
+
+    assert read_volume(folder).spatial_shape == ct.shape
+    assert open_dicom(next(folder.iterdir())).PatientBirthDate == "SECRET!!"
+
+
 def test_a_film_is_no_volume():
     with pytest.raises(GeometryError, match="30 frames"):
         read_volume(PYDICOM_FILES / "examples_ybr_color.dcm")

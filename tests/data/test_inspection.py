@@ -76,6 +76,22 @@ def test_fetch_from_a_local_archive(tmp_path, decathlon):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["Task04_Hippocampus"]
 
 
+def test_fetch_command(tmp_path, decathlon):
+    import tarfile
+
+    from typer.testing import CliRunner
+
+    from medfl_ray.cli.data import app
+
+    with tarfile.open(tmp_path / "local.tar.gz", "w:gz") as tar:
+        tar.add(decathlon(), "Task04_Hippocampus")
+    options = ["fetch", "hippocampus", "--out", str(tmp_path / "data"), "--archive", str(tmp_path / "local.tar.gz")]
+    shown = CliRunner().invoke(app, options)
+    assert shown.exit_code == 0, shown.output
+    assert "4 cases" in shown.output
+    assert "medfl-ray data inspect" in shown.output
+
+
 def test_fetch_refuses_what_is_not_the_data_set(tmp_path):
     (tmp_path / "bad.tar").write_bytes(b"not a tar file")
     with pytest.raises(UnreadableFile, match="cannot be unpacked"):
