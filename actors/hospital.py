@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from medfl_ray.config import RunConfig
-from medfl_ray.errors import MedflError
+from medfl_ray.errors import LedgerError, MedflError
 from medfl_ray.federation.hospital import Hospital, HospitalParts
 from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.federation.planning import budget_of, delta_of
@@ -77,7 +77,7 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
         patch_size=run.patch_size,
         for_dp=run.privacy.enable_dp,
     )
-    spec.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _make_state_folder(spec)
     ledger = None
     if run.privacy.enable_dp:
         ledger = PrivacyLedger.open(
@@ -98,6 +98,16 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
         write_local_report(spec.state_folder, policy.hospital, run, round, values, figures, pictures, spent)
 
     return Hospital(HospitalParts(run, policy, spec.index, trainer, data, ledger, make_pictures, local_report))
+
+
+def _make_state_folder(spec: HospitalSpec) -> None:
+    try:
+        spec.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise LedgerError(
+            f"cannot make the state folder of hospital {spec.policy.hospital!r}: {error.strerror}. Set "
+            "output.state_directory or MEDFL_STATE_DIR to a folder that you may write to"
+        ) from None
 
 
 def make_pictures(trainer: Any, weights: Vector, data: Any) -> tuple[bytes, ...]:

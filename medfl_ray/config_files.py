@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,12 +44,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path.name!r} is not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+        raise ConfigError(f"{path.name!r} is not valid YAML{where}: {_problem(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path.name!r} is nested too deeply; expected sections of a few levels") from None
     if not isinstance(raw, dict):
         raise ConfigError(
             f"{path.name!r} holds {type(raw).__name__}; expected a mapping with sections such as data and model"
         )
     return raw
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """The first line of what the parser says; the rest quotes the file."""
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
@@ -100,10 +108,17 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
         return f"{place!r} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     return (
-        f"{place}: {message} (found {problem['input']!r})"
+        f"{place}: {message} (found {_short(problem['input'])})"
         if problem["loc"] and problem["type"] != "value_error"
         else message
     )
+
+
+def _short(value: Any) -> str:
+    """A value as it was read, cut before aliases in a YAML file can multiply it."""
+    shape = reprlib.Repr()
+    shape.maxlevel, shape.maxstring, shape.maxother = 2, 60, 60
+    return shape.repr(value)
 
 
 def _nearest(model: type[BaseModel], place: tuple[str | int, ...]) -> str:

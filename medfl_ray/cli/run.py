@@ -9,7 +9,7 @@ import typer
 
 from medfl_ray.config import RunConfig
 from medfl_ray.config_files import load_run_config
-from medfl_ray.errors import ConfigError
+from medfl_ray.errors import ConfigError, MedflError, QuorumLost
 
 if TYPE_CHECKING:
     from medfl_ray.cli.progress import RunDisplay
@@ -32,7 +32,12 @@ def run(
     """Train a federation and write its report, model, ledger export and receipts."""
     overrides = [*(set_ or []), *_options(baseline, pool, actors)]
     folder = _folder(config, resume, overrides)
-    outcome = _train(folder, ray_address, dashboard)
+    try:
+        outcome = _train(folder, ray_address, dashboard)
+    except MedflError:
+        if resume is None:
+            folder.discard_if_unused()
+        raise
     if outcome.completed:
         _write_products(folder)
     _say_goodbye(folder, outcome)
@@ -51,6 +56,7 @@ def _options(baseline: str | None, pool: str | None, actors: int | None) -> list
 
 def _folder(config: Path | None, resume: Path | None, overrides: list[str]) -> RunFolder:
     from medfl_ray.data.sources import list_hospitals
+    from medfl_ray.federation.baselines import check_baselines
     from medfl_ray.store.run_folder import RunFolder
 
     if (config is None) == (resume is None):
@@ -61,7 +67,14 @@ def _folder(config: Path | None, resume: Path | None, overrides: list[str]) -> R
         return RunFolder.open(resume)
     assert config is not None
     loaded = load_run_config(config, tuple(overrides))
-    list_hospitals(loaded)  # a mistake in the data's place or declaration leaves no empty run folder behind
+    policies = list_hospitals(loaded)  # a mistake in the data's place or declaration is found before anything is made
+    needed = max(loaded.federation.min_clients, loaded.federation.min_available_clients)
+    if needed > len(policies):
+        raise ConfigError(
+            f"federation.min_clients and min_available_clients ask for {needed} hospitals; the run has "
+            f"{len(policies)}: lower them or add hospitals"
+        )
+    check_baselines(loaded, policies)
     return RunFolder.create(loaded)
 
 
@@ -92,9 +105,9 @@ def _write_products(folder: RunFolder) -> None:
 
 def _say_goodbye(folder: RunFolder, outcome: RunOutcome) -> None:
     path = folder.path
-    typer.echo(f"\n{outcome.reason}.")
-    for problem in folder.problems:
-        typer.echo(f"note: {problem}")
+    stopped = outcome.reason.startswith("stopped")
+    if outcome.completed or stopped:
+        typer.echo(f"\n{outcome.reason}.")
     if outcome.completed:
         typer.echo(f"results   {path}")
         typer.echo(f"report    {path / 'report.html'}")
@@ -106,5 +119,7 @@ def _say_goodbye(folder: RunFolder, outcome: RunOutcome) -> None:
         typer.echo(f"continue with: medfl-ray run --resume {path}")
     if outcome.absent:
         typer.echo(f"WARNING: never took part: {', '.join(outcome.absent)}; receipts.jsonl and the report say why")
+    if stopped:
+        raise typer.Exit(130)
     if not outcome.completed:
-        raise typer.Exit(130 if outcome.reason.startswith("stopped") else 1)
+        raise QuorumLost(outcome.reason)

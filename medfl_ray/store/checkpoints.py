@@ -97,5 +97,5 @@ def last_good_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             return load_checkpoint(path), problems
         except CheckpointError as error:
-            problems.append(f"{error}; the one before it is used")
+            problems.append(str(error))
     return None, problems
