@@ -205,6 +205,9 @@ class TrainingConfig(Section):
     mixed_precision: bool = Field(
         False, description="bfloat16 autocast in forward and backward; norms and noise stay float64."
     )
+    patient_gradients: Literal["auto", "single", "grouped"] = Field(
+        "auto", description="Under DP: patient by patient, several as convolution groups, or whichever is faster here."
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="'auto' uses a GPU where there is one."
     )

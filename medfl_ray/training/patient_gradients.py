@@ -1,22 +1,24 @@
-"""Gradients of single patients: the reference, which works for every network, and the choice of a faster way.
+"""Gradients of single patients: the reference, which works for every network, and a faster way for some.
 
 Shapes: N patients, K patches of a patient, C channels, S voxels per axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from medfl_ray.models.grouped import group, repeat_weights, stack, unstack
 from medfl_ray.training.losses import PatientLoss
 
 Patient = tuple[Tensor, Tensor]
 """Images [K, C, *S] and targets [K, *S] or [K] of one patient."""
 Gradient = tuple[Tensor, ...]
 """One tensor per parameter, in the network's order, float32 or wider."""
-GradientEngine = Callable[[Sequence[Patient]], Iterator[tuple[Gradient, float]]]
+GradientEngine = Callable[[Iterator[Patient]], Iterator[tuple[Gradient, float]]]
 
 
 class OneAtATime:
@@ -29,11 +31,43 @@ class OneAtATime:
         self._network, self._loss, self._mixed_precision = network, loss, mixed_precision
         self._parameters = list(network.parameters())
 
-    def __call__(self, patients: Sequence[Patient]) -> Iterator[tuple[Gradient, float]]:
+    def __call__(self, patients: Iterator[Patient]) -> Iterator[tuple[Gradient, float]]:
         """Yield gradient and loss of each patient, in order."""
         for images, targets in patients:
             loss = self._loss(forward(self._network, images, self._mixed_precision), targets)
             yield torch.autograd.grad(loss, self._parameters), loss.item()
+
+
+class InGroups:
+    """Several patients in one pass, each a convolution group of its own; the last group may be smaller.
+
+    Every patient of a call has the same number of patches of the same size.
+    """
+
+    def __init__(
+        self, network: nn.Module, loss: PatientLoss, mixed_precision: bool = False, group_size: int = 4
+    ) -> None:
+        self._network, self._loss, self._mixed_precision = network, loss, mixed_precision
+        self._group_size = group_size
+        self._members: dict[int, nn.Module] = {}
+
+    def __call__(self, patients: Iterator[Patient]) -> Iterator[tuple[Gradient, float]]:
+        """Yield gradient and loss of each patient, in order."""
+        while some := list(islice(patients, self._group_size)):
+            members = self._load_members(len(some))
+            logits = forward(members, stack([images for images, _ in some]), self._mixed_precision)
+            own_logits = unstack(logits, len(some))
+            losses = torch.stack([self._loss(own, targets) for own, (_, targets) in zip(own_logits, some, strict=True)])
+            gradients = torch.autograd.grad(losses.sum(), list(members.parameters()))
+            for index, loss in enumerate(losses.tolist()):
+                yield tuple(gradient[index] for gradient in gradients), loss
+
+    def _load_members(self, num_members: int) -> nn.Module:
+        if num_members not in self._members:
+            self._members[num_members] = group(self._network, num_members)
+        members = self._members[num_members]
+        repeat_weights(self._network, members)
+        return members.train(self._network.training)
 
 
 def forward(network: nn.Module, images: Tensor, mixed_precision: bool) -> Tensor:

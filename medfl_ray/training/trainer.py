@@ -25,12 +25,13 @@ from medfl_ray.params import Layout, Vector, flatten, layout_of, load_into
 from medfl_ray.privacy.dpsgd import PatientGradientSum
 from medfl_ray.privacy.sampler import PoissonSampler
 from medfl_ray.training.batches import patient_batches
+from medfl_ray.training.engine_choice import choose_engine, make_patient_like
 from medfl_ray.training.evaluation import PatientScore, average_cases, dice_per_label
 from medfl_ray.training.inference import classify, segment
 from medfl_ray.training.local_data import LocalData
 from medfl_ray.training.losses import make_loss
 from medfl_ray.training.optimizers import make_optimizer
-from medfl_ray.training.patient_gradients import OneAtATime, Patient, forward
+from medfl_ray.training.patient_gradients import GradientEngine, Patient, forward
 
 Task = Literal["segmentation", "classification"]
 SEED_RANGE = 2**63
@@ -75,7 +76,8 @@ class Trainer:
     ) -> None:
         self.device = choose_device(training.device)
         self._training, self._task, self._patch_size, self._for_dp = training, task, patch_size, for_dp
-        self._out_channels = out_channels
+        self._in_channels, self._out_channels = in_channels, out_channels
+        self._engine: GradientEngine | None = None
         self._build = (model, spatial_dims, in_channels, out_channels, False, patch_size)
         self._network = build_network(model, spatial_dims, in_channels, out_channels, for_dp, patch_size).to(
             self.device
@@ -155,14 +157,27 @@ class Trainer:
         """Leave in .grad, step by step, the clipped, summed and noised mean of the patients' gradients."""
         sampler = PoissonSampler(mechanism.sample_rate)
         total = PatientGradientSum(sum(p.numel() for p in self._parameters), mechanism)
-        engine = OneAtATime(self._network, self._loss, self._training.mixed_precision)
+        engine = self._choose_engine()
         while True:
-            for index in sampler.draw(data.num_train_patients):
-                for gradient, loss in engine([self._draw(data, int(index), rng)]):
-                    total.add(gradient)
-                    losses.append(loss)
+            drawn = sampler.draw(data.num_train_patients)
+            for gradient, loss in engine(self._draw(data, int(index), rng) for index in drawn):
+                total.add(gradient)
+                losses.append(loss)
             self._set_gradients(total.release())
             yield
+
+    def _choose_engine(self) -> GradientEngine:
+        """Choose once how this machine computes patient gradients for this network."""
+        if self._engine is None:
+            training = self._training
+            self._engine = choose_engine(
+                training.patient_gradients, self._network, self._loss, training.mixed_precision, self._make_up_patient
+            )
+        return self._engine
+
+    def _make_up_patient(self) -> Patient:
+        shape = (self._training.patches_per_patient, self._in_channels, *self._patch_size)
+        return make_patient_like(shape, self._out_channels, self._task == "classification", self.device)
 
     def _patient_losses(self, patients: Sequence[Patient]) -> Tensor:
         """Return the loss of each patient, [N], from one forward pass over all their patches."""

@@ -45,7 +45,7 @@ def test_equals_autograd_of_each_patch_in_float64(name: str) -> None:
     network = network_of(name).double()
     loss = make_loss("cross_entropy", task)  # type: ignore[arg-type]
     patients = patients_of(2, 3, task)
-    found = [gradient for gradient, _ in OneAtATime(network, loss)(patients)]
+    found = [gradient for gradient, _ in OneAtATime(network, loss)(iter(patients))]
     for (images, targets), gradient in zip(patients, found, strict=True):
         for parameter in network.parameters():
             parameter.grad = None

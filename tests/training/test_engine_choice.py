@@ -1,0 +1,121 @@
+"""The grouped engine gives the reference's gradients, and is left alone where it cannot."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.messages import Mechanism
+from medfl_ray.models.catalogue import build_network
+from medfl_ray.privacy.dpsgd import PatientGradientSum
+from medfl_ray.training.engine_choice import choose_engine, make_patient_like
+from medfl_ray.training.losses import dice_ce, make_loss
+from medfl_ray.training.patient_gradients import GradientEngine, InGroups, OneAtATime, Patient
+
+CPU = torch.device("cpu")
+
+
+def network_of(name: str = "unet2d") -> nn.Module:
+    return build_network(ModelConfig.model_validate({"type": name, "features": (4, 8)}), 2, 2, 3, True, (32, 32))
+
+
+def patients_of(num_patients: int, classification: bool = False) -> list[Patient]:
+    torch.manual_seed(0)
+    return [make_patient_like((2, 2, 32, 32), 3, classification, CPU) for _ in range(num_patients)]
+
+
+class NoNoise:
+    """Noise of zeros, so that a release is the clipped sum itself."""
+
+    def draw(self, size: int, std: float) -> object:
+        import numpy as np
+
+        return np.zeros(size)
+
+
+def clipped_sum(engine: GradientEngine, patients: list[Patient], network: nn.Module) -> Tensor:
+    mechanism = Mechanism(noise_multiplier=1, sample_rate=1, max_grad_norm=0.5, num_steps=1, num_patients=1, delta=1e-5)
+    total = PatientGradientSum(sum(p.numel() for p in network.parameters()), mechanism, NoNoise())  # type: ignore[arg-type]
+    for gradient, _ in engine(iter(patients)):
+        total.add(gradient)
+    return total.release()
+
+
+@pytest.mark.parametrize("name", ["unet2d", "segresnet", "dynunet", "attention_unet", "densenet"])
+def test_same_clipped_sum(name: str) -> None:
+    """Seven patients in groups of three: two whole groups and one that is smaller."""
+    task = "classification" if name == "densenet" else "segmentation"
+    network, patients = network_of(name), patients_of(7, task == "classification")
+    loss = make_loss("dice_ce", task)  # type: ignore[arg-type]
+    expected = clipped_sum(OneAtATime(network, loss), patients, network)
+    found = clipped_sum(InGroups(network, loss, group_size=3), patients, network)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_groups_follow_the_network() -> None:
+    network, patients = network_of(), patients_of(2)
+    engine = InGroups(network, dice_ce)
+    list(engine(iter(patients)))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.5)
+    losses = [loss for _, loss in engine(iter(patients))]
+    assert losses == pytest.approx([loss for _, loss in OneAtATime(network, dice_ce)(iter(patients))], rel=1e-5)
+
+
+def test_nobody_drawn() -> None:
+    assert list(InGroups(network_of(), dice_ce)(iter([]))) == []
+
+
+def choose(wanted: str, network: nn.Module) -> GradientEngine:
+    return choose_engine(wanted, network, dice_ce, False, lambda: make_patient_like((1, 2, 32, 32), 3, False, CPU))  # type: ignore[arg-type]
+
+
+def test_the_wish_is_followed_where_possible() -> None:
+    network = network_of()
+    assert isinstance(choose("single", network), OneAtATime)
+    assert isinstance(choose("grouped", network), InGroups)
+    assert isinstance(choose("auto", network), OneAtATime | InGroups)
+    assert isinstance(choose("grouped", network_of("unetr")), OneAtATime)
+    assert network.training
+
+
+def test_a_network_that_is_grouped_wrongly_is_not_grouped() -> None:
+    """Its head mixes the batch axis into the features, so grouped members would get each other's gradients."""
+
+    class Mixes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(2, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layer(x)
+            return out * (1.0 + out.mean(dim=0, keepdim=True))
+
+    assert isinstance(choose("grouped", Mixes()), OneAtATime)
+
+
+@pytest.mark.parametrize("engine", ["single", "grouped"])
+def test_trainer_learns_with_either(engine: str) -> None:
+    import numpy as np
+
+    from medfl_ray.training.trainer import LocalJob, Trainer
+
+    class Data:
+        num_train_patients, labels, holdout = 6, {1: "a"}, ()
+
+        def train_patches(self, patient_index: int, num_patches: int, rng: np.random.Generator) -> Patient:
+            images = torch.from_numpy(rng.normal(size=(num_patches, 1, 16, 16)).astype(np.float32))
+            return images, (images[:, 0] > 0).long()
+
+    training = TrainingConfig.model_validate({"device": "cpu", "patient_gradients": engine})
+    trainer = Trainer(ModelConfig(type="unet2d", features=(4, 8)), training, "segmentation", 2, 1, 2, (16, 16), True)
+    mechanism = Mechanism(
+        noise_multiplier=1e-3, sample_rate=0.9, max_grad_norm=1, num_steps=30, num_patients=6, delta=1e-5
+    )
+    start = trainer.initial_weights(0)
+    first = trainer.train(start, Data(), LocalJob(1, 0.1, mechanism, ()))
+    later = trainer.train(start, Data(), LocalJob(30, 0.1, mechanism, ()))
+    assert later.mean_loss < first.mean_loss
