@@ -1,7 +1,8 @@
-"""Driver of a run: YAML to RunConfig, connect, coordinate, show. `python -m actors.train CONFIG` does it plainly."""
+"""Driver of a run: YAML to RunConfig, connect, coordinate, show. `python -m actors.train CONFIG` is `medfl-ray run`."""
 
 from __future__ import annotations
 
+import runpy
 import signal
 import sys
 import threading
@@ -108,7 +109,6 @@ def stop_on_interrupt(emit: Emit) -> Iterator[threading.Event]:
 
 
 if __name__ == "__main__":
-    from medfl_ray.cli.main import main
-
+    # The command line is the composition root and knows this package, so it is started, not imported.
     sys.argv.insert(1, "run")
-    main()
+    runpy.run_module("medfl_ray.cli.main", run_name="__main__")

@@ -1,7 +1,6 @@
 """The one schema of a run: YAML at the edge, frozen objects inside.
 
-Every field carries one sentence; the sentences become the reference page and the JSON schema.
-REST, SDK and older files may use the names in `SECTION_ALIASES` and `FIELD_ALIASES`.
+Every field's sentence becomes a row of the reference page. Other accepted names: see `rename_aliases`.
 """
 
 from __future__ import annotations
