@@ -62,7 +62,7 @@ class Hospital:
 
     def __init__(self, parts: HospitalParts) -> None:
         self._parts = parts
-        self._reservations: dict[tuple[str, int, int], str] = {}
+        self._reservations: dict[tuple[str, int, int], tuple[str, Mechanism]] = {}
 
     @property
     def id(self) -> str:
@@ -96,16 +96,16 @@ class Hospital:
             if mechanism is None or ledger is None:
                 return None
             key = (plan.job, plan.round, plan.attempt)
-            self._reservations[key] = ledger.reserve(*key, mechanism, run_budget)
+            self._reservations[key] = ledger.reserve(*key, mechanism, run_budget), mechanism
             return ledger.spent()
 
         return self._guarded(plan.round, plan.attempt, "reserve", False, work)
 
     def release(self, plan: RoundPlan, reason: str) -> None:
         """Give back a reservation under which no training was started."""
-        reservation = self._reservations.pop((plan.job, plan.round, plan.attempt), None)
-        if reservation is not None and self._parts.ledger is not None:
-            self._parts.ledger.release(reservation, reason)
+        reserved = self._reservations.pop((plan.job, plan.round, plan.attempt), None)
+        if reserved is not None and self._parts.ledger is not None:
+            self._parts.ledger.release(reserved[0], reason)
 
     def train(self, plan: RoundPlan, weights: Vector) -> ClientUpdate | ClientFailure:
         """Train on this hospital's patients; the cost is settled before the update is returned."""
@@ -196,6 +196,11 @@ class Hospital:
                 f"the plan assumes {mechanism.num_patients} patients at {self.id!r}; "
                 f"its policy declares {policy.num_patients}"
             )
+        if mechanism is not None and mechanism.num_steps != plan.num_steps[self.id]:
+            raise PrivacyConfigError(
+                f"the plan asks {self.id!r} for {plan.num_steps[self.id]} steps and its mechanism charges "
+                f"{mechanism.num_steps}; every step that is trained must be charged"
+            )
         floor = policy.min_noise_multiplier
         if mechanism is not None and floor is not None and mechanism.noise_multiplier < floor:
             raise PrivacyConfigError(
@@ -207,11 +212,16 @@ class Hospital:
         """Settle the reservation and hand out the job; settled first, so that no crash in training can undercount."""
         mechanism = self._agreed_mechanism(plan)
         if mechanism is not None:
-            reservation = self._reservations.pop((plan.job, plan.round, plan.attempt), None)
+            reservation, charged = self._reservations.pop((plan.job, plan.round, plan.attempt), (None, None))
             if reservation is None or self._parts.ledger is None:
                 raise PrivacyConfigError(
                     f"round {plan.round}, attempt {plan.attempt} holds no reservation in this hospital's ledger; "
                     "training without one never happens"
+                )
+            if mechanism != charged:
+                raise PrivacyConfigError(
+                    f"the mechanism of round {plan.round}, attempt {plan.attempt} is not the one that was reserved; "
+                    "what was charged and nothing else is trained"
                 )
             self._parts.ledger.settle(reservation)
         seed_key = (abs(self._parts.run.federation.seed), plan.round, self._parts.index)
