@@ -16,10 +16,10 @@ MECHANISM = Mechanism(
     noise_multiplier=20.0, sample_rate=1.0, max_grad_norm=1.0, num_steps=2, num_patients=40, delta=1e-5
 )
 FIGURES = {
-    "--epsilon": "2",
-    "--noise-multiplier": "5",
-    "--sample-rate": "0.2",
-    "--rounds": "6",
+    "--epsilon": "0.3",
+    "--noise-multiplier": "9",
+    "--sample-rate": "0.05",
+    "--rounds": "3",
     "--steps-per-round": "5",
     "--delta": "1e-5",
 }

@@ -16,7 +16,14 @@ DELTA = 1e-5
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "q", "steps"), [(8.0, 0.1, 200), (2.0, 0.25, 40), (0.5, 0.05, 300), (8.0, 1.0, 20)]
+    ("epsilon", "q", "steps"),
+    [
+        (0.5, 0.05, 100),
+        (0.4, 1.0, 20),
+        pytest.param(8.0, 0.1, 200, marks=pytest.mark.ci),
+        pytest.param(2.0, 0.25, 40, marks=pytest.mark.ci),
+        pytest.param(40.0, 0.2, 50, marks=pytest.mark.ci),
+    ],
 )
 def test_noise_is_just_enough(epsilon: float, q: float, steps: int) -> None:
     sigma = solve_noise_multiplier(epsilon, DELTA, q, steps)
@@ -26,16 +33,17 @@ def test_noise_is_just_enough(epsilon: float, q: float, steps: int) -> None:
 
 
 def test_steps_are_the_most_that_fit() -> None:
-    steps = solve_num_steps(2.0, DELTA, 0.2, 2.0)
-    assert solve_epsilon(2.0, DELTA, 0.2, steps) <= 2.0 < solve_epsilon(2.0, DELTA, 0.2, steps + 1)
+    steps = solve_num_steps(0.3, DELTA, 0.05, 8.0)
+    assert solve_epsilon(8.0, DELTA, 0.05, steps) <= 0.3 < solve_epsilon(8.0, DELTA, 0.05, steps + 1)
 
 
 def test_rate_is_the_most_that_fits() -> None:
-    rate = solve_sample_rate(2.0, DELTA, 2.0, 50)
-    assert solve_epsilon(2.0, DELTA, rate, 50) <= 2.0 < solve_epsilon(2.0, DELTA, rate * 1.002, 50)
+    rate = solve_sample_rate(0.3, DELTA, 8.0, 50)
+    assert solve_epsilon(8.0, DELTA, rate, 50) <= 0.3 < solve_epsilon(8.0, DELTA, rate * 1.002, 50)
 
 
-def test_all_four_directions_agree() -> None:
+@pytest.mark.ci
+def test_all_directions_agree() -> None:
     sigma = solve_noise_multiplier(3.0, DELTA, 0.2, 30)
     assert solve_num_steps(3.0, DELTA, 0.2, sigma) == 30
     assert solve_sample_rate(3.0, DELTA, sigma, 30) == pytest.approx(0.2, rel=2e-3)
@@ -43,7 +51,7 @@ def test_all_four_directions_agree() -> None:
 
 def test_generous_targets_end_at_the_limits() -> None:
     assert solve_noise_multiplier(1e6, DELTA, 0.1, 1) == SMALLEST_SIGMA
-    assert solve_sample_rate(50.0, DELTA, 3.0, 2) == 1.0
+    assert solve_sample_rate(5.0, DELTA, 9.0, 2) == 1.0
     assert solve_num_steps(8.0, DELTA, 0.0001, 90.0) == LARGEST_NUM_STEPS
 
 
