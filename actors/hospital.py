@@ -16,7 +16,7 @@ from medfl_ray.config import RunConfig
 from medfl_ray.errors import LedgerError, MedflError
 from medfl_ray.federation.hospital import Hospital, HospitalParts
 from medfl_ray.federation.local_pool import start_failure
-from medfl_ray.federation.planning import budget_of, delta_of
+from medfl_ray.federation.planning import account_delta, budget_of, is_for_one_run
 from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
@@ -84,8 +84,9 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
             spec.state_folder / "ledger.sqlite",
             hospital=policy.hospital,
             data_set=policy.data_set,
-            delta=delta_of(run, policy),
+            delta=account_delta(run, policy),
             max_epsilon=budget_of(run, policy),
+            one_run=is_for_one_run(policy),
         )
 
     def local_report(

@@ -30,17 +30,31 @@ def steps_per_round(run: RunConfig, policy: SitePolicy) -> int:
 
 
 def delta_of(run: RunConfig, policy: SitePolicy) -> float:
-    """Return the account's delta: the site's, else the run's, else min(1e-5, 1 / (10 N))."""
+    """Return the delta of the run's epsilon: the site's, else the run's, else min(1e-5, 1 / (10 N))."""
     if policy.delta is not None or run.privacy.delta is None:
         return policy.effective_delta
     return run.privacy.delta
 
 
+def account_delta(run: RunConfig, policy: SitePolicy) -> float:
+    """Return the delta of a data set's lifetime account.
+
+    A declared budget keeps the site's delta: a run that asked for a larger one would make everything
+    spent before look cheaper, and so stretch the budget.
+    """
+    return policy.effective_delta if policy.max_epsilon is not None else delta_of(run, policy)
+
+
+def is_for_one_run(policy: SitePolicy) -> bool:
+    """Say whether only the first run may spend on a data set: it is private and nobody has declared its budget."""
+    return policy.declared == "private" and policy.max_epsilon is None
+
+
 def budget_of(run: RunConfig, policy: SitePolicy) -> float | None:
     """Return the lifetime epsilon budget of a hospital's data set.
 
-    Private data without a declared budget get the run's epsilon, so that a second run is refused
-    until somebody decides; public and synthetic data have no lifetime budget unless one is declared.
+    Private data without a declared budget get the run's epsilon, and a second run is refused until
+    somebody decides; public and synthetic data have no lifetime budget unless one is declared.
     """
     if policy.max_epsilon is not None or policy.declared != "private":
         return policy.max_epsilon

@@ -25,6 +25,7 @@ from medfl_ray.store.ledger_events import (
     LedgerEvent,
     LedgerHead,
     charged_segments,
+    charges,
     check_chain,
     genesis,
     holds,
@@ -36,7 +37,14 @@ from medfl_ray.store.ledger_mirror import EXPORT_FORMAT
 class PrivacyLedger:
     """The account of one (hospital, data set); nothing else, a file count or a fingerprint, is part of its key."""
 
-    def __init__(self, file: LedgerFile, account: tuple[str, str], delta: float, max_epsilon: float | None) -> None:
+    def __init__(
+        self,
+        file: LedgerFile,
+        account: tuple[str, str],
+        delta: float,
+        max_epsilon: float | None,
+        one_run: bool = False,
+    ) -> None:
         """See `open`."""
         check_delta(delta)
         if max_epsilon is not None and not max_epsilon > 0:
@@ -45,6 +53,7 @@ class PrivacyLedger:
         self._account = account
         self._delta = delta
         self._max_epsilon = max_epsilon
+        self._one_run = one_run
         self._rows: list[LedgerEvent] = []
 
     @classmethod
@@ -56,6 +65,7 @@ class PrivacyLedger:
         delta: float,
         max_epsilon: float | None,
         expected_head: LedgerHead | None = None,
+        one_run: bool = False,
     ) -> PrivacyLedger:
         """Open or create the ledger file and check every row of the account.
 
@@ -64,11 +74,12 @@ class PrivacyLedger:
           delta: of the account's epsilon, in (0, 1).
           max_epsilon: lifetime budget of the data set (patient-level, add/remove); None for no limit.
           expected_head: the last row that a mirror or receipt has seen; the ledger must hold it.
+          one_run: nobody has declared a budget, so that only the first run that was charged may go on.
 
         Raises:
           LedgerError: the ledger is damaged, altered, locked, or lacks the expected head.
         """
-        ledger = cls(LedgerFile(Path(path)), (hospital, data_set), delta, max_epsilon)
+        ledger = cls(LedgerFile(Path(path)), (hospital, data_set), delta, max_epsilon, one_run)
         ledger.verify()
         if expected_head is not None:
             ledger.check_holds(expected_head)
@@ -100,6 +111,7 @@ class PrivacyLedger:
         reservation = secrets.token_hex(16)
         with self._appending("reserve") as append:
             self._refuse_twice(job, round, attempt)
+            self._refuse_second_run(job)
             self._refuse_over_budget(job, segment, mechanism.delta, budget)
             append(
                 job=job,
@@ -283,8 +295,9 @@ class PrivacyLedger:
                 f"row {after}: rows that were there are gone or altered. See `medfl-ray privacy ledger recover`."
             )
         added = rows[1:] if self._rows else rows
-        check_chain(self._account, self._rows, added, self._file.key.public_key)
-        self._rows += added
+        if added:
+            check_chain(self._account, self._rows, added, self._file.key.public_key)
+            self._rows += added
 
     def _refuse_twice(self, job: str, round: int, attempt: int) -> None:
         released = {row.closes for row in self._rows if row.kind == "release"}
@@ -295,6 +308,15 @@ class PrivacyLedger:
                     f"job {job!r}, round {round}, attempt {attempt} is charged already (row {row.sequence}); "
                     "a retry trains on other noise and is a new charge: use the next attempt number"
                 )
+
+    def _refuse_second_run(self, job: str) -> None:
+        first = next(iter(charges(self._rows)), None)
+        if self._one_run and first is not None and _run_of(first.job or "") != _run_of(job):
+            raise BudgetExceeded(
+                f"hospital {self._account[0]!r} has private data and nobody has declared a budget for data set "
+                f"{self._account[1]!r}, on which run {_run_of(first.job or '')!r} has spent already. Declare max_epsilon "
+                "in the site policy, so that the hospital decides how much may be spent in all."
+            )
 
     def _refuse_over_budget(self, job: str, segment: Segment, delta: float, budget: float | None) -> None:
         accounts = (("hospital", None, self._delta, self._max_epsilon), ("job", job, delta, budget))
@@ -309,6 +331,11 @@ class PrivacyLedger:
                     f"{self._account[1]!r}; its budget is {limit:g} (patient-level, add/remove adjacency, "
                     f"delta={its_delta:g}). Raise privacy.noise_multiplier or lower federation.rounds."
                 )
+
+
+def _run_of(job: str) -> str:
+    """Return the run that a job belongs to: its baselines are charged as <run>/local and <run>/central."""
+    return job.split("/", maxsplit=1)[0]
 
 
 def _up(epsilon: float) -> str:

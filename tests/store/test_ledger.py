@@ -220,3 +220,13 @@ def test_rows_cannot_be_changed_with_sql(tmp_path: Path) -> None:
             with pytest.raises(sqlite3.IntegrityError, match="append-only"):
                 connection.execute(statement)
     connection.close()
+
+
+def test_without_a_declared_budget_only_the_first_run_may_spend(tmp_path: Path) -> None:
+    ledger = opened(tmp_path, max_epsilon=50.0, one_run=True)
+    ledger.release(ledger.reserve("called-off", 1, 1, mechanism(), None), "below quorum")
+    ledger.reserve("first", 1, 1, mechanism(), None)
+    ledger.reserve("first/local", 1, 1, mechanism(), None)
+    with pytest.raises(BudgetExceeded, match="run 'first' has spent already"):
+        opened(tmp_path, max_epsilon=500.0, one_run=True).reserve("second", 1, 1, mechanism(), None)
+    opened(tmp_path, max_epsilon=500.0).reserve("second", 1, 1, mechanism(), None)
