@@ -85,7 +85,7 @@ class LedgerFile:
 
     def append(self, connection: Connection, row: LedgerEvent) -> None:
         """Write one row; it counts once the surrounding `writing` block ends."""
-        connection.execute(insert(ledger_events).values(**row.to_dict()))
+        connection.execute(insert(ledger_events), row.to_dict())
 
     def accounts(self) -> list[tuple[str, str]]:
         """Return the (hospital, data set) pairs of the file."""
