@@ -24,6 +24,7 @@ def test_last_epsilon_of_each_hospital(make_run: Callable[..., Path]) -> None:
     statement = privacy_statement(load_run(folder), folder)
     assert statement["spent"]["a"] == {
         "epsilon": 2.5, "delta": 1e-5, "budget": 8.0, "unit": "patient", "adjacency": "add_remove",
+        "ledger_head": None,
     }  # fmt: skip
     assert statement["differential_privacy"] is True
 
