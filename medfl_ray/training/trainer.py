@@ -25,6 +25,7 @@ from medfl_ray.params import Layout, Vector, flatten, layout_of, load_into
 from medfl_ray.privacy.dpsgd import PatientGradientSum
 from medfl_ray.privacy.sampler import PoissonSampler
 from medfl_ray.training.batches import patient_batches
+from medfl_ray.training.coupling import check_patients_apart
 from medfl_ray.training.engine_choice import choose_engine, make_patient_like
 from medfl_ray.training.evaluation import PatientScore, average_cases, dice_per_label
 from medfl_ray.training.inference import classify, segment
@@ -167,12 +168,13 @@ class Trainer:
             yield
 
     def _choose_engine(self) -> GradientEngine:
-        """Choose once how this machine computes patient gradients for this network."""
+        """Choose once how this machine computes patient gradients, and prove that it keeps patients apart."""
         if self._engine is None:
             training = self._training
             self._engine = choose_engine(
                 training.patient_gradients, self._network, self._loss, training.mixed_precision, self._make_up_patient
             )
+            check_patients_apart(self._engine, self._make_up_patient)
         return self._engine
 
     def _make_up_patient(self) -> Patient:
