@@ -101,8 +101,17 @@ def privacy_statement(run: RunConfig, run_dir: Path) -> dict[str, Any]:
         }
     spent: dict[str, PrivacySpent] = {}
     path = run_dir / "receipts.jsonl"
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        spent.update(Receipt.model_validate_json(line).spent)
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            spent.update(Receipt.model_validate_json(line).spent)
+        except ValueError:
+            if number < len(lines):
+                continue  # torn by a crash; resuming wrote the round again, and epsilon adds up from receipt to receipt
+            raise ExportError(
+                f"receipts.jsonl of the run {run_dir.name!r} is damaged, so that the model's epsilon is not known; "
+                "restore it from a backup"
+            ) from None
     return {
         "differential_privacy": True,
         "unit": run.privacy.unit,
@@ -118,4 +127,9 @@ def _read_infos(run_dir: Path) -> list[HospitalInfo]:
         raise ExportError(
             f"the run {run_dir.name!r} has not ended (no hospitals.json); continue it with medfl-ray run --resume"
         )
-    return [HospitalInfo.model_validate(entry) for entry in json.loads(path.read_text()).values()]
+    try:
+        return [HospitalInfo.model_validate(entry) for entry in json.loads(path.read_text()).values()]
+    except (ValueError, AttributeError):
+        raise ExportError(
+            f"hospitals.json of the run {run_dir.name!r} is damaged; run medfl-ray run --resume to write it again"
+        ) from None

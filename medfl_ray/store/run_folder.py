@@ -76,7 +76,13 @@ class RunFolder:
     def next_attempt(self) -> int:
         """Return a number that no earlier attempt of this run has used, durably."""
         path = self.path / "attempt"
-        number = int(path.read_text()) + 1 if path.is_file() else 1
+        try:
+            number = int(path.read_text()) + 1 if path.is_file() else 1
+        except ValueError:
+            raise CheckpointError(
+                f"the file 'attempt' of {self.path.name!r} holds no number, so that this attempt could be taken for an "
+                "earlier one; write a number above that of any line of receipts.jsonl into it"
+            ) from None
         replace_file(path, str(number).encode())
         return number
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from cli_runs import (
     DP,
@@ -56,7 +54,7 @@ WRONG_SECTIONS = {
         {"federation": {"local_epochs": 1, "local_steps": 1}}, ["local_epochs and local_steps", "keep one"],
     ),
     "more updates than hospitals present": (
-        {"federation": {"min_clients": 3, "min_available_clients": 2}}, ["min_clients exceeds min_available_clients"],
+        {"federation": {"min_clients": 3, "min_available_clients": 2}}, ["min_clients exceeds"],
     ),
     "more updates than hospitals": ({"federation": {"min_clients": 9}}, ["min_clients", "9 hospitals", "the run has 2"]),
     "patches of another dimension": (
@@ -80,7 +78,9 @@ WRONG_SECTIONS = {
     "delta above one in N": (
         {"privacy": {**DP, "delta": 0.5}}, ["delta=0.5", "1 / num_patients", "lower privacy.delta"],
     ),
-    "epsilon that no noise gives": ({"privacy": {**DP, "epsilon": 1e-12, "delta": 1e-60}}, ["no noise multiplier", "epsilon=1e-12", "Raise epsilon"]),
+    "epsilon that no noise gives": (
+        {"privacy": {**DP, "epsilon": 1e-12, "delta": 1e-60}}, ["no noise multiplier", "epsilon=1e-12", "Raise epsilon"],
+    ),
     "private data without num_patients": (
         {"data": {"hospitals": [{"id": "a", "directory": "x"}]}}, ["hospital 'a'", "num_patients", "rounded, public"],
     ),
