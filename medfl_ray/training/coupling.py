@@ -77,7 +77,7 @@ def check_loss_apart(loss: BatchLoss, logits_shape: tuple[int, ...], ignored: tu
         found = _logit_gradient_of_first(loss, other_logits, other_targets)
         if _relative_distance((expected,), (found,)) > TOLERANCE:
             raise NotFitForDP(
-                "the loss of one patient moves when another patient is replaced (Dice over a batch does that, and so do "
+                "the loss of one patient moves when another patient is replaced (Dice over a batch does that, as do "
                 "class weights or an ignored label normalised over a batch). Compute the loss within each patient and "
                 "average over patients"
             )
