@@ -314,8 +314,8 @@ class PrivacyLedger:
         if self._one_run and first is not None and _run_of(first.job or "") != _run_of(job):
             raise BudgetExceeded(
                 f"hospital {self._account[0]!r} has private data and nobody has declared a budget for data set "
-                f"{self._account[1]!r}, on which run {_run_of(first.job or '')!r} has spent already. Declare max_epsilon "
-                "in the site policy, so that the hospital decides how much may be spent in all."
+                f"{self._account[1]!r}, on which run {_run_of(first.job or '')!r} has spent already. Declare "
+                "max_epsilon in the site policy, so that the hospital decides how much may be spent in all."
             )
 
     def _refuse_over_budget(self, job: str, segment: Segment, delta: float, budget: float | None) -> None:
