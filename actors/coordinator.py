@@ -33,7 +33,7 @@ def hospital_specs(run: RunConfig, policies: tuple[SitePolicy, ...], folder: Pat
     ]
     if CENTRAL in run.federation.baselines:
         pooled = central_policy(policies, run.data.name)
-        specs.append(HospitalSpec(run, pooled, len(specs), members, state_folder(run, pooled, folder)))
+        specs.append(HospitalSpec(run, pooled, len(specs), members, state_folder(run, pooled, folder), tuple(specs)))
     return specs
 
 

@@ -17,7 +17,7 @@ from medfl_ray.errors import LedgerError, MedflError
 from medfl_ray.federation.hospital import Hospital, HospitalParts
 from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.federation.planning import account_delta, budget_of, is_for_one_run
-from medfl_ray.federation.ports import AlonePlan, AloneResult
+from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
 from medfl_ray.site_policy import SitePolicy
@@ -31,6 +31,7 @@ class HospitalSpec:
 
     `members` are the hospitals whose data it opens: itself, or all of them for the central baseline.
     `state_folder` holds the ledger; it belongs to the hospital and outlives the run unless data are synthetic.
+    `pooled` are the hospitals whose own ledgers are charged instead, where several hospitals' data are pooled.
     """
 
     run: RunConfig
@@ -38,6 +39,7 @@ class HospitalSpec:
     index: int
     members: tuple[str, ...]
     state_folder: Path
+    pooled: tuple[HospitalSpec, ...] = ()
 
 
 def state_folder(run: RunConfig, policy: SitePolicy, run_folder: Path) -> Path:
@@ -62,7 +64,6 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
       DataError, ModelError, PrivacyError: with the reason, in words that hold no identifier.
     """
     from medfl_ray.data.sources import open_hospital_data
-    from medfl_ray.store.ledger import PrivacyLedger
     from medfl_ray.training.trainer import Trainer
 
     run, policy = spec.run, spec.policy
@@ -78,16 +79,7 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
         for_dp=run.privacy.enable_dp,
     )
     _make_state_folder(spec)
-    ledger = None
-    if run.privacy.enable_dp:
-        ledger = PrivacyLedger.open(
-            spec.state_folder / "ledger.sqlite",
-            hospital=policy.hospital,
-            data_set=policy.data_set,
-            delta=account_delta(run, policy),
-            max_epsilon=budget_of(run, policy),
-            one_run=is_for_one_run(policy),
-        )
+    ledger = open_ledger(spec) if run.privacy.enable_dp else None
 
     def local_report(
         round: int, values: Mapping[str, float], scores: Sequence[Any], pictures: tuple[bytes, ...]
@@ -99,6 +91,29 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
         write_local_report(spec.state_folder, policy.hospital, run, round, values, figures, pictures, spent)
 
     return Hospital(HospitalParts(run, policy, spec.index, trainer, data, ledger, make_pictures, local_report))
+
+
+def open_ledger(spec: HospitalSpec) -> Ledger:
+    """Open a hospital's account, or for pooled data the accounts of all hospitals they come from.
+
+    Raises:
+      LedgerError: an account is damaged, locked, or its folder cannot be made.
+    """
+    from medfl_ray.store.ledger import PrivacyLedger
+    from medfl_ray.store.pooled_ledger import PooledLedger
+
+    def account(of: HospitalSpec) -> PrivacyLedger:
+        _make_state_folder(of)
+        return PrivacyLedger.open(
+            of.state_folder / "ledger.sqlite",
+            hospital=of.policy.hospital,
+            data_set=of.policy.data_set,
+            delta=account_delta(of.run, of.policy),
+            max_epsilon=budget_of(of.run, of.policy),
+            one_run=is_for_one_run(of.policy),
+        )
+
+    return PooledLedger([account(member) for member in spec.pooled]) if spec.pooled else account(spec)
 
 
 def _make_state_folder(spec: HospitalSpec) -> None:

@@ -1,7 +1,8 @@
 """What the same mechanism gives without a federation: each hospital alone, and all data in one place.
 
 Both use the run's own sigma, q and learning rates. A local baseline takes its hospital's own steps; the
-central one takes the sum of the hospitals' steps. Each is a release of its own: reserved and charged.
+central one takes the sum of the hospitals' steps. Each is a release of its own: reserved and charged,
+the central one in the ledger of every hospital whose data it pools.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ def check_baselines(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
     """Refuse a central baseline where the data may not be pooled.
 
     Raises:
-      ConfigError: some data are private and the hospitals are separate trust domains.
+      ConfigError: some data are private and the hospitals are separate trust domains, or a hospital has the
+        name under which the central baseline runs.
     """
+    if any(policy.hospital == CENTRAL for policy in policies):
+        raise ConfigError(f"a hospital is named {CENTRAL!r}, which is the name of the central baseline; rename it")
     if CENTRAL not in run.federation.baselines or run.data.trust_domain == "single":
         return
     private = sorted(policy.hospital for policy in policies if policy.declared == "private")

@@ -1,5 +1,6 @@
 """One round and one run in this process, with phantom hospitals and real training."""
 
+import json
 import threading
 
 import numpy as np
@@ -178,6 +179,28 @@ def test_the_central_baseline_is_refused_for_separate_private_data(tmp_path):
     private = [SitePolicy(hospital="a", data_set="d", declared="private", num_patients=10)]
     with pytest.raises(ConfigError, match="pool the private data of a"):
         check_baselines(run, private)
+
+
+def test_no_hospital_may_have_the_name_of_the_central_baseline():
+    from medfl_ray.federation.baselines import check_baselines
+    from medfl_ray.site_policy import SitePolicy
+
+    with pytest.raises(ConfigError, match="rename it"):
+        check_baselines(small_run(), [SitePolicy(hospital="central", data_set="d", num_patients=10)])
+
+
+def test_the_central_baseline_is_charged_to_every_hospital(tmp_path):
+    run = small_run(
+        privacy={"enable_dp": True, "noise_multiplier": 2.0, "sample_rate": 0.5},
+        federation={"rounds": 1, "baselines": ["central"]},
+    )
+    outcome, folder, _ = start(run, tmp_path)
+    assert outcome.completed
+    ledgers = {name: ledger for name, ledger in json.loads((folder.path / "ledger.json").read_text()).items() if ledger}
+    assert set(ledgers) == set(folder.results()[0].receipt.trained)
+    for ledger in ledgers.values():
+        steps = {event["job"]: event["num_steps"] for event in ledger["events"] if event["kind"] == "reserve"}
+        assert steps == {folder.job: 2, f"{folder.job}/central": 6}
 
 
 def test_the_mean_is_weighted_by_public_patients(tmp_path):
