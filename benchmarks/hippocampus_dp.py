@@ -17,7 +17,14 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "eps2": ("privacy.epsilon=2",),
     "eps8": ("privacy.epsilon=8",),
     "eps32": ("privacy.epsilon=32",),
-    "nodp": ("privacy.enable_dp=false", "training.batch_size=4", "federation.local_steps=null"),
+    "nodp": (
+        "privacy.enable_dp=false",
+        "training.batch_size=4",
+        "training.optimizer=adam",
+        "training.learning_rate=0.005",
+        "federation.local_steps=null",
+        "federation.local_epochs=2",
+    ),
 }
 
 
@@ -46,10 +53,10 @@ def measure(options: Options) -> dict[str, float]:
     if images is None:
         sys.exit("no hippocampus images: fetch them with 'medfl-ray data fetch hippocampus' or set MEDFL_HIPPOCAMPUS")
     short = ["federation.rounds=1"] if options.quick else []
-    runs = {
-        name: run("hippocampus_dp.yaml", options.out, [f"data.directory={images}", *overrides, *short])
-        for name, overrides in SETTINGS.items()
-    }
+    runs = {}
+    for name, overrides in SETTINGS.items():
+        account = f"output.state_directory={options.out.resolve() / 'accounts' / name}"  # a fresh one per setting
+        runs[name] = run("hippocampus_dp.yaml", options.out, [f"data.directory={images}", account, *overrides, *short])
     infos = next(iter(runs.values())).read("hospitals.json")
     heads = [f"{name} ({infos[name]['num_patients']} training cases)" for name in sorted(infos)]
     print("| epsilon (patient, delta=1e-5, add/remove) | mean Dice | " + " | ".join(heads) + " |")

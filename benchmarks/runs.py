@@ -51,7 +51,7 @@ def run(config: str, out: Path, overrides: Sequence[str] = (), baseline: str | N
     Raises:
       RuntimeError: the command failed; its output has been printed.
     """
-    before = set(out.glob("*"))
+    before = set(out.glob("*/config.yaml"))
     command = [sys.executable, "-m", "medfl_ray.cli.main", "run", f"configs/{config}"]
     for override in (f"output.directory={out.resolve()}", *overrides):
         command += ["--set", override]
@@ -62,7 +62,7 @@ def run(config: str, out: Path, overrides: Sequence[str] = (), baseline: str | N
     seconds = time.perf_counter() - started
     if done.returncode != 0:
         raise RuntimeError(f"medfl-ray run configs/{config} ended with exit code {done.returncode}")
-    return FinishedRun(max(set(out.glob("*")) - before), seconds)
+    return FinishedRun(max(set(out.glob("*/config.yaml")) - before).parent, seconds)
 
 
 def hippocampus_folder() -> Path | None:
