@@ -93,7 +93,10 @@ class HospitalInfo(Message):
 
 @dataclass(frozen=True, eq=False)
 class ClientUpdate:
-    """One hospital's change of the weights, delta of shape [P], with its public weight."""
+    """One hospital's change of the weights, delta of shape [P], with its public weight.
+
+    `duration_s` is 0 for private data under DP: it would tell how many patients were drawn.
+    """
 
     hospital: str
     round: int

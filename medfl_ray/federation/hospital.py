@@ -15,7 +15,7 @@ import structlog
 
 from medfl_ray import params
 from medfl_ray.config import RunConfig
-from medfl_ray.errors import MedflError, PrivacyConfigError
+from medfl_ray.errors import DataError, MedflError, PrivacyConfigError
 from medfl_ray.federation.labels import labelled
 from medfl_ray.federation.planning import aggregation_weight, budget_of
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger
@@ -125,7 +125,7 @@ class Hospital:
                 num_steps=outcome.num_steps,
                 spent=self._spent(),
                 metrics=labelled(losses, parts.policy.declared, parts.run.privacy.enable_dp),
-                duration_s=time.monotonic() - started,
+                duration_s=0.0 if self._is_confidential else time.monotonic() - started,
             )
 
         return self._guarded(plan.round, plan.attempt, "train", True, work)
@@ -232,6 +232,8 @@ class Hospital:
     ) -> Answer | ClientFailure:
         try:
             return work()
+        except DataError as error:
+            reason = self._shown_problem(error, stage, round)
         except MedflError as error:
             reason = str(error)
         except Exception as error:
@@ -239,6 +241,24 @@ class Hospital:
             reason = f"{type(error).__name__} in the hospital's process; its own log has the details"
         return ClientFailure(
             hospital=self.id, round=round, attempt=attempt, stage=stage, reason=reason, left_host=left_host
+        )
+
+    @property
+    def _is_confidential(self) -> bool:
+        """Whether only what the ledger has paid for may leave: private data of a run with DP."""
+        return self._parts.policy.declared == "private" and self._parts.run.privacy.enable_dp
+
+    def _shown_problem(self, error: DataError, stage: Stage, round: int) -> str:
+        """Return a problem of the data in the words that may leave: under DP, of private data, only its kind.
+
+        Which case a step tripped over says that this patient was drawn, and how many cases there are.
+        """
+        if not self._is_confidential:
+            return str(error)
+        log.error("hospital_data_problem", hospital=self.id, stage=stage, round=round, problem=str(error))
+        return (
+            f"{type(error).__name__} in this hospital's private data; the case is in the hospital's own log. "
+            "Run medfl-ray data inspect at the hospital"
         )
 
 

@@ -23,8 +23,10 @@ def label_for(declared: Declared, enable_dp: bool) -> Label:
 def labelled(values: Mapping[str, float], declared: Declared, enable_dp: bool) -> dict[str, Metric]:
     """Wrap figures in metrics; a suppressed figure loses its value here, inside the hospital.
 
-    Figures that are not finite (the loss of a step in which no patient was drawn) are left out.
+    Figures that are not finite (the loss of a round in which no patient was drawn) are left out, except
+    where they are suppressed: that one is missing would tell what the value would have told.
     """
     label = label_for(declared, enable_dp)
-    shown = {name: value for name, value in values.items() if math.isfinite(value)}
-    return {name: Metric(value=None if label == "suppressed" else value, label=label) for name, value in shown.items()}
+    if label == "suppressed":
+        return {name: Metric(value=None, label=label) for name in values}
+    return {name: Metric(value=value, label=label) for name, value in values.items() if math.isfinite(value)}

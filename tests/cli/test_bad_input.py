@@ -56,7 +56,7 @@ WRONG_SECTIONS = {
     "more updates than hospitals present": (
         {"federation": {"min_clients": 3, "min_available_clients": 2}}, ["min_clients exceeds"],
     ),
-    "more updates than hospitals": ({"federation": {"min_clients": 9}}, ["min_clients", "9 hospitals", "the run has 2"]),
+    "more updates than hospitals": ({"federation": {"min_clients": 9}}, ["min_clients", "9 hospitals", "has 2"]),
     "patches of another dimension": (
         {"training": {"patch_size_voxels": [16, 16]}}, ["training.patch_size_voxels has 2 values", "1 or 3"],
     ),
@@ -79,7 +79,7 @@ WRONG_SECTIONS = {
         {"privacy": {**DP, "delta": 0.5}}, ["delta=0.5", "1 / num_patients", "lower privacy.delta"],
     ),
     "epsilon that no noise gives": (
-        {"privacy": {**DP, "epsilon": 1e-12, "delta": 1e-60}}, ["no noise multiplier", "epsilon=1e-12", "Raise epsilon"],
+        {"privacy": {**DP, "epsilon": 1e-12, "delta": 1e-60}}, ["no noise multiplier", "epsilon=1e-12", "Raise"],
     ),
     "private data without num_patients": (
         {"data": {"hospitals": [{"id": "a", "directory": "x"}]}}, ["hospital 'a'", "num_patients", "rounded, public"],

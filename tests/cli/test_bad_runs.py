@@ -175,7 +175,6 @@ DAMAGED_RUNS = {
     "weights of another network": (replace_weights, 1, "model.safetensors|tensor"),
     "no hospitals.json": (lambda r: (r / "hospitals.json").unlink(), 1, "has not ended|hospitals.json"),
     "cut hospitals.json": (lambda r: cut(r / "hospitals.json"), 1, "hospitals.json"),
-    "cut receipts.jsonl": (lambda r: cut(r / "receipts.jsonl", 0.8), 1, "receipts.jsonl.*damaged"),
     "damaged config.yaml": (lambda r: (r / "config.yaml").write_text("name: x\nrounds: 3\n"), 2, "'rounds'"),
     "no config.yaml": (lambda r: (r / "config.yaml").unlink(), 2, "no config.yaml"),
 }

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from medfl_ray.errors import ExportError
 from medfl_ray.export.package import load_run, privacy_statement
 from medfl_ray.messages import PrivacySpent, Receipt
 
@@ -32,3 +35,13 @@ def test_last_epsilon_of_each_hospital(make_run: Callable[..., Path]) -> None:
 def test_without_dp_it_says_so(make_run: Callable[..., Path]) -> None:
     folder = make_run()
     assert "may reveal patients" in privacy_statement(load_run(folder), folder)["note"]
+
+
+def test_a_torn_line_is_passed_over_but_not_the_last(make_run: Callable[..., Path]) -> None:
+    folder = make_run(privacy={"enable_dp": True, "epsilon": 8.0})
+    first, second = receipt(1, 1.5).model_dump_json(), receipt(2, 2.5).model_dump_json()
+    (folder / "receipts.jsonl").write_text(f"{first}\n{second[:40]}\n{second}\n")
+    assert privacy_statement(load_run(folder), folder)["spent"]["a"]["epsilon"] == 2.5
+    (folder / "receipts.jsonl").write_text(f"{first}\n{second[:40]}\n")
+    with pytest.raises(ExportError, match=r"receipts\.jsonl.*damaged.*epsilon is not known"):
+        privacy_statement(load_run(folder), folder)

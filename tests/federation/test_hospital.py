@@ -1,10 +1,15 @@
 """A hospital trains what its ledger was charged for and tells no more than it may, whatever the plan says."""
 
+import dataclasses
+
 import pytest
 from small_runs import small_run
 
 from actors.hospital import HospitalSpec, build_hospital
 from medfl_ray.data.sources import list_hospitals
+from medfl_ray.errors import UnreadableFile
+from medfl_ray.federation.hospital import Hospital
+from medfl_ray.federation.labels import labelled
 from medfl_ray.federation.planning import mechanism_for
 from medfl_ray.messages import ClientFailure, ClientUpdate, RoundPlan
 
@@ -62,3 +67,46 @@ def test_a_reservation_serves_one_training(hospital):
     again = hospital.train(plan, weights_of(hospital))
     assert isinstance(again, ClientFailure)
     assert "no reservation" in again.reason
+
+
+class BrokenData:
+    """Data of which every case is broken; the message is what a loader of private data writes."""
+
+    num_train_patients = 6
+
+    def train_patches(self, patient_index, num_patches, rng):
+        raise UnreadableFile("hospital 'university', case 5 of 43: the file ends early")
+
+
+@pytest.mark.parametrize("declared", ["private", "public"])
+def test_a_broken_case_of_private_data_is_not_named_outside(hospital, declared, capsys):
+    parts = dataclasses.replace(
+        hospital._parts, data=BrokenData(), policy=hospital._parts.policy.model_copy(update={"declared": declared})
+    )
+    changed = Hospital(parts)
+    plan = plan_for(hospital, num_steps=20)
+    plan = plan.model_copy(
+        update={"mechanisms": {hospital.id: plan.mechanisms[hospital.id].model_copy(update={"num_steps": 20})}}
+    )
+    changed.reserve(plan)
+    answer = changed.train(plan, weights_of(hospital))
+    assert isinstance(answer, ClientFailure)
+    assert "UnreadableFile" in answer.reason if declared == "private" else "case 5 of 43" in answer.reason
+    if declared == "private":
+        assert not any(character.isdigit() for character in answer.reason)
+        assert "case 5 of 43" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("declared", ["private", "public"])
+def test_how_long_a_private_hospital_trained_stays_there(hospital, declared):
+    policy = hospital._parts.policy.model_copy(update={"declared": declared})
+    changed = Hospital(dataclasses.replace(hospital._parts, policy=policy))
+    plan = plan_for(hospital)
+    changed.reserve(plan)
+    assert (changed.train(plan, weights_of(hospital)).duration_s == 0.0) == (declared == "private")
+
+
+def test_a_suppressed_figure_does_not_tell_by_its_absence_that_nobody_was_drawn():
+    drawn, empty = ({"train_loss": value} for value in (0.4, float("nan")))
+    assert labelled(drawn, "private", True) == labelled(empty, "private", True)
+    assert labelled(empty, "public", True) == {}
