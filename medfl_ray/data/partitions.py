@@ -42,11 +42,16 @@ def partition_patients(cases: Sequence[Case], partition: PartitionConfig, seed: 
     return {f"hospital-{i + 1}": _cases_of(cases, set(group)) for i, group in enumerate(groups)}
 
 
-def split_holdout(cases: Sequence[Case], fraction: float, seed: int) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+def split_holdout(
+    cases: Sequence[Case], fraction: float, seed: int, independently: bool = False
+) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
     """Return (training cases, held-out cases), by patient.
 
     A split in the case list is kept. Patients without one are drawn by `fraction` when the list holds
     nobody out, and train otherwise. The draw depends on the seed and the patients' names alone.
+
+    With `independently` a patient's own name decides, so that one patient more never moves another to the
+    other side, which add/remove adjacency asks of private data; the share is then met on average only.
 
     Raises:
       LayoutError: one patient is on both sides, or a side is empty.
@@ -61,10 +66,10 @@ def split_holdout(cases: Sequence[Case], fraction: float, seed: int) -> tuple[tu
         )
     if not held_out:
         wanted = int(np.clip(round(fraction * num_patients), 1, num_patients - 1))
-        held_out = set(free[:wanted])
+        held_out = {p for p in free if patient_draw(p, seed) < fraction} if independently else set(free[:wanted])
     if not held_out or len(held_out) == num_patients:
         side = "evaluate" if not held_out else "train"
-        raise LayoutError(f"the case list's split leaves no patient to {side} on; correct its split column")
+        raise LayoutError(f"the split leaves no patient to {side} on; correct the case list's split column, or add one")
     return (
         tuple(case for case in cases if case.patient_id not in held_out),
         tuple(case for case in cases if case.patient_id in held_out),
@@ -93,6 +98,12 @@ def shuffled_patients(cases: Sequence[Case], seed: int) -> list[str]:
     """Return the patients in an order given by the seed and their names, whatever the order of the cases."""
     patients = {case.patient_id for case in cases}
     return sorted(patients, key=lambda patient: hashlib.sha256(f"{seed}:{patient}".encode()).digest())
+
+
+def patient_draw(patient: str, seed: int) -> float:
+    """Return a patient's own draw in [0, 1), given by the seed and the name alone."""
+    digest = hashlib.sha256(f"holdout:{seed}:{patient}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
 
 
 def _cases_of(cases: Sequence[Case], patients: set[str]) -> tuple[Case, ...]:

@@ -189,7 +189,8 @@ def _open_cases(run: RunConfig, site: Site, index: CaseIndex, cases: tuple[Case,
     preprocessing = Preprocessing.from_config(
         data, run.spatial_dims, channels, tuple(values) if data.task == "segmentation" else ()
     )
-    train, holdout = split_holdout(cases, data.holdout_fraction, run.federation.seed)
+    confidential = site.declared == "private" and run.privacy.enable_dp
+    train, holdout = split_holdout(cases, data.holdout_fraction, run.federation.seed, confidential)
     position = {id(case): i + 1 for i, case in enumerate(cases)}
 
     def loader(case: Case) -> CaseLoader:

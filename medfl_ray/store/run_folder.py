@@ -71,7 +71,7 @@ class RunFolder:
     @property
     def job(self) -> str:
         """Name under which the run is charged in the ledgers."""
-        return self.path.name
+        return self.path.resolve().name  # also for --resume .
 
     def next_attempt(self) -> int:
         """Return a number that no earlier attempt of this run has used, durably."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -100,3 +101,12 @@ def test_a_split_with_an_empty_side_is_refused(sides, message):
     cases = tuple(Case(f"p{i}", str(i), (), None, side) for i, side in enumerate(sides))
     with pytest.raises(LayoutError, match=f"leaves no patient to {message} on"):
         split_holdout(cases, 0.5, 0)
+
+
+def test_one_patient_more_never_moves_another_to_the_other_side():
+    cases = [Case(f"p{i}", f"p{i}", (Path("x"),), None) for i in range(200)]
+    _, before = split_holdout(cases[:-1], 0.25, 3, independently=True)
+    train, after = split_holdout(cases, 0.25, 3, independently=True)
+    assert {c.patient_id for c in after} - {"p199"} == {c.patient_id for c in before}
+    assert 30 <= len(after) <= 70
+    assert len(train) + len(after) == 200
