@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medfl_ray.config import RunConfig
 from medfl_ray.config_files import load_run_config
 from medfl_ray.errors import ConfigError, MedflError, QuorumLost
 
 if TYPE_CHECKING:
-    from medfl_ray.cli.progress import RunDisplay
     from medfl_ray.federation.run import RunOutcome
     from medfl_ray.store.run_folder import RunFolder
 
@@ -84,12 +82,8 @@ def _train(folder: RunFolder, ray_address: str | None, dashboard: bool) -> RunOu
     from medfl_ray.data.sources import list_hospitals
 
     policies = tuple(list_hospitals(folder.run))
-    with _display(RunDisplay, folder.run) as display:
+    with RunDisplay(folder.run) as display:
         return drive(folder.run, policies, folder.path, display.update, ray_address, dashboard)
-
-
-def _display(display: type[RunDisplay], run: RunConfig) -> RunDisplay:
-    return display(run)
 
 
 def _write_products(folder: RunFolder) -> None:
