@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 EDGE = 16
-PATIENTS = ("Mrs-Ada", "Mrs-Bea", "Mrs-Cleo", "Mrs-Dora")
+PATIENTS = ("Mrs-Ada", "Mrs-Bea", "Mrs-Cleo", "Mrs-Joy")
 
 
 class Answer(NamedTuple):
