@@ -22,6 +22,12 @@ Batch = Annotated[float | None, typer.Option(help="Expected patients per step; g
 Rounds = Annotated[int | None, typer.Option(help="Rounds.")]
 Steps = Annotated[int | None, typer.Option("--steps-per-round", help="Local steps per round.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override of the configuration, section.key=value.")]
+FigureFile = Annotated[
+    Path | None, typer.Option("--figure", help="Draw epsilon over rounds into this .png, .svg or .pdf file.")
+]
+Runs = Annotated[
+    Path | None, typer.Option("--runs", help="Folder of finished runs; their score against epsilon joins the figure.")
+]
 Config = Annotated[Path | None, typer.Argument(help="YAML file of a run: plan each of its hospitals.")]
 
 
@@ -37,27 +43,35 @@ def plan(
     rounds: Rounds = None,
     steps_per_round: Steps = 1,
     set_: Set = None,
+    figure: FigureFile = None,
+    runs: Runs = None,
 ) -> None:
     """Solve the one that is left out of epsilon, noise multiplier, sample rate and rounds; or plan a run's file."""
-    from medfl_ray.cli import privacy_tables
+    from medfl_ray.cli import privacy_figure, privacy_tables
 
+    if runs is not None and figure is None:
+        raise PrivacyConfigError("--runs adds finished runs to the figure; give --figure FILE as well")
     if config is not None:
         from medfl_ray.config_files import load_run_config
 
         if any(value is not None for value in (epsilon, noise_multiplier, sample_rate, rounds, batch_size)):
             raise PrivacyConfigError("give either a configuration (and --set) or the figures themselves, not both")
-        privacy_tables.print_run_plan(load_run_config(config, tuple(set_ or ())))
+        run = load_run_config(config, tuple(set_ or ()))
+        privacy_tables.print_run_plan(run)
+        if figure is not None:
+            privacy_figure.draw_run_plan(figure, run, runs)
         return
-    privacy_tables.print_plan(
-        privacy_tables.Question(
-            epsilon=epsilon,
-            delta=_delta(delta, num_patients),
-            noise_multiplier=noise_multiplier,
-            sample_rate=_rate(sample_rate, batch_size, num_patients),
-            rounds=rounds,
-            steps_per_round=steps_per_round or 1,
-        )
+    question = privacy_tables.Question(
+        epsilon=epsilon,
+        delta=_delta(delta, num_patients),
+        noise_multiplier=noise_multiplier,
+        sample_rate=_rate(sample_rate, batch_size, num_patients),
+        rounds=rounds,
+        steps_per_round=steps_per_round or 1,
     )
+    privacy_tables.print_plan(question)
+    if figure is not None:
+        privacy_figure.draw_plan(figure, question, runs)
 
 
 @app.command()

@@ -147,16 +147,20 @@ def _whole_rounds(num_steps: int, question: Question) -> int:
     return rounds * question.steps_per_round
 
 
-def _curve(solved: Question) -> Table:
+def curve_of(solved: Question) -> tuple[tuple[int, float], ...]:
+    """Return (round, epsilon) at ten rounds spread evenly over a plan of which nothing is left out."""
     assert solved.rounds is not None
-    assert solved.epsilon is not None
     assert solved.noise_multiplier is not None
     assert solved.sample_rate is not None
-    table = Table(title=f"epsilon over rounds ({labels(solved.delta)})", show_header=False, box=None)
     points = sorted({math.ceil(solved.rounds * part / CURVE_POINTS) for part in range(1, CURVE_POINTS + 1)})
-    for rounds in points:
-        steps = rounds * solved.steps_per_round
-        epsilon = solve_epsilon(solved.noise_multiplier, solved.delta, solved.sample_rate, steps)
+    steps = [rounds * solved.steps_per_round for rounds in points]
+    epsilons = [solve_epsilon(solved.noise_multiplier, solved.delta, solved.sample_rate, count) for count in steps]
+    return tuple(zip(points, epsilons, strict=True))
+
+
+def _curve(solved: Question) -> Table:
+    table = Table(title=f"epsilon over rounds ({labels(solved.delta)})", show_header=False, box=None)
+    for rounds, epsilon in curve_of(solved):
         bar = "█" * max(1, round(BAR_WIDTH * epsilon / solved.epsilon)) if solved.epsilon else ""
         table.add_row(f"round {rounds}", _up(epsilon), bar)
     return table
