@@ -1,4 +1,4 @@
-"""What a history of DP-SGD steps costs: patient-level epsilon by privacy loss distributions.
+"""What a history of DP-SGD steps costs: patient-level epsilon by privacy loss distributions, exact where q = 1.
 
 The distributions come from Google's dp-accounting; nothing of their mathematics is written here.
 Equal segments are merged before they are accounted and results are kept, so that a thousand
@@ -22,6 +22,7 @@ ADJACENCY = "add_remove"
 GRID = 1e-4
 RENYI_ORDERS = (*range(2, 64), *range(64, 257, 8), 384, 512, 1024, 2048)
 COARSE_FROM_EPSILON = 4.0
+ROOT_TOLERANCE = 1e-12
 LARGEST_PLD_EPSILON = 100.0
 """Above this an epsilon promises nothing, and the distributions need gigabytes: the looser Renyi bound is given."""
 
@@ -47,7 +48,8 @@ def epsilon_spent(history: Iterable[Segment], delta: float) -> float:
     Raises:
       PrivacyConfigError: delta, a noise multiplier, a rate or a number of steps is out of its range.
 
-    Source: Koskela et al. 2020, arXiv:1906.03049; Doroshenko et al. 2022, arXiv:2207.04380 (PLD).
+    Source: Koskela et al. 2020, arXiv:1906.03049; Doroshenko et al. 2022, arXiv:2207.04380 (PLD);
+    Balle and Wang 2018, arXiv:1805.06530 (exact Gaussian, where every segment takes all patients).
     """
     check_delta(delta)
     merged = merge_segments(history)
@@ -98,10 +100,21 @@ def _epsilon(history: tuple[Segment, ...], delta: float, grid: float = GRID) -> 
     from dp_accounting.pld import PLDAccountant
     from dp_accounting.privacy_accountant import NeighboringRelation
 
+    if all(segment.sample_rate == 1 for segment in history):
+        return _exact_gaussian_epsilon(history, delta)
     looser = renyi_epsilon(history, delta)
     if looser > LARGEST_PLD_EPSILON:
         return looser
     return min(looser, _compose(PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, grid), history, delta))
+
+
+def _exact_gaussian_epsilon(history: tuple[Segment, ...], delta: float) -> float:
+    """Return the epsilon of steps that take every patient: together they are one Gaussian mechanism."""
+    from dp_accounting.gaussian_mechanism import get_epsilon_gaussian
+
+    precision = math.fsum(num_steps / sigma**2 for sigma, _, num_steps in history)
+    epsilon = float(get_epsilon_gaussian(1 / math.sqrt(precision), delta, ROOT_TOLERANCE))
+    return epsilon + ROOT_TOLERANCE if epsilon > 0 else 0.0
 
 
 def search_epsilon(segment: Segment, delta: float, target: float) -> float:

@@ -4,6 +4,7 @@ import itertools
 import math
 import warnings
 
+import numpy as np
 import pytest
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
@@ -47,10 +48,33 @@ def test_one_gaussian_step_has_the_published_epsilon() -> None:
 @pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (2.0, 4), (5.0, 50), (10.0, 7)])
 def test_without_sampling_it_is_the_exact_gaussian(sigma: float, steps: int) -> None:
     exact = exact_gaussian_epsilon(sigma / math.sqrt(steps), DELTA)
-    assert 0 <= epsilon_spent([Segment(sigma, 1.0, steps)], DELTA) - exact <= 1e-3
+    assert epsilon_spent([Segment(sigma, 1.0, steps)], DELTA) == pytest.approx(exact, abs=1e-8)
+
+
+def test_without_sampling_changing_noise_is_one_exact_gaussian() -> None:
+    history = [Segment(2.0, 1.0, 4), Segment(5.0, 1.0, 50), Segment(0.9, 1.0, 1)]
+    together = 1 / math.sqrt(sum(steps / sigma**2 for sigma, _, steps in history))
+    assert epsilon_spent(history, DELTA) == pytest.approx(exact_gaussian_epsilon(together, DELTA), abs=1e-8)
+
+
+@pytest.mark.parametrize(("sigma", "steps"), [(0.01, 1), (0.5, 10_000), (1e5, 1)])
+def test_the_exact_gaussian_holds_at_the_edges(sigma: float, steps: int) -> None:
+    epsilon = epsilon_spent([Segment(sigma, 1.0, steps)], DELTA)
+    assert 0 <= epsilon < math.inf
+    assert epsilon <= renyi_epsilon([Segment(sigma, 1.0, steps)], DELTA)
+    assert epsilon <= epsilon_spent([Segment(sigma, 1.0, steps + 1)], DELTA)
+
+
+def test_one_sampled_segment_among_full_ones_is_composed() -> None:
+    """Neither exact nor sampled alone: the mixture costs more than its parts and no more than PRV says."""
+    full, sampled = Segment(6.0, 1.0, 3), Segment(2.0, 0.1, 20)
+    ours = epsilon_spent([full, sampled], DELTA)
+    assert ours > max(epsilon_spent([full], DELTA), epsilon_spent([sampled], DELTA))
+    assert 0 <= prv_epsilon([full, sampled]) - ours <= 0.02
 
 
 def test_renyi_pin() -> None:
+    """Published figure of Opacus' Renyi accountant with its own orders; ours has other orders, hence 2e-3."""
     accountant = OpacusRdp()
     accountant.history = [(1.5, 0.04, 2250)]
     assert accountant.get_epsilon(DELTA) == pytest.approx(7.32911117143, abs=1e-6)
@@ -58,6 +82,7 @@ def test_renyi_pin() -> None:
 
 
 def test_prv_pin() -> None:
+    """Published figure of Opacus' PRV accountant with its own error bounds (0.01 in epsilon, delta / 1000)."""
     accountant = PRVAccountant()
     accountant.history = [(1.5, 0.04, 2249)]
     published = accountant.get_epsilon(DELTA)
@@ -90,18 +115,24 @@ def check_against_the_others(sigma: float, q: float, steps: int) -> None:
 def prv_epsilon(history: list[Segment]) -> float:
     accountant = PRVAccountant()
     accountant.history = [tuple(segment) for segment in history]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), np.errstate(divide="ignore"):  # it takes log(1 - q), also of q = 1
         # Its grid is laid out by a Renyi bound of few orders, which it finds wide; the result is no worse for it.
         warnings.filterwarnings("ignore", "Optimal order is the (largest|smallest) alpha", UserWarning)
         return float(accountant.get_epsilon(DELTA))
 
 
-def test_a_changing_mechanism_is_composed() -> None:
-    history = [Segment(1.5, 0.1, 50), Segment(2.0, 0.05, 100), Segment(3.0, 0.5, 2)]
-    prv = PRVAccountant()
-    prv.history = [tuple(segment) for segment in history]
+@pytest.mark.parametrize(
+    "history",
+    [
+        [Segment(1.5, 0.1, 50), Segment(2.0, 0.05, 100), Segment(3.0, 0.5, 2)],
+        [Segment(1.2, 0.02, 200), Segment(1.2, 0.2, 10)],  # the rate alone changes
+        [Segment(4.0, 0.3, 20), Segment(1.0, 0.3, 1)],  # the noise alone changes
+    ],
+)
+def test_a_changing_mechanism_is_composed(history: list[Segment]) -> None:
     ours = epsilon_spent(history, DELTA)
-    assert 0 <= prv.get_epsilon(DELTA) - ours <= 0.02
+    assert 0 <= prv_epsilon(history) - ours <= 0.02
+    assert renyi_epsilon(history, DELTA) >= ours
     assert ours > max(epsilon_spent([segment], DELTA) for segment in history)
 
 
