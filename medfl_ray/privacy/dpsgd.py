@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from medfl_ray.errors import PrivacyConfigError
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.noise import GaussianNoise
+from medfl_ray.privacy.sampler import PoissonSampler
+
+PatientGradients = Callable[[npt.NDArray[np.intp]], Iterable[Iterable[torch.Tensor]]]
+"""Patient indices, [B], to one gradient per patient, each one tensor per parameter."""
 
 
 class PatientGradientSum:
@@ -62,6 +68,24 @@ class PatientGradientSum:
         # The same sum under a second noise would be a second release that nobody has paid for.
         self._sum = torch.zeros_like(self._sum)
         return noised / (mechanism.sample_rate * mechanism.num_patients)
+
+
+def private_steps(
+    mechanism: Mechanism, num_parameters: int, num_patients: int, gradients: PatientGradients
+) -> Iterator[torch.Tensor]:
+    """Yield what one private step after another releases, each float64 of shape [P]; without end.
+
+    Training and the audit both run this function, so that what is audited is what trains.
+
+    Args:
+      num_patients: the actual number that the sampler draws from; it stays inside the hospital.
+    """
+    sampler = PoissonSampler(mechanism.sample_rate)
+    total = PatientGradientSum(num_parameters, mechanism)
+    while True:
+        for gradient in gradients(sampler.draw(num_patients)):
+            total.add(gradient)
+        yield total.release()
 
 
 def gradient_norm(tensors: Iterable[torch.Tensor]) -> float:

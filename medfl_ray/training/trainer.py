@@ -22,8 +22,7 @@ from medfl_ray.errors import ConfigError, LabelError, ModelError, NotFitForDP
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.params import Layout, Vector, flatten, layout_of, load_into
-from medfl_ray.privacy.dpsgd import PatientGradientSum
-from medfl_ray.privacy.sampler import PoissonSampler
+from medfl_ray.privacy.dpsgd import private_steps
 from medfl_ray.training.batches import patient_batches
 from medfl_ray.training.coupling import check_patients_apart
 from medfl_ray.training.engine_choice import choose_engine, make_patient_like
@@ -32,7 +31,7 @@ from medfl_ray.training.inference import classify, segment
 from medfl_ray.training.local_data import LocalData
 from medfl_ray.training.losses import make_loss
 from medfl_ray.training.optimizers import make_optimizer
-from medfl_ray.training.patient_gradients import GradientEngine, Patient, forward
+from medfl_ray.training.patient_gradients import Gradient, GradientEngine, Patient, forward
 
 Task = Literal["segmentation", "classification"]
 SEED_RANGE = 2**63
@@ -156,15 +155,16 @@ class Trainer:
         self, data: LocalData, mechanism: Mechanism, losses: list[float], rng: np.random.Generator
     ) -> Iterator[None]:
         """Leave in .grad, step by step, the clipped, summed and noised mean of the patients' gradients."""
-        sampler = PoissonSampler(mechanism.sample_rate)
-        total = PatientGradientSum(sum(p.numel() for p in self._parameters), mechanism)
         engine = self._choose_engine()
-        while True:
-            drawn = sampler.draw(data.num_train_patients)
+
+        def gradients(drawn: npt.NDArray[np.intp]) -> Iterator[Gradient]:
             for gradient, loss in engine(self._draw(data, int(index), rng) for index in drawn):
-                total.add(gradient)
                 losses.append(loss)
-            self._set_gradients(total.release())
+                yield gradient
+
+        num_parameters = sum(p.numel() for p in self._parameters)
+        for mean in private_steps(mechanism, num_parameters, data.num_train_patients, gradients):
+            self._set_gradients(mean)
             yield
 
     def _choose_engine(self) -> GradientEngine:
