@@ -6,21 +6,12 @@ import pytest
 from cli_runs import (
     DP,
     assert_one_clear_error,
-    command_line,
     configuration,
     hospital_data,
     run_folders,
     write_config,
     write_patients,
 )
-
-
-@pytest.fixture
-def medfl(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MEDFL_STATE_DIR", str(tmp_path / "state"))
-    return command_line(monkeypatch, capsys)
-
 
 PHANTOM = configuration()["data"]["phantom"]
 PRIVATE = {"hospitals": [{"id": "north", "directory": "patients", "num_patients": 20}], "labels": {1: "box"}}
@@ -75,6 +66,9 @@ WRONG_SECTIONS = {
     "epsilon below zero": ({"privacy": {"enable_dp": True, "epsilon": -1}}, ["privacy.epsilon", "greater than 0"]),
     "privacy without epsilon": ({"privacy": {"enable_dp": True}}, ["privacy.epsilon or privacy.noise_multiplier"]),
     "delta of one": ({"privacy": {**DP, "delta": 1}}, ["privacy.delta", "less than 1"]),
+    "an accountant that understates": (
+        {"privacy": {**DP, "accountant": "gdp"}}, ["privacy.accountant", "'gdp' understates epsilon", "use 'pld'"],
+    ),
     "delta above one in N": (
         {"privacy": {**DP, "delta": 0.5}}, ["delta=0.5", "1 / num_patients", "lower privacy.delta"],
     ),

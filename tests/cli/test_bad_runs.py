@@ -20,7 +20,6 @@ from cli_runs import (
     EDGE,
     PATIENTS,
     assert_one_clear_error,
-    command_line,
     configuration,
     hospital_data,
     rows_of,
@@ -33,13 +32,6 @@ from cli_runs import (
 
 from medfl_ray.cli.main import main
 from medfl_ray.store.run_folder import RunFolder
-
-
-@pytest.fixture
-def medfl(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MEDFL_STATE_DIR", str(tmp_path / "state"))
-    return command_line(monkeypatch, capsys)
 
 
 def box(shape=(EDGE,) * 3, value=1):

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli_runs import command_line, run_folders
+from cli_runs import run_folders
 
 from medfl_ray.data.phantoms.write_layout import phantom_set, write_phantoms
 
@@ -19,14 +19,6 @@ SMALL = [
     "--set", "federation.rounds=2", "--set", "federation.local_epochs=null", "--set", "federation.local_steps=1",
     "--pool", "local",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def medfl(monkeypatch, capsys, tmp_path):
-    """The command line, in a folder of its own, with the hospitals' state in `state`."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MEDFL_STATE_DIR", str(tmp_path / "state"))
-    return command_line(monkeypatch, capsys)
 
 
 def make(folder: Path, seed: int, layout: str = "manifest", file_format: str = "nifti", patients: int = 4) -> Path:
