@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from medfl_ray.analytics.audit_words import audit_tile
 from medfl_ray.analytics.figures import metric_name
 from medfl_ray.analytics.summary import HospitalSummary, RunSummary, Spread
 
@@ -160,7 +161,10 @@ def _privacy_sentence(summary: RunSummary) -> str:
         return "Nothing was charged to a privacy ledger."
     terms = f"patient-level, {delta_words(summary)}, add/remove"
     more = f"; the baselines, charged too, brought that to {total.epsilon:.2f}" if total else ""
-    return f"After the last round no hospital had spent more than epsilon = {worst.epsilon:.2f} ({terms}){more}."
+    return (
+        f"After the last round no hospital had spent more than epsilon = {worst.epsilon:.2f} ({terms}){more}; "
+        f"{audit_tile(summary.audit)}."
+    )
 
 
 def _privacy_tile(summary: RunSummary) -> Tile:
@@ -170,5 +174,5 @@ def _privacy_tile(summary: RunSummary) -> Tile:
         return Tile("eps", "Epsilon", "none", why)
     budget = f"of a budget of {worst.budget:g}; " if worst.budget is not None else ""
     more = f"; {total.epsilon:.2f} with the baselines" if total else ""
-    terms = f"{budget}patient-level, {delta_words(summary)}, add/remove{more}"
+    terms = f"{budget}patient-level, {delta_words(summary)}, add/remove{more}; {audit_tile(summary.audit)}"
     return Tile("eps", "Largest epsilon spent", f"{worst.epsilon:.2f}", terms)

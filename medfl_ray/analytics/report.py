@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from medfl_ray.analytics.audit_words import alarm, audit_facts
 from medfl_ray.analytics.disclosure import MEANING, caveats, disclosures
 from medfl_ray.analytics.figures import comparison, epsilon_curves, learning_curves, metric_name
 from medfl_ray.analytics.headline import (
@@ -71,6 +72,8 @@ def render_report(summary: RunSummary, pictures: Sequence[Picture], num_left_out
         charts=[chart for chart in figures if chart is not None],
         epsilon_chart=epsilon_curves(summary),
         privacy_facts=_privacy_facts(summary),
+        audit_facts=audit_facts(summary.audit),
+        audit_alarm=_audit_alarm(summary),
         delta_words=delta_words(summary),
         failure_words=failure_words,
         failures=grouped_failures(summary),
@@ -202,6 +205,11 @@ def _privacy_facts(summary: RunSummary) -> list[tuple[str, str]]:
         ("Clip norm", f"{privacy.max_grad_norm:g} per patient gradient"),
         ("Randomness", "sampling and noise from the operating system, not from the run's seed"),
     ]
+
+
+def _audit_alarm(summary: RunSummary) -> str:
+    mechanism = summary.audit.mechanism if summary.audit else None
+    return alarm(mechanism) if mechanism is not None and mechanism.is_exceeded else ""
 
 
 def _facts(summary: RunSummary) -> list[tuple[str, str]]:

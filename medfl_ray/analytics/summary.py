@@ -18,6 +18,7 @@ from medfl_ray.config import RunConfig
 from medfl_ray.config_files import load_run_config
 from medfl_ray.errors import ConfigError
 from medfl_ray.messages import ClientFailure, HospitalInfo, Label, Metric, PrivacySpent, RoundResult, SiteEvaluation
+from medfl_ray.privacy.audit_record import AUDIT_FILE, AuditRecord
 
 T = TypeVar("T")
 Curve = tuple[tuple[int, float], ...]
@@ -118,6 +119,7 @@ class RunSummary:
     labels_seen: Mapping[str, frozenset[Label]]
     baseline_failures: tuple[ClientFailure, ...]
     missing: tuple[str, ...]
+    audit: AuditRecord | None
 
     @property
     def planned_rounds(self) -> int:
@@ -229,6 +231,7 @@ def summarise_run(run_dir: Path) -> RunSummary:
         labels_seen=labels_by_kind(results, evaluations),
         baseline_failures=baselines.failures,
         missing=tuple(name for name in OPTIONAL_FILES if not (run_dir / name).is_file()),
+        audit=_read_as(run_dir / AUDIT_FILE, AuditRecord),
     )
 
 

@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 
 from medfl_ray.cli import privacy_ledger
+from medfl_ray.cli.privacy_audit import audit
 from medfl_ray.errors import PrivacyConfigError
 
 app = typer.Typer(no_args_is_help=True)
+app.command()(audit)
 app.add_typer(privacy_ledger.app, name="ledger", help="Show, verify and recover privacy ledgers.")
 
 Epsilon = Annotated[float | None, typer.Option(help="Patient-level epsilon of the whole run.")]
