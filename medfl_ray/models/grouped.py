@@ -82,14 +82,13 @@ class GroupedNorm(Grouped):
     """Group or instance norm: statistics per sample as ever, scale and shift per member."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise [K * N, C, *S]."""
+        """Normalise [K * N, C, *S], seen as [K, N * C, *S]: the groups of all members side by side."""
         layer = self.original
-        if isinstance(layer, nn.GroupNorm):
-            normal = functional.group_norm(x, layer.num_groups, eps=layer.eps)
-        else:
-            normal = functional.instance_norm(x, eps=layer.eps)
-        scaled = normal * self.per_sample(self.weight, x)
-        return scaled if self.bias is None else scaled + self.per_sample(self.bias, x)
+        groups = layer.num_groups if isinstance(layer, nn.GroupNorm) else layer.num_features
+        samples = x.reshape(len(x) // self.num_members, -1, *x.shape[2:])
+        bias = None if self.bias is None else self.bias.flatten()
+        out = functional.group_norm(samples, self.num_members * groups, self.weight.flatten(), bias, layer.eps)
+        return out.view_as(x)
 
 
 class GroupedPReLU(Grouped):
