@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medfl_ray.errors import PrivacyConfigError
+from medfl_ray.errors import ConfigError, DataError, PrivacyConfigError
 
 if TYPE_CHECKING:
-    from medfl_ray.privacy.audit_record import AuditRecord, MechanismAudit
+    from medfl_ray.privacy.audit_record import AuditRecord, MechanismAudit, MembershipAttack
     from medfl_ray.store.run_folder import RunFolder
 
 
@@ -50,6 +50,7 @@ def audit(
 def _audit(folder: RunFolder, canaries: int | None, confidence: float, membership: bool) -> AuditRecord:
     from medfl_ray.data.sources import list_hospitals
     from medfl_ray.federation.auditing import audit_mechanism, audit_subject, enough_canaries
+    from medfl_ray.federation.planning import mechanisms
     from medfl_ray.privacy.audit_record import AuditRecord
 
     results = folder.results()
@@ -59,11 +60,44 @@ def _audit(folder: RunFolder, canaries: int | None, confidence: float, membershi
             f"the run {folder.path.name!r} has published no round, so that there is nothing to audit; continue it "
             "with medfl-ray run --resume"
         )
-    mechanism, note = None, "differential privacy was off: there is no claim to audit"
-    if folder.run.privacy.enable_dp:
-        subject = audit_subject(folder.run, list_hospitals(folder.run), results)
-        mechanism, note = audit_mechanism(subject, canaries or enough_canaries(subject), confidence), ""
-    return AuditRecord(rounds=rounds, mechanism=mechanism, mechanism_note=note, membership=None)
+    policies = list_hospitals(folder.run)
+    mechanism, note = None, "the run had no patient-level differential privacy, so that there is no claim to attack"
+    if mechanisms(folder.run, policies):
+        subject = audit_subject(folder.run, policies, results)
+        num_canaries = canaries if canaries is not None else enough_canaries(subject)
+        mechanism, note = audit_mechanism(subject, num_canaries, confidence), ""
+    attack, why_not = _attack(folder, confidence) if membership else (None, "left out, with --no-membership")
+    return AuditRecord(
+        rounds=rounds, mechanism=mechanism, mechanism_note=note, membership=attack, membership_note=why_not
+    )
+
+
+def _attack(folder: RunFolder, confidence: float) -> tuple[MembershipAttack | None, str]:
+    """Attack the final model where no patient can be harmed by it; else say why it was not done."""
+    from medfl_ray.data.sources import list_hospitals, open_hospital_data
+    from medfl_ray.export.package import read_package
+    from medfl_ray.export.weights import load_weights
+    from medfl_ray.training.membership import attack_membership
+    from medfl_ray.training.trainer import Trainer
+
+    run = folder.run
+    hospitals = tuple(policy.hospital for policy in list_hospitals(run) if policy.declared != "private")
+    if not hospitals:
+        return None, (
+            "not computed: all data are private, and how a model's loss differs between patients would be a release "
+            "of its own"
+        )
+    if not (folder.path / "model.safetensors").is_file():
+        return None, "not computed: the run has not ended, so that there is no final model"
+    try:
+        data = open_hospital_data(run, hospitals)
+        package = read_package(folder.path, run, data)
+        shape = (package.spatial_dims, package.num_channels, package.out_channels, package.patch_size)
+        trainer = Trainer(package.model, run.training, package.task, *shape, for_dp=False)
+        weights = load_weights(folder.path / "model.safetensors", trainer.layout)
+        return attack_membership(trainer, weights, data, confidence), ""
+    except (ConfigError, DataError) as error:
+        return None, f"not computed: {error}"
 
 
 def _sentences(record: AuditRecord) -> list[str]:

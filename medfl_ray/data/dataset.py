@@ -116,13 +116,30 @@ class HospitalData:
         images = torch.from_numpy(np.stack([image for image, _ in pairs]))
         return images, torch.from_numpy(np.stack([target for _, target in pairs]))
 
+    def holdout_patches(
+        self, case_index: int, num_patches: int, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw patches of one held-out case exactly as `train_patches` draws those of a training patient."""
+        import torch
+
+        case = self._holdout[case_index]
+        centres = foreground_voxels(case.label) if isinstance(case.label, np.ndarray) else ()
+        pairs = [self._cut(case, centres, rng) for _ in range(num_patches)]
+        images = torch.from_numpy(np.stack([image for image, _ in pairs]))
+        return images, torch.from_numpy(np.stack([target for _, target in pairs]))
+
     def _patch(
         self, positions: range, rng: np.random.Generator
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         position = positions[int(rng.integers(len(positions)))]
         case = self._cases[position]
+        return self._cut(case, self._centres(position, case), rng)
+
+    def _cut(
+        self, case: PreparedCase, centres: tuple[npt.NDArray[np.int64], ...], rng: np.random.Generator
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         sampling = self._sampling
-        patch = draw_patch(case, self._centres(position, case), sampling.patch_size, sampling.foreground_fraction, rng)
+        patch = draw_patch(case, centres, sampling.patch_size, sampling.foreground_fraction, rng)
         return augment(*patch, self._mirror_axis, rng) if sampling.augment else patch
 
     def _centres(self, position: int, case: PreparedCase) -> tuple[npt.NDArray[np.int64], ...]:

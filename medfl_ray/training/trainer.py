@@ -136,6 +136,15 @@ class Trainer:
                 per_patient.setdefault(case.patient_id, []).append(self._score(case, labels))
         return [average_cases(scores) for scores in per_patient.values()]
 
+    def losses(self, weights: Vector, patients: Iterable[Patient]) -> list[float]:
+        """Return the loss of each patient's patches under given weights; nothing is trained."""
+        self._load_for_inference(weights)
+        with torch.inference_mode():
+            return [
+                self._patient_losses([(images.to(self.device), targets.to(self.device))]).item()
+                for images, targets in patients
+            ]
+
     def predict(self, weights: Vector, case: PreparedCase) -> npt.NDArray[np.uint8]:
         """Return the predicted labels [*S] of one case, or its class [] for classification."""
         self._load_for_inference(weights)
