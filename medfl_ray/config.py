@@ -40,6 +40,9 @@ class TrainingConfig(Section):
     """How one hospital trains."""
 
     batch_size: Positive = Field(4, description="Patients per step (expected number under DP).")
+    patient_order: Literal["shuffled", "listed"] = Field(
+        "shuffled", description="Without DP: a new order in every pass, or the data's own, each pass ending short."
+    )
     learning_rate: PositiveFloat = Field(1e-2, description="Learning rate of the local optimizer.")
     lr_schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="How the learning rate falls over the rounds."
@@ -194,7 +197,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _rename_aliases(cls, raw: Any) -> Any:
-        return rename_aliases(raw) if isinstance(raw, dict) else raw
+        return uniform_for_hospital_level(rename_aliases(raw)) if isinstance(raw, dict) else raw
 
     @model_validator(mode="after")
     def _dimensions_agree(self) -> Self:
@@ -211,6 +214,14 @@ class RunConfig(Section):
             raise ValueError(
                 "data.task is 'segmentation' but model.type 'densenet' classifies; use unet3d or another segmenter"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _hospital_level_fits(self) -> Self:
+        if self.privacy.central:
+            problem = hospital_level_problem(self)
+            if problem is not None:
+                raise ValueError(problem)
         return self
 
     @property
@@ -238,6 +249,41 @@ class RunConfig(Section):
             }
         )
         return hashlib.sha256(relevant.encode()).hexdigest()
+
+
+def uniform_for_hospital_level(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the raw configuration with uniform weights where hospital-level DP asks for them and none are named."""
+    privacy, aggregation = raw.get("privacy"), raw.get("aggregation") or {}
+    central = isinstance(privacy, dict) and privacy.get("unit") == "hospital"
+    if not central or not isinstance(aggregation, dict) or "weighting" in aggregation:
+        return raw
+    return {**raw, "aggregation": {**aggregation, "weighting": "uniform"}}
+
+
+def hospital_level_problem(run: RunConfig) -> str | None:
+    """Return why a run's other sections do not fit hospital-level differential privacy, or None where they do."""
+    federation = run.federation
+    if run.aggregation.weighting != "uniform":
+        return (
+            "privacy.unit: hospital needs aggregation.weighting: uniform, because a hospital's weight would multiply "
+            "what the noise has to cover"
+        )
+    if federation.min_clients != 1:
+        return (
+            "federation.min_clients must be 1 with privacy.unit: hospital: every round is noised and published, since "
+            "giving one up for too few updates would tell who was asked. Use min_available_clients for the start"
+        )
+    if federation.baselines:
+        return (
+            "federation.baselines are not covered by hospital-level differential privacy; leave them out, or train "
+            "them in a run of their own"
+        )
+    if run.privacy.hospital_level.mechanism == "tree" and federation.fraction != 1:
+        return (
+            "privacy.hospital_level.mechanism: tree deals every hospital into one round of each tree; leave "
+            "federation.fraction out and set privacy.hospital_level.rounds_per_tree"
+        )
+    return None
 
 
 def rename_aliases(raw: dict[str, Any]) -> dict[str, Any]:

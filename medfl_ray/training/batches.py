@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 
-def patient_batches(num_patients: int, batch_size: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield batches of patient indices without end; each pass visits every patient once, in a new order.
+def patient_batches(
+    num_patients: int, batch_size: int, rng: np.random.Generator, order: Literal["shuffled", "listed"] = "shuffled"
+) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield batches of patient indices without end; each pass visits every patient once.
 
-    A batch may straddle two passes, so that all batches are equally large, min(batch_size, num_patients).
+    Shuffled, each pass has a new order and a batch may straddle two passes, so that all batches are equally
+    large, min(batch_size, num_patients). Listed, the order is that of the data and a pass ends with what is left.
     """
+    while order == "listed":
+        yield from np.split(np.arange(num_patients), range(batch_size, num_patients, batch_size))
     size = min(batch_size, num_patients)
     queue = np.empty(0, dtype=np.int64)
     while True:

@@ -27,6 +27,11 @@ def make_loss(name: LossName, task: Literal["segmentation", "classification"]) -
     return cross_entropy if task == "classification" else LOSSES[name]
 
 
+def loss_of_each(loss: PatientLoss) -> PatientLoss:
+    """Return the same loss for M patients at once: (logits [M, K, L, *S], targets [M, K, *S]) -> [M]."""
+    return EACH[loss]
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the patient's own voxels, unweighted: a class weight would be fitted over patients."""
     return functional.cross_entropy(logits, targets)
@@ -53,4 +58,37 @@ def focal(logits: Tensor, targets: Tensor) -> Tensor:
     return (-((1.0 - log_truth.exp()) ** FOCUS) * log_truth).mean()
 
 
+def cross_entropy_each(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross entropy of M patients."""
+    per_voxel = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), reduction="none")
+    return per_voxel.reshape(len(logits), -1).mean(1)
+
+
+def dice_each(logits: Tensor, targets: Tensor) -> Tensor:
+    """The soft Dice loss of M patients."""
+    probabilities = torch.softmax(logits, dim=2)[:, :, 1:]
+    truth = functional.one_hot(targets, logits.shape[2]).movedim(-1, 2)[:, :, 1:].to(probabilities.dtype)
+    axes = [1, *range(3, logits.ndim)]
+    overlap = (probabilities * truth).sum(axes)
+    total = probabilities.sum(axes) + truth.sum(axes)
+    return (1.0 - (2.0 * overlap + SMOOTH) / (total + SMOOTH)).mean(1)
+
+
+def dice_ce_each(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of both for M patients."""
+    return dice_each(logits, targets) + cross_entropy_each(logits, targets)
+
+
+def focal_each(logits: Tensor, targets: Tensor) -> Tensor:
+    """The focal loss of M patients."""
+    log_truth = -functional.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), reduction="none")
+    return (-((1.0 - log_truth.exp()) ** FOCUS) * log_truth).reshape(len(logits), -1).mean(1)
+
+
 LOSSES: dict[str, PatientLoss] = {"dice_ce": dice_ce, "dice": dice, "cross_entropy": cross_entropy, "focal": focal}
+EACH: dict[PatientLoss, PatientLoss] = {
+    dice_ce: dice_ce_each,
+    dice: dice_each,
+    cross_entropy: cross_entropy_each,
+    focal: focal_each,
+}

@@ -75,16 +75,14 @@ class Trainer:
         for_dp: bool,
     ) -> None:
         self.device = choose_device(training.device)
-        self._training, self._task, self._patch_size, self._for_dp = training, task, patch_size, for_dp
+        self.training, self._task, self._patch_size, self._for_dp = training, task, patch_size, for_dp
         self._in_channels, self._out_channels = in_channels, out_channels
         self._engine: GradientEngine | None = None
         self._build = (model, spatial_dims, in_channels, out_channels, False, patch_size)
-        self._network = build_network(model, spatial_dims, in_channels, out_channels, for_dp, patch_size).to(
-            self.device
-        )
-        self._parameters = list(self._network.parameters())
-        self._loss = make_loss(training.loss, task)
-        self.layout: Layout = layout_of(self._network)
+        self.network = build_network(model, spatial_dims, in_channels, out_channels, for_dp, patch_size).to(self.device)
+        self._parameters = list(self.network.parameters())
+        self.loss = make_loss(training.loss, task)
+        self.layout: Layout = layout_of(self.network)
 
     def initial_weights(self, seed: int) -> Vector:
         """Return fresh weights [P], the same for the same seed on every machine of a kind."""
@@ -102,11 +100,11 @@ class Trainer:
         """
         if job.mechanism is not None and not self._for_dp:
             raise NotFitForDP("the trainer was built without the DP checks; build it with for_dp=True")
-        load_into(self._network, weights)
-        self._network.train()
-        optimizer = make_optimizer(self._training, self._parameters, job.learning_rate)
+        load_into(self.network, weights)
+        self.network.train()
+        optimizer = make_optimizer(self.training, self._parameters, job.learning_rate)
         losses: list[float] = []
-        with self._random_numbers(job) as rng:
+        with self.random_numbers(job) as rng:
             steps = (
                 self._private_steps(data, job.mechanism, losses, rng)
                 if job.mechanism
@@ -115,8 +113,8 @@ class Trainer:
             for _ in range(job.num_steps):
                 next(steps)
                 optimizer.step()
-        self._network.zero_grad(set_to_none=True)
-        delta = flatten(self._network) - np.asarray(weights, dtype=np.float32)
+        self.network.zero_grad(set_to_none=True)
+        delta = flatten(self.network) - np.asarray(weights, dtype=np.float32)
         if not np.isfinite(delta).all():
             raise ModelError("training diverged: the weights are no longer finite; lower training.learning_rate")
         return LocalOutcome(delta, job.num_steps, float(np.mean(losses)) if losses else float("nan"))
@@ -152,13 +150,18 @@ class Trainer:
 
     def _plain_steps(self, data: LocalData, losses: list[float], rng: np.random.Generator) -> Iterator[None]:
         """Leave in .grad, step by step, the gradient of the mean loss over a batch of patients."""
-        for batch in patient_batches(data.num_train_patients, self._training.batch_size, rng):
-            patients = [self._draw(data, int(index), rng) for index in batch]
-            self._network.zero_grad(set_to_none=True)
+        for patients in self.batches(data, rng):
+            self.network.zero_grad(set_to_none=True)
             loss = self._patient_losses(patients).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(self._finite(loss.item()))
             yield
+
+    def batches(self, data: LocalData, rng: np.random.Generator) -> Iterator[list[Patient]]:
+        """Yield the patients of one step after another, without end; of training without DP."""
+        training = self.training
+        for batch in patient_batches(data.num_train_patients, training.batch_size, rng, training.patient_order):
+            yield [self._draw(data, int(index), rng) for index in batch]
 
     def _private_steps(
         self, data: LocalData, mechanism: Mechanism, losses: list[float], rng: np.random.Generator
@@ -179,26 +182,26 @@ class Trainer:
     def _choose_engine(self) -> GradientEngine:
         """Choose once how this machine computes patient gradients, and prove that it keeps patients apart."""
         if self._engine is None:
-            training = self._training
+            training = self.training
             self._engine = choose_engine(
-                training.patient_gradients, self._network, self._loss, training.mixed_precision, self._make_up_patient
+                training.patient_gradients, self.network, self.loss, training.mixed_precision, self._make_up_patient
             )
             check_patients_apart(self._engine, self._make_up_patient)
         return self._engine
 
     def _make_up_patient(self) -> Patient:
-        shape = (self._training.patches_per_patient, self._in_channels, *self._patch_size)
+        shape = (self.training.patches_per_patient, self._in_channels, *self._patch_size)
         return make_patient_like(shape, self._out_channels, self._task == "classification", self.device)
 
     def _patient_losses(self, patients: Sequence[Patient]) -> Tensor:
         """Return the loss of each patient, [N], from one forward pass over all their patches."""
         images = torch.cat([images for images, _ in patients])
-        logits = forward(self._network, images, self._training.mixed_precision)
+        logits = forward(self.network, images, self.training.mixed_precision)
         own_logits = torch.split(logits, [len(images) for images, _ in patients])
-        return torch.stack([self._loss(own, targets) for own, (_, targets) in zip(own_logits, patients, strict=True)])
+        return torch.stack([self.loss(own, targets) for own, (_, targets) in zip(own_logits, patients, strict=True)])
 
     def _draw(self, data: LocalData, index: int, rng: np.random.Generator) -> Patient:
-        images, targets = data.train_patches(index, self._training.patches_per_patient, rng)
+        images, targets = data.train_patches(index, self.training.patches_per_patient, rng)
         largest = int(targets.max())
         if largest >= self._out_channels:
             raise LabelError(
@@ -222,19 +225,19 @@ class Trainer:
         if self._task == "classification":
             return np.asarray(self._probabilities(case).argmax().item(), dtype=np.uint8)
         with torch.inference_mode():
-            logits = segment(self._network, torch.tensor(case.image, device=self.device), self._patch_size)
+            logits = segment(self.network, torch.tensor(case.image, device=self.device), self._patch_size)
             return logits.argmax(dim=0).to("cpu", torch.uint8).numpy()
 
     def _probabilities(self, case: PreparedCase) -> Tensor:
         with torch.inference_mode():
-            return classify(self._network, torch.tensor(case.image, device=self.device), self._patch_size).cpu()
+            return classify(self.network, torch.tensor(case.image, device=self.device), self._patch_size).cpu()
 
     def _load_for_inference(self, weights: Vector) -> None:
-        load_into(self._network, weights)
-        self._network.eval()
+        load_into(self.network, weights)
+        self.network.eval()
 
     @contextmanager
-    def _random_numbers(self, job: LocalJob) -> Iterator[np.random.Generator]:
+    def random_numbers(self, job: LocalJob) -> Iterator[np.random.Generator]:
         """Seed torch for the job (dropout) and give it back as it was; yield the generator of everything else."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             if job.mechanism is not None:

@@ -1,0 +1,167 @@
+"""Many small hospitals trained as convolution groups of one network; each one's mathematics is its own.
+
+All start from the same weights and draw their batches exactly as they would alone. A hospital whose batch
+is smaller is padded with samples of weight 0; one that needs fewer steps is read out after its last step and
+what the network does with it afterwards is thrown away. So no step of one hospital depends on another.
+
+Shapes: N hospitals, B patients of a batch, K patches of a patient, C channels, L output channels, S voxels
+per axis, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medfl_ray.errors import ModelError
+from medfl_ray.models.grouped import group, repeat_weights, why_not_grouped
+from medfl_ray.params import Vector, load_into
+from medfl_ray.training.local_data import LocalData
+from medfl_ray.training.losses import loss_of_each
+from medfl_ray.training.optimizers import make_optimizer
+from medfl_ray.training.patient_gradients import Patient, forward
+from medfl_ray.training.trainer import LocalJob, LocalOutcome, Trainer
+
+GradientTerm = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
+"""(parameters of N hospitals, each [N, ...]; the round's weights, each [...]) to what is added to the gradients."""
+
+
+@dataclass(frozen=True, eq=False)
+class HospitalTask:
+    """One hospital of a group: its patients and what it is to do."""
+
+    data: LocalData
+    job: LocalJob
+
+
+class ManyHospitals:
+    """Trains hospitals in groups of one trainer's network, or one after the other where that cannot be grouped."""
+
+    def __init__(self, trainer: Trainer, group_size: int, term: GradientTerm | None = None) -> None:
+        """Take the number of hospitals that are trained at once, at least 1; 1 trains them in turn."""
+        self._trainer = trainer
+        self._group_size = group_size
+        self._term = term
+        self._members: dict[int, nn.Module] = {}
+        self.why_in_turn = "" if group_size > 1 else "training.hospitals_per_group is 1"
+        if not self.why_in_turn:
+            self.why_in_turn = why_not_together(trainer)
+
+    @property
+    def group_size(self) -> int:
+        """How many hospitals are trained at once."""
+        return 1 if self.why_in_turn else self._group_size
+
+    def train(self, weights: Vector, tasks: Sequence[HospitalTask]) -> Iterator[tuple[int, LocalOutcome]]:
+        """Yield (position in `tasks`, outcome) of every hospital, in no particular order.
+
+        Raises:
+          ModelError, LabelError: what training raises; hospitals that were yielded before are done.
+        """
+        together = [i for i, task in enumerate(tasks) if self.group_size > 1 and task.job.mechanism is None]
+        for position in sorted(set(range(len(tasks))) - set(together)):
+            yield position, self._trainer.train(weights, tasks[position].data, tasks[position].job)
+        together.sort(key=lambda i: (tasks[i].job.num_steps, tasks[i].data.num_train_patients))
+        for start in range(0, len(together), self._group_size):
+            some = together[start : start + self._group_size]
+            outcomes = self._train_group(weights, [tasks[i] for i in some])
+            yield from zip(some, outcomes, strict=True)
+
+    def _train_group(self, weights: Vector, tasks: Sequence[HospitalTask]) -> list[LocalOutcome]:
+        trainer, count = self._trainer, len(tasks)
+        load_into(trainer.network, weights)
+        members = self._load_members(count)
+        parameters = list(members.parameters())
+        start = [parameter.detach() for parameter in trainer.network.parameters()]
+        optimizer = make_optimizer(trainer.training, parameters, tasks[0].job.learning_rate)
+        steps = [task.job.num_steps for task in tasks]
+        losses = torch.zeros(max(steps), count, dtype=torch.float64)
+        final = np.empty((count, trainer.layout.size), dtype=np.float32)
+        with ExitStack() as stack:
+            draws = [
+                trainer.batches(task.data, stack.enter_context(trainer.random_numbers(task.job))) for task in tasks
+            ]
+            for step in range(max(steps)):
+                batches = [next(draw) if step < todo else [] for draw, todo in zip(draws, steps, strict=True)]
+                own = self._losses(members, batches)
+                gradients = torch.autograd.grad(own.sum(), parameters)
+                self._set_gradients(parameters, gradients, start)
+                optimizer.step()
+                losses[step] = own.detach()
+                done = [i for i, todo in enumerate(steps) if todo == step + 1]
+                if done:
+                    final[done] = torch.cat([p.detach()[done].flatten(1) for p in parameters], 1).numpy(force=True)
+        return [
+            self._outcome(row, weights, task, losses[:, i])
+            for i, (row, task) in enumerate(zip(final, tasks, strict=True))
+        ]
+
+    def _losses(self, members: nn.Module, batches: Sequence[Sequence[Patient]]) -> Tensor:
+        """Return each hospital's mean loss over its own patients, [N]; 0 for one that has none left."""
+        most = max(len(batch) for batch in batches)
+        example = next(batch[0] for batch in batches if batch)
+        images, targets = (
+            _pad([[patient[i] for patient in batch] for batch in batches], most, example[i]) for i in (0, 1)
+        )
+        num_patches = example[0].shape[0]
+        count = len(batches)
+        weight = torch.tensor(
+            [[1 / len(batch) if place < len(batch) else 0.0 for batch in batches] for place in range(most)],
+            device=images.device,
+        )
+        logits = forward(members, images.transpose(2, 1).flatten(0, 2), self._trainer.training.mixed_precision)
+        logits = logits.view(most, num_patches, count, *logits.shape[1:]).transpose(1, 2).flatten(0, 1)
+        each = loss_of_each(self._trainer.loss)(logits, targets.flatten(0, 1))
+        return (each.view(most, count) * weight).sum(0)
+
+    def _set_gradients(
+        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], start: Sequence[Tensor]
+    ) -> None:
+        extra = self._term(parameters, start) if self._term is not None else ()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for parameter, addition in zip(parameters, extra, strict=False):
+            parameter.grad = parameter.grad + addition if parameter.grad is not None else addition
+
+    def _outcome(self, row: Vector, weights: Vector, task: HospitalTask, losses: Tensor) -> LocalOutcome:
+        delta = row - weights
+        if not np.isfinite(delta).all():
+            raise ModelError("training diverged: the weights are no longer finite; lower training.learning_rate")
+        num_steps = task.job.num_steps
+        return LocalOutcome(delta, num_steps, float(losses[:num_steps].mean()))
+
+    def _load_members(self, count: int) -> nn.Module:
+        if count not in self._members:
+            self._members[count] = group(self._trainer.network, count)
+        repeat_weights(self._trainer.network, self._members[count])
+        return self._members[count].train()
+
+
+def why_not_together(trainer: Trainer) -> str:
+    """Return the first reason why hospitals cannot be trained as groups of a trainer's network, empty if they can."""
+    network = trainer.network
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in network.modules()):
+        return "the network drops units out at random, which each hospital draws for itself"
+    if list(network.state_dict()) != [name for name, _ in network.named_parameters()]:
+        return "the network has buffers, which the members of a group would share"
+    return why_not_grouped(network)
+
+
+def proximal_term(mu: float) -> GradientTerm:
+    """Return FedProx's gradient mu * (w - w_global) (Li et al. 2020, arXiv:1812.06127)."""
+
+    def term(parameters: Sequence[Tensor], start: Sequence[Tensor]) -> list[Tensor]:
+        return [mu * (own.detach() - common) for own, common in zip(parameters, start, strict=True)]
+
+    return term
+
+
+def _pad(rows: Sequence[Sequence[Tensor]], most: int, example: Tensor) -> Tensor:
+    """Stack tensors [K, ...] of N batches into [B, N, K, ...], with zeros where a batch is shorter."""
+    nothing = torch.zeros_like(example)
+    return torch.stack([torch.stack([row[i] if i < len(row) else nothing for row in rows]) for i in range(most)])
