@@ -47,15 +47,12 @@ class PatientGradientSum:
         num_elements = sum(tensor.numel() for tensor in tensors)
         if num_elements != self._sum.numel():
             raise PrivacyConfigError(f"a gradient has {num_elements} elements; this step sums {self._sum.numel()}")
-        norm = gradient_norm(tensors)
+        flat = _flatten(tensors)
+        norm = _norm(flat)
         if not math.isfinite(norm):
             return
         scale = min(1.0, self._mechanism.max_grad_norm / norm) if norm > 0 else 1.0
-        position = 0
-        for tensor in tensors:
-            part = self._sum[position : position + tensor.numel()]
-            part.add_(tensor.reshape(-1).to("cpu", torch.float64), alpha=scale)
-            position += tensor.numel()
+        self._sum.add_(flat, alpha=scale)
 
     def release(self) -> torch.Tensor:
         """Return (sum + noise) / (q N), float64 of shape [P] on the CPU, and start the next step from zero.
@@ -90,6 +87,14 @@ def private_steps(
 
 def gradient_norm(tensors: Iterable[torch.Tensor]) -> float:
     """Return the Euclidean norm over all tensors together, accumulated in float64; infinite where it is not finite."""
-    flat = (tensor.reshape(-1).to(torch.float64) for tensor in tensors)
-    squares = [float(torch.dot(values, values)) for values in flat]
-    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
+    return _norm(_flatten(tensors))
+
+
+def _flatten(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return all elements as one float64 vector [P] on the CPU: a few calls on long vectors, not hundreds on short."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]).to("cpu", torch.float64)
+
+
+def _norm(flat: torch.Tensor) -> float:
+    square = float(torch.dot(flat, flat))
+    return math.sqrt(square) if math.isfinite(square) else math.inf
