@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import monai.networks.nets.basic_unet  # noqa: F401 - loaded once, before the processes are forked
 import numpy as np
 import torch
 from opacus import PrivacyEngine
