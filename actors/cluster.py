@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,28 @@ def _check_token_mode() -> None:
 def worker_environment() -> dict[str, str]:
     """Return the environment of every worker: one thread each, for two on a busy machine collapse."""
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+def check_pinned(hospitals: Sequence[str], nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse hospitals whose actor could restart on a node that does not have their ledger.
+
+    Args:
+      hospitals: names of those that keep a ledger outside the run.
+      nodes: as `ray.nodes()` returns them.
+
+    Raises:
+      ClusterError: several nodes are alive, and a hospital's resource is not on exactly one of them.
+    """
+    offered = [set(node["Resources"]) for node in nodes if node["Alive"]]
+    if len(offered) < 2:
+        return
+    loose = [name for name in hospitals if sum(f"hospital:{name}" in resources for resources in offered) != 1]
+    if loose:
+        raise ClusterError(
+            f"the cluster has {len(offered)} nodes, and the ledger of {', '.join(loose)} lies on one of them: an actor "
+            "that restarts elsewhere would open another. Start each hospital's node with the resource "
+            f"hospital:{loose[0]}, as in ray start --resources='{{\"hospital:{loose[0]}\": 1}}', on exactly one node"
+        )
 
 
 def check_packages() -> None:

@@ -12,29 +12,90 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.hospital import HospitalSpec, build_hospital, state_folder
+from actors.hospital import HospitalSpec, build_hospital
 from medfl_ray.config import RunConfig
 from medfl_ray.federation.baselines import CENTRAL, central_policy
 from medfl_ray.federation.events import Event
+from medfl_ray.federation.hospital_level import FEDERATION, federation_budget, plan_central
 from medfl_ray.federation.local_pool import LocalPool
-from medfl_ray.federation.ports import ClientPool
+from medfl_ray.federation.ports import ClientPool, Ledger
 from medfl_ray.federation.run import RunOutcome, RunParts, run_federation
 from medfl_ray.params import Layout, Vector
 from medfl_ray.site_policy import SitePolicy
+from medfl_ray.store.ledger_events import LedgerHead
 from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run_mirror import RunMirror, receipt_heads
+from medfl_ray.store.state_folders import federation_folder, hospital_folder, state_root
 
 
-def hospital_specs(run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path) -> list[HospitalSpec]:
-    """Return what each process needs to build its hospital, the central baseline's last where the run has one."""
+def hospital_specs(
+    run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, root: Path | None = None
+) -> list[HospitalSpec]:
+    """Return what each process needs to build its hospital, the central baseline's last where the run has one.
+
+    Args:
+      root: folder of the ledgers that outlive the run, from the process that started it; see `state_root`.
+
+    Raises:
+      LedgerError: the coordinator's mirror was altered or cannot be read.
+    """
+    root = root or state_root(run)
     members = tuple(policy.hospital for policy in policies)
+    expected = expected_heads(run, policies, folder, root)
     specs = [
-        HospitalSpec(run, policy, index, (policy.hospital,), state_folder(run, policy, folder))
+        HospitalSpec(
+            run,
+            policy,
+            index,
+            (policy.hospital,),
+            hospital_folder(policy, folder, root),
+            expected_heads=expected.get(policy.hospital, ()),
+        )
         for index, policy in enumerate(policies)
     ]
     if CENTRAL in run.federation.baselines:
         pooled = central_policy(policies, run.data.name)
-        specs.append(HospitalSpec(run, pooled, len(specs), members, state_folder(run, pooled, folder), tuple(specs)))
+        own = hospital_folder(pooled, folder, root)
+        specs.append(HospitalSpec(run, pooled, len(specs), members, own, pooled=tuple(specs)))
     return specs
+
+
+def expected_heads(
+    run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, root: Path
+) -> dict[str, tuple[str, ...]]:
+    """Return the rows that each hospital's ledger must hold: of the mirror, and of the run's last receipt."""
+    if not run.privacy.patient_level:
+        return {}
+    mirror = RunMirror(policies, folder, root)
+    receipts = receipt_heads(result.receipt for result in RunFolder(folder, run).results())
+    return {
+        policy.hospital: mirror.expected_heads(policy.hospital, receipts.get(policy.hospital)) for policy in policies
+    }
+
+
+def open_federation_ledger(run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, root: Path) -> Ledger:
+    """Open the federation's account of hospital-level epsilon; it holds what the run's last receipt has seen.
+
+    Raises:
+      LedgerError: the account is damaged, locked, or lacks that row.
+    """
+    from medfl_ray.store.ledger import PrivacyLedger
+
+    plan = plan_central(run, policies)
+    assert plan is not None
+    max_epsilon, one_run = federation_budget(run, policies)
+    last = receipt_heads(result.receipt for result in RunFolder(folder, run).results()).get(FEDERATION)
+    own = federation_folder(policies, folder, root)
+    own.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return PrivacyLedger.open(
+        own / "ledger.sqlite",
+        hospital=FEDERATION,
+        data_set=run.data.name,
+        delta=plan.delta,
+        max_epsilon=max_epsilon,
+        one_run=one_run,
+        expected_heads=[LedgerHead.parse(last)] if last is not None else [],
+    )
 
 
 def local_pool(specs: list[HospitalSpec]) -> LocalPool:
@@ -56,7 +117,7 @@ def initial_weights(run: RunConfig) -> Callable[[int, int], tuple[Layout, Vector
             in_channels=in_channels,
             out_channels=out_channels,
             patch_size=run.patch_size,
-            for_dp=run.privacy.enable_dp,
+            for_dp=run.privacy.patient_level,
         )
         return trainer.layout, trainer.initial_weights(run.federation.seed)
 
@@ -70,11 +131,16 @@ def run_in_process(
     pool: ClientPool,
     emit: Callable[[Event], None],
     stop: threading.Event,
+    root: Path | None = None,
 ) -> RunOutcome:
-    """Run a federation against a pool, and close the pool whatever happens."""
+    """Run a federation against a pool, and close the pool whatever happens; `root` as in `hospital_specs`."""
     store = RunFolder(folder, run)
+    mirror = RunMirror(policies, folder, root or state_root(run))
     try:
-        return run_federation(RunParts(run, store.job, policies, pool, store, initial_weights(run), emit, stop))
+        account = partial(open_federation_ledger, run, policies, folder, root or state_root(run))
+        return run_federation(
+            RunParts(run, store.job, policies, pool, store, mirror, initial_weights(run), emit, stop, account)
+        )
     finally:
         pool.close()
 
@@ -82,8 +148,10 @@ def run_in_process(
 class Coordinator:
     """The federation as an actor: `run` in one thread, `events_since` and `stop` in others."""
 
-    def __init__(self, run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, gpus_per_actor: float) -> None:
-        self._run, self._policies, self._folder = run, policies, folder
+    def __init__(
+        self, run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, root: Path, gpus_per_actor: float
+    ) -> None:
+        self._run, self._policies, self._folder, self._root = run, policies, folder, root
         self._gpus_per_actor = gpus_per_actor
         self._events: list[Event] = []
         self._stop = threading.Event()
@@ -95,9 +163,11 @@ class Coordinator:
         from actors.ray_pool import RayPool
 
         torch.set_num_threads(1)
-        specs = hospital_specs(self._run, self._policies, self._folder)
+        specs = hospital_specs(self._run, self._policies, self._folder, self._root)
         pool = RayPool(specs, self._folder.name, self._run.federation.num_actors, self._gpus_per_actor)
-        return run_in_process(self._run, self._policies, self._folder, pool, self._events.append, self._stop)
+        return run_in_process(
+            self._run, self._policies, self._folder, pool, self._events.append, self._stop, self._root
+        )
 
     def events_since(self, position: int) -> list[Any]:
         """Return the events after the first `position` ones."""

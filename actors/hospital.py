@@ -7,10 +7,10 @@ serves the in-process pool.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import LedgerError, MedflError
@@ -23,6 +23,7 @@ from medfl_ray.params import Vector
 from medfl_ray.site_policy import SitePolicy
 
 PICTURES_PER_HOSPITAL = 2
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class HospitalSpec:
     `members` are the hospitals whose data it opens: itself, or all of them for the central baseline.
     `state_folder` holds the ledger; it belongs to the hospital and outlives the run unless data are synthetic.
     `pooled` are the hospitals whose own ledgers are charged instead, where several hospitals' data are pooled.
+    `expected_heads` are rows that the ledger must hold, from the coordinator's mirror and the run's last receipt.
     """
 
     run: RunConfig
@@ -40,21 +42,7 @@ class HospitalSpec:
     members: tuple[str, ...]
     state_folder: Path
     pooled: tuple[HospitalSpec, ...] = ()
-
-
-def state_folder(run: RunConfig, policy: SitePolicy, run_folder: Path) -> Path:
-    """Return where a hospital keeps its ledger: with the run for synthetic data, else in the user's state folder."""
-    if policy.declared == "synthetic":
-        return run_folder / "hospitals" / policy.hospital
-    if run.output.state_directory is not None:
-        return run.output.state_directory / policy.hospital
-    return state_root() / policy.hospital
-
-
-def state_root() -> Path:
-    """Return the user's folder of ledgers, which outlive every run."""
-    root = os.environ.get("MEDFL_STATE_DIR") or os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
-    return Path(root) / "medfl-ray"
+    expected_heads: tuple[str, ...] = ()
 
 
 def build_hospital(spec: HospitalSpec) -> Hospital:
@@ -76,10 +64,10 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
         in_channels=run.model.in_channels or len(data.channels),
         out_channels=run.model.out_channels or max(data.labels, default=1) + 1,
         patch_size=run.patch_size,
-        for_dp=run.privacy.enable_dp,
+        for_dp=run.privacy.patient_level,
     )
     _make_state_folder(spec)
-    ledger = open_ledger(spec) if run.privacy.enable_dp else None
+    ledger = open_ledger(spec) if run.privacy.patient_level else None
 
     def local_report(
         round: int, values: Mapping[str, float], scores: Sequence[Any], pictures: tuple[bytes, ...]
@@ -97,9 +85,10 @@ def open_ledger(spec: HospitalSpec) -> Ledger:
     """Open a hospital's account, or for pooled data the accounts of all hospitals they come from.
 
     Raises:
-      LedgerError: an account is damaged, locked, or its folder cannot be made.
+      LedgerError: an account is damaged, locked, lacks an expected row, or its folder cannot be made.
     """
     from medfl_ray.store.ledger import PrivacyLedger
+    from medfl_ray.store.ledger_events import LedgerHead
     from medfl_ray.store.pooled_ledger import PooledLedger
 
     def account(of: HospitalSpec) -> PrivacyLedger:
@@ -111,6 +100,7 @@ def open_ledger(spec: HospitalSpec) -> Ledger:
             delta=account_delta(of.run, of.policy),
             max_epsilon=budget_of(of.run, of.policy),
             one_run=is_for_one_run(of.policy),
+            expected_heads=[LedgerHead.parse(head) for head in of.expected_heads],
         )
 
     return PooledLedger([account(member) for member in spec.pooled]) if spec.pooled else account(spec)
@@ -152,14 +142,11 @@ class HospitalActor:
 
     def describe(self, hospital: str) -> HospitalInfo | ClientFailure:
         """Build a hospital and say what is public about it."""
-        try:
-            return self._hospital(hospital).info()
-        except MedflError as error:
-            return start_failure(hospital, str(error))
+        return self._asked(hospital, 0, 0, lambda built: built.info())
 
     def reserve(self, hospital: str, plan: RoundPlan) -> PrivacySpent | ClientFailure | None:
         """See Hospital.reserve."""
-        return self._hospital(hospital).reserve(plan)
+        return self._asked(hospital, plan.round, plan.attempt, lambda built: built.reserve(plan))
 
     def release(self, hospital: str, plan: RoundPlan, reason: str) -> None:
         """See Hospital.release."""
@@ -167,18 +154,15 @@ class HospitalActor:
 
     def train(self, hospital: str, plan: RoundPlan, weights: Vector) -> ClientUpdate | ClientFailure:
         """See Hospital.train."""
-        return self._hospital(hospital).train(plan, weights)
+        return self._asked(hospital, plan.round, plan.attempt, lambda built: built.train(plan, weights))
 
     def evaluate(self, hospital: str, round: int, weights: Vector, pictures: bool) -> SiteEvaluation | ClientFailure:
         """See Hospital.evaluate."""
-        return self._hospital(hospital).evaluate(round, weights, pictures)
+        return self._asked(hospital, round, 0, lambda built: built.evaluate(round, weights, pictures))
 
     def train_alone(self, hospital: str, plan: AlonePlan, weights: Vector) -> AloneResult | ClientFailure:
         """See Hospital.train_alone."""
-        try:
-            return self._hospital(hospital).train_alone(plan, weights)
-        except MedflError as error:
-            return start_failure(hospital, str(error))
+        return self._asked(hospital, 0, 0, lambda built: built.train_alone(plan, weights))
 
     def export_ledger(self, hospital: str) -> dict[str, Any]:
         """See Hospital.export_ledger."""
@@ -187,6 +171,14 @@ class HospitalActor:
     def process_id(self) -> int:
         """Return the actor's process id, for tools that watch or end it."""
         return os.getpid()
+
+    def _asked(self, name: str, round: int, attempt: int, ask: Callable[[Hospital], Answer]) -> Answer | ClientFailure:
+        """Ask a hospital, which is built first where this process is new: after a restart that may fail."""
+        try:
+            hospital = self._hospital(name)
+        except MedflError as error:
+            return start_failure(name, str(error), round, attempt)
+        return ask(hospital)
 
     def _hospital(self, name: str) -> Hospital:
         if name not in self._hospitals:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from actors.cluster import check_pinned
 from actors.hospital import HospitalActor, HospitalSpec
 from medfl_ray.federation.baselines import CENTRAL
 from medfl_ray.federation.local_pool import deadline_failure, start_failure
@@ -35,6 +36,7 @@ class RayPool:
         self._job = job
         self._gpus_per_actor = gpus_per_actor
         self._actors: dict[str, Any] = {}
+        check_pinned(ledgers_to_pin(specs), ray.nodes())  # type: ignore[no-untyped-call]
         self._homes = deal(sorted(name for name in self._specs if name != CENTRAL), num_actors)
 
     def describe(self) -> Sequence[HospitalInfo | ClientFailure]:
@@ -43,7 +45,8 @@ class RayPool:
         return list(self._gather(calls, lambda name, why: start_failure(name, why), START_TIMEOUT_S))
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
-        calls = {name: (lambda actor, name=name: actor.reserve.remote(name, plan)) for name in plan.hospitals}
+        told = {name: plan.addressed_to(name) for name in plan.hospitals}
+        calls = {name: (lambda actor, name=name: actor.reserve.remote(name, told[name])) for name in plan.hospitals}
         fail = self._failure("reserve", plan.round, plan.attempt, left_host=False)
         answers: dict[str, Any] = dict(self._gather_named(calls, fail, plan.deadline_s))
         return {name: answers[name] for name in plan.hospitals}
@@ -56,7 +59,8 @@ class RayPool:
         self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector
     ) -> Iterator[ClientUpdate | ClientFailure]:
         shared = ray.put(weights)
-        calls = {name: (lambda actor, name=name: actor.train.remote(name, plan, shared)) for name in hospitals}
+        told = {name: plan.addressed_to(name) for name in hospitals}
+        calls = {name: (lambda actor, name=name: actor.train.remote(name, told[name], shared)) for name in hospitals}
         fail = self._failure("train", plan.round, plan.attempt)
         late = lambda name: deadline_failure(name, plan)  # noqa: E731
         yield from self._gather(calls, fail, plan.deadline_s, late)
@@ -162,6 +166,14 @@ class RayPool:
             remote = ray.remote(HospitalActor).options(name=f"hospital:{name}:{self._job}", **options)
             self._actors[name] = remote.remote([self._specs[hospital] for hospital in home])
         return self._actors[name]
+
+
+def ledgers_to_pin(specs: Sequence[HospitalSpec]) -> list[str]:
+    """Return the hospitals whose ledger outlives the run and so belongs to one node.
+
+    The central baseline is among them: it opens every hospital's ledger, which only one node could have.
+    """
+    return [s.policy.hospital for s in specs if s.run.privacy.enable_dp and s.policy.declared != "synthetic"]
 
 
 def deal(names: Sequence[str], num_actors: int | None) -> list[tuple[str, ...]]:

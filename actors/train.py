@@ -17,6 +17,7 @@ from medfl_ray.errors import ClusterError, MedflError
 from medfl_ray.federation.events import Event, Notice
 from medfl_ray.federation.run import RunOutcome
 from medfl_ray.site_policy import SitePolicy
+from medfl_ray.store.state_folders import state_root
 
 POLL_S = 0.25
 Emit = Callable[[Event], None]
@@ -60,7 +61,7 @@ def _follow(
     remote = ray.remote(Coordinator).options(
         name=f"coordinator:{folder.name}", num_cpus=0.01, max_concurrency=4, max_restarts=0
     )
-    coordinator: Any = remote.remote(run, policies, folder.resolve(), run.training.gpus_per_hospital)
+    coordinator: Any = remote.remote(run, policies, folder.resolve(), state_root(run), run.training.gpus_per_hospital)
     outcome, seen, asked = coordinator.run.remote(), 0, False
     try:
         while True:

@@ -119,8 +119,3 @@ class PrivacyConfig(Section):
     def central(self) -> bool:
         """Whether the coordinator clips and noises: hospital-level differential privacy."""
         return self.enable_dp and self.unit == "hospital"
-
-    @property
-    def secret_cohorts(self) -> bool:
-        """Whether who was asked in a round must stay with the coordinator: amplification by sampling is claimed."""
-        return self.central and self.hospital_level.mechanism == "gaussian"

@@ -7,15 +7,22 @@ hospital is a `Metric` with a label that says what it costs to show it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from medfl_ray.params import Vector
 
 Label = Literal["public", "charged", "suppressed", "unprotected"]
 """public: derived from public or synthetic data. charged: paid for in the ledger. suppressed: not
 shown. unprotected: private data of a run whose differential privacy is off."""
+
+
+Unit = Literal["patient", "hospital"]
+"""What one differing record is: one patient of one hospital, or one hospital with all its patients."""
+
+Adjacency = Literal["add_remove", "zero_out"]
+"""add_remove: a record is there or not. zero_out: a record is there, or zeros in its place (tree aggregation)."""
 
 
 class Message(BaseModel):
@@ -32,10 +39,12 @@ class Metric(Message):
 
 
 class Mechanism(Message):
-    """The patient-level subsampled Gaussian mechanism of one hospital in one round.
+    """The subsampled Gaussian mechanism of one hospital in one round, or of the coordinator at hospital level.
 
     Noise has standard deviation noise_multiplier * max_grad_norm on the sum of clipped patient
-    gradients; each of num_steps steps draws every patient with probability sample_rate.
+    gradients; each of num_steps steps draws every patient with probability sample_rate. At hospital level
+    the sum is of hospitals' updates and num_patients counts hospitals. With adjacency zero_out it is one tree over
+    num_steps rounds, noise_multiplier per node.
     """
 
     noise_multiplier: float
@@ -44,12 +53,17 @@ class Mechanism(Message):
     num_steps: int
     num_patients: int
     delta: float
-    unit: Literal["patient"] = "patient"
-    adjacency: Literal["add_remove"] = "add_remove"
+    unit: Unit = "patient"
+    adjacency: Adjacency = "add_remove"
 
 
 class RoundPlan(Message):
-    """What a round is going to do, fixed before any hospital trains."""
+    """What a round is going to do, fixed before any hospital trains.
+
+    `ledger_heads` names the last row of each hospital's ledger that the coordinator has seen: a ledger that lacks
+    it does not train, and one that has it sends the rows behind it. `clip_norm` bounds a hospital's whole update,
+    under hospital-level differential privacy.
+    """
 
     job: str
     round: int
@@ -61,20 +75,39 @@ class RoundPlan(Message):
     learning_rate: float
     mechanisms: dict[str, Mechanism]
     deadline_s: float | None = None
+    clip_norm: float | None = None
+    ledger_heads: dict[str, str] = Field(default_factory=dict)
+
+    def addressed_to(self, hospital: str) -> RoundPlan:
+        """Return what one hospital is told: under hospital-level DP not who else was asked, which may be secret."""
+        if self.clip_norm is None:
+            return self
+        return self.model_copy(update={"hospitals": (hospital,), "num_steps": {hospital: self.num_steps[hospital]}})
+
+
+class LedgerRows(Message):
+    """The newest rows of one ledger, each as the hospital signed it, for the coordinator's mirror."""
+
+    hospital: str
+    data_set: str
+    public_key: str
+    events: tuple[dict[str, Any], ...]
 
 
 class PrivacySpent(Message):
-    """Cumulative privacy loss of one hospital's data set, reservations included.
+    """Cumulative privacy loss of one hospital's data set, or of the federation's hospitals, reservations included.
 
     `ledger_head` names the last row of the ledger behind the figure, so that receipts remember how far it went.
+    `ledger_rows` travel to the coordinator's mirror and are taken off there: no receipt holds them.
     """
 
     epsilon: float
     delta: float
     budget: float | None
-    unit: Literal["patient"] = "patient"
-    adjacency: Literal["add_remove"] = "add_remove"
+    unit: Unit = "patient"
+    adjacency: Adjacency = "add_remove"
     ledger_head: str | None = None
+    ledger_rows: tuple[LedgerRows, ...] = ()
 
 
 class HospitalInfo(Message):
@@ -95,7 +128,8 @@ class HospitalInfo(Message):
 class ClientUpdate:
     """One hospital's change of the weights, delta of shape [P], with its public weight.
 
-    `duration_s` is 0 for private data under DP: it would tell how many patients were drawn.
+    `duration_s` is 0 for private data under DP: it would tell how many patients were drawn. `within_clip` says
+    whether the update fitted the plan's clip norm before it was clipped; None where there is none.
     """
 
     hospital: str
@@ -108,6 +142,7 @@ class ClientUpdate:
     spent: PrivacySpent | None
     metrics: dict[str, Metric] = field(default_factory=dict)
     duration_s: float = 0.0
+    within_clip: bool | None = None
 
 
 class ClientFailure(Message):
@@ -132,7 +167,11 @@ class SiteEvaluation(Message):
 
 
 class Receipt(Message):
-    """The record of one round: who was asked, who trained, who did not and why."""
+    """The record of one round: who was asked, who trained, who did not and why.
+
+    With a secret cohort nothing here says who was asked: amplification by sampling is claimed, and so asked, trained
+    and update_hashes are empty and of failures only those are named that do not depend on the draw.
+    """
 
     job: str
     round: int
@@ -148,6 +187,7 @@ class Receipt(Message):
     weights_after: str | None
     published: bool
     ended_at: str
+    secret_cohort: bool = False
 
 
 class RoundResult(Message):

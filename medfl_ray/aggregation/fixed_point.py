@@ -77,6 +77,12 @@ def merge_sums(first: PartialSum, second: PartialSum) -> PartialSum:
     )
 
 
+def plain_sum(partial: PartialSum) -> npt.NDArray[np.float64]:
+    """Return the sum of weight * update, shape [P]; zeros where no update was added."""
+    total: npt.NDArray[np.float64] = partial.total.astype(np.float64) / _SCALE
+    return total
+
+
 def weighted_mean(partial: PartialSum) -> Vector:
     """Return the weighted mean update as float32 of shape [P].
 

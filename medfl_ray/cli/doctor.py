@@ -48,7 +48,7 @@ def _examine(data: Path | None, ray: bool) -> Iterator[Check]:
 
 
 def _state_root() -> Path:
-    from actors.hospital import state_root
+    from medfl_ray.store.state_folders import state_root
 
     return state_root()
 

@@ -12,6 +12,7 @@ from medfl_ray.cli import data, privacy
 from medfl_ray.cli.doctor import doctor
 from medfl_ray.cli.evaluate import evaluate
 from medfl_ray.cli.export import export
+from medfl_ray.cli.pretrain import pretrain
 from medfl_ray.cli.run import run
 from medfl_ray.errors import ConfigError, DataError, MedflError, ModelError, PrivacyConfigError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(run)
+app.command()(pretrain)
 app.command()(evaluate)
 app.command()(export)
 app.command()(doctor)

@@ -13,6 +13,9 @@ from medfl_ray.errors import LedgerError
 app = typer.Typer(no_args_is_help=True)
 
 Run = Annotated[Path | None, typer.Argument(help="A run's folder: read the ledgers exported with it.")]
+RunOrMirror = Annotated[
+    Path | None, typer.Argument(help="A run's folder, or a coordinator's mirror: read the copies in it.")
+]
 State = Annotated[Path | None, typer.Option(help="The hospital's state folder: read the ledger itself.")]
 DeltaOption = Annotated[float, typer.Option(help="Delta of the epsilon shown for a state folder.")]
 
@@ -27,11 +30,11 @@ def show(run: Run = None, state: State = None, delta: DeltaOption = 1e-5) -> Non
 
 
 @app.command()
-def verify(run: Run = None, state: State = None, delta: DeltaOption = 1e-5) -> None:
+def verify(run: RunOrMirror = None, state: State = None, delta: DeltaOption = 1e-5) -> None:
     """Check every row's order, hash, signature and meaning; the first bad row is named."""
-    from medfl_ray.store.ledger_mirror import verify_export
+    from medfl_ray.store.ledger_export import verify_export
 
-    for export in _exports(run, state, delta):
+    for export in _remembered(run) if run is not None and state is None else _exports(run, state, delta):
         head = verify_export(export)
         typer.echo(
             f"hospital {export['hospital']}, data set {export['data_set']}: {head.sequence} rows are whole and signed; "
@@ -42,20 +45,41 @@ def verify(run: Run = None, state: State = None, delta: DeltaOption = 1e-5) -> N
 @app.command()
 def recover(
     hospital: Annotated[str, typer.Option(help="The hospital whose ledger is brought back.")],
-    state: Annotated[Path, typer.Option(help="The hospital's state folder, in which ledger.sqlite lies or lay.")],
-    mirror: Annotated[list[Path], typer.Argument(help="Folders of runs whose exports remember the ledger.")],
+    state: Annotated[
+        Path | None,
+        typer.Option(help="The hospital's state folder, in which ledger.sqlite lies or lay; the user's when absent."),
+    ] = None,
+    mirror: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of runs, or of a coordinator's mirror; the user's mirror when absent."),
+    ] = None,
     delta: DeltaOption = 1e-5,
 ) -> None:
     """Charge what mirrors remember into a ledger that is lost, shorter, damaged or another history."""
     from medfl_ray.store.ledger_file import LEDGER_NAME
     from medfl_ray.store.ledger_recovery import recover as recover_ledger
+    from medfl_ray.store.state_folders import MIRROR_FOLDER, state_root
 
-    exports = [export for run in mirror for export in _of_run(run) if export.get("hospital") == hospital]
+    folders = mirror or [state_root() / MIRROR_FOLDER]
+    exports = [export for folder in folders for export in _remembered(folder) if export.get("hospital") == hospital]
     if not exports:
         raise LedgerError(f"no mirror given holds a ledger of hospital {hospital!r}; check --hospital and the folders")
-    added = recover_ledger(state / LEDGER_NAME, exports, delta)
+    place = state or state_root() / hospital
+    place.mkdir(parents=True, exist_ok=True, mode=0o700)
+    added = recover_ledger(place / LEDGER_NAME, exports, delta)
     for (_, data_set), count in sorted(added.items()):
         typer.echo(f"hospital {hospital}, data set {data_set}: {count} rows added; everything mirrored is charged")
+
+
+def _remembered(folder: Path) -> list[dict[str, Any]]:
+    """Return what a folder remembers of ledgers: a coordinator's mirror, a run's own, a finished run's export."""
+    from medfl_ray.store.ledger_mirror import MIRROR_NAME, LedgerMirror
+    from medfl_ray.store.state_folders import MIRROR_IN_RUN
+
+    places = [place for place in (folder, folder / MIRROR_IN_RUN) if (place / MIRROR_NAME).exists()]
+    copies = [LedgerMirror(place).export(*account) for place in places for account in LedgerMirror(place).accounts()]
+    exports = [export for export in copies if export is not None]
+    return [*exports, *_of_run(folder)] if not places or (folder / "ledger.json").exists() else exports
 
 
 def _exports(run: Path | None, state: Path | None, delta: float) -> list[dict[str, Any]]:
@@ -74,7 +98,7 @@ def _of_run(run: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise LedgerError(
             f"cannot read {path.name!r} in {run.name!r} ({type(error).__name__}); give the folder of a finished "
-            "run with DP"
+            "run with DP, or of a coordinator's mirror"
         ) from None
     if not isinstance(content, dict):
         raise LedgerError(f"{path.name!r} holds {type(content).__name__}; expected one export per hospital")

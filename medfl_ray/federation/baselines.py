@@ -8,11 +8,11 @@ the central one in the ledger of every hospital whose data it pools.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError
-from medfl_ray.federation.events import BaselineProgress, Event, PhaseStarted
+from medfl_ray.federation.events import BaselineProgress, Event, Notice, PhaseStarted
 from medfl_ray.federation.planning import mechanism_for
 from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.federation.rounds import RoundContext
@@ -95,7 +95,7 @@ def run_baselines(
         if isinstance(answer, ClientFailure):
             failures.append(answer)
         else:
-            results[answer.hospital] = answer
+            results[answer.hospital] = _mirrored(context, answer)
         done = len(results) + len(failures)
         emit(BaselineProgress(baseline=answer.hospital, done=done, total=len(plans)))
     central = results.pop(CENTRAL, None)
@@ -107,6 +107,16 @@ def run_baselines(
         central_spent=central.spent if central is not None else None,
         failures=(*failures, *problems),
     )
+
+
+def _mirrored(context: RoundContext, result: AloneResult) -> AloneResult:
+    """Keep the ledger rows that a baseline wrote, and take them off its result."""
+    if result.spent is None:
+        return result
+    problems = context.mirror.keep(result.spent.ledger_rows)
+    for reason in problems.values():
+        context.emit(Notice(message=f"note: {reason}"))
+    return replace(result, spent=result.spent.model_copy(update={"ledger_rows": ()}))
 
 
 def _central(run: RunConfig, context: RoundContext, policies: Sequence[SitePolicy]) -> AlonePlan:
@@ -131,6 +141,8 @@ def _alone(
 ) -> AlonePlan:
     run = context.run
     kind = CENTRAL if returns_weights else "local"
+    charged = context.available if returns_weights else (hospital,)
+    heads = context.mirror.heads(charged) if mechanism is not None else {}
     rounds = tuple(
         RoundPlan(
             job=f"{context.job}/{kind}",
@@ -142,6 +154,7 @@ def _alone(
             num_steps={hospital: steps},
             learning_rate=learning_rate(run.training, number, run.federation.rounds),
             mechanisms={hospital: mechanism} if mechanism is not None else {},
+            ledger_heads=heads,
         )
         for number in range(1, run.federation.rounds + 1)
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import structlog
@@ -29,6 +29,7 @@ from medfl_ray.messages import (
     SiteEvaluation,
 )
 from medfl_ray.params import Vector
+from medfl_ray.privacy.hospital_level import clip_update
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.training.evaluation import PatientScore, summarise
 from medfl_ray.training.trainer import LocalJob, Trainer
@@ -95,9 +96,10 @@ class Hospital:
             ledger = self._parts.ledger
             if mechanism is None or ledger is None:
                 return None
+            ledger.check_heads(plan.ledger_heads)
             key = (plan.job, plan.round, plan.attempt)
             self._reservations[key] = ledger.reserve(*key, mechanism, run_budget), mechanism
-            return ledger.spent()
+            return self._with_rows(ledger.spent(), plan)
 
         return self._guarded(plan.round, plan.attempt, "reserve", False, work)
 
@@ -109,23 +111,33 @@ class Hospital:
 
     def train(self, plan: RoundPlan, weights: Vector) -> ClientUpdate | ClientFailure:
         """Train on this hospital's patients; the cost is settled before the update is returned."""
+        answer = self._train(plan, weights)
+        if isinstance(answer, ClientFailure) or answer.spent is None:
+            return answer
+        return replace(answer, spent=self._with_rows(answer.spent, plan))
+
+    def _train(self, plan: RoundPlan, weights: Vector) -> ClientUpdate | ClientFailure:
 
         def work() -> ClientUpdate:
             started = time.monotonic()
             parts = self._parts
             outcome = parts.trainer.train(weights, parts.data, self._claim(plan))
-            losses = {"train_loss": outcome.mean_loss}
+            losses = {"train_loss": outcome.mean_loss} if plan.clip_norm is None else {}
+            delta, within = outcome.delta, None
+            if plan.clip_norm is not None:
+                delta, within = clip_update(delta, plan.clip_norm)
             return ClientUpdate(
                 hospital=self.id,
                 round=plan.round,
                 attempt=plan.attempt,
-                delta=outcome.delta,
+                delta=delta,
                 layout_checksum=parts.trainer.layout.checksum,
                 num_patients=aggregation_weight(parts.run, parts.policy.num_patients),
                 num_steps=outcome.num_steps,
                 spent=self._spent(),
                 metrics=labelled(losses, parts.policy.declared, parts.run.privacy.enable_dp),
                 duration_s=0.0 if self._is_confidential else time.monotonic() - started,
+                within_clip=within,
             )
 
         return self._guarded(plan.round, plan.attempt, "train", True, work)
@@ -162,7 +174,7 @@ class Hospital:
             reserved = self._reserve(round_plan, None)
             if isinstance(reserved, ClientFailure):
                 return reserved
-            answer = self.train(round_plan, current)
+            answer = self._train(round_plan, current)
             if isinstance(answer, ClientFailure):
                 return answer
             current = current + answer.delta
@@ -170,11 +182,20 @@ class Hospital:
         evaluation = self.evaluate(last, current)
         if isinstance(evaluation, ClientFailure):
             return evaluation
-        return AloneResult(self.id, evaluation.metrics, self._spent(), current if plan.returns_weights else None)
+        spent = self._spent()
+        if spent is not None:
+            spent = self._with_rows(spent, plan.rounds[0])
+        return AloneResult(self.id, evaluation.metrics, spent, current if plan.returns_weights else None)
 
     def export_ledger(self) -> dict[str, Any]:
         """Return the account's events, or nothing where DP is off."""
         return self._parts.ledger.export() if self._parts.ledger is not None else {}
+
+    def _with_rows(self, spent: PrivacySpent, plan: RoundPlan) -> PrivacySpent:
+        """Add the ledger's rows that the coordinator has not seen, for its mirror."""
+        ledger = self._parts.ledger
+        rows = ledger.rows_after(plan.ledger_heads) if ledger is not None else ()
+        return spent.model_copy(update={"ledger_rows": rows})
 
     def _spent(self) -> PrivacySpent | None:
         ledger = self._parts.ledger
@@ -189,7 +210,9 @@ class Hospital:
     def _agreed_mechanism(self, plan: RoundPlan) -> Mechanism | None:
         mechanism = plan.mechanisms.get(self.id)
         policy = self._parts.policy
-        if mechanism is None and (policy.require_dp or self._parts.run.privacy.enable_dp):
+        if self._parts.run.privacy.central and plan.clip_norm is None:
+            raise PrivacyConfigError(f"the plan of round {plan.round} has no clip norm, which privacy.unit asks for")
+        if mechanism is None and (policy.require_dp or self._parts.run.privacy.patient_level):
             raise PrivacyConfigError(f"the plan of round {plan.round} has no privacy mechanism for {self.id!r}")
         if mechanism is not None and mechanism.num_patients != policy.num_patients:
             raise PrivacyConfigError(

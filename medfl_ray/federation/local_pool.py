@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from medfl_ray.errors import MedflError
 from medfl_ray.federation.hospital import Hospital
 from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
+
+Answer = TypeVar("Answer")
 
 
 class LocalPool:
@@ -21,29 +24,21 @@ class LocalPool:
         self._hospitals: dict[str, Hospital] = {}
 
     def describe(self) -> Sequence[HospitalInfo | ClientFailure]:
-        answers: list[HospitalInfo | ClientFailure] = []
-        for name in self._builders:
-            if name == "central":
-                continue
-            try:
-                answers.append(self._hospital(name).info())
-            except MedflError as error:
-                answers.append(start_failure(name, str(error)))
-        return answers
+        return [self._asked(name, 0, 0, lambda built: built.info()) for name in self._builders if name != "central"]
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
-        return {name: self._hospital(name).reserve(plan) for name in plan.hospitals}
+        return {name: self._tell(name, plan, lambda built, own: built.reserve(own)) for name in plan.hospitals}
 
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
         for name in hospitals:
-            self._hospital(name).release(plan, reason)
+            self._asked(name, plan.round, plan.attempt, lambda built: built.release(plan, reason))
 
     def train(
         self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector
     ) -> Iterator[ClientUpdate | ClientFailure]:
         started = time.monotonic()
         for name in hospitals:
-            answer = self._hospital(name).train(plan, weights)
+            answer = self._tell(name, plan, lambda built, own: built.train(own, weights))
             late = plan.deadline_s is not None and time.monotonic() - started > plan.deadline_s
             yield deadline_failure(name, plan) if late else answer
 
@@ -51,16 +46,11 @@ class LocalPool:
         self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool
     ) -> Iterator[SiteEvaluation | ClientFailure]:
         for name in hospitals:
-            yield self._hospital(name).evaluate(round, weights, pictures)
+            yield self._asked(name, round, 0, lambda built: built.evaluate(round, weights, pictures))
 
     def train_alone(self, plans: Mapping[str, AlonePlan], weights: Vector) -> Iterator[AloneResult | ClientFailure]:
         for name, plan in plans.items():
-            try:
-                hospital = self._hospital(name)
-            except MedflError as error:
-                yield start_failure(name, str(error))
-                continue
-            yield hospital.train_alone(plan, weights)
+            yield self._asked(name, 0, 0, partial(Hospital.train_alone, plan=plan, weights=weights))
 
     def export_ledgers(self) -> dict[str, dict[str, Any]]:
         return {name: hospital.export_ledger() for name, hospital in self._hospitals.items()}
@@ -68,15 +58,24 @@ class LocalPool:
     def close(self) -> None:
         self._hospitals.clear()
 
-    def _hospital(self, name: str) -> Hospital:
+    def _tell(self, name: str, plan: RoundPlan, ask: Callable[[Hospital, RoundPlan], Answer]) -> Answer | ClientFailure:
+        """Ask a hospital about the part of a plan that concerns it."""
+        own = plan.addressed_to(name)
+        return self._asked(name, plan.round, plan.attempt, lambda built: ask(built, own))
+
+    def _asked(self, name: str, round: int, attempt: int, ask: Callable[[Hospital], Answer]) -> Answer | ClientFailure:
+        """Ask a hospital, which is built first where it is not there yet."""
         if name not in self._hospitals:
-            self._hospitals[name] = self._builders[name]()
-        return self._hospitals[name]
+            try:
+                self._hospitals[name] = self._builders[name]()
+            except MedflError as error:
+                return start_failure(name, str(error), round, attempt)
+        return ask(self._hospitals[name])
 
 
-def start_failure(hospital: str, reason: str) -> ClientFailure:
-    """Say that a hospital could not start."""
-    return ClientFailure(hospital=hospital, round=0, attempt=0, stage="start", reason=reason, left_host=False)
+def start_failure(hospital: str, reason: str, round: int = 0, attempt: int = 0) -> ClientFailure:
+    """Say that a hospital could not start, or start again within a round."""
+    return ClientFailure(hospital=hospital, round=round, attempt=attempt, stage="start", reason=reason, left_host=False)
 
 
 def deadline_failure(hospital: str, plan: RoundPlan) -> ClientFailure:

@@ -24,7 +24,7 @@ def steps_per_round(run: RunConfig, policy: SitePolicy) -> int:
     if run.federation.local_steps is not None:
         return run.federation.local_steps
     epochs = run.federation.local_epochs or 1.0
-    if run.privacy.enable_dp:
+    if run.privacy.patient_level:
         return max(1, math.ceil(epochs / sample_rate(run, policy)))
     return max(1, math.ceil(epochs * policy.num_patients / run.training.batch_size))
 
@@ -62,13 +62,13 @@ def budget_of(run: RunConfig, policy: SitePolicy) -> float | None:
 
 
 def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = None) -> Mechanism | None:
-    """Return one round's mechanism at a hospital, or None with DP off.
+    """Return one round's mechanism at a hospital, or None with patient-level DP off.
 
     Raises:
       PrivacyConfigError: the site requires DP or more noise than the run adds, the private data set has
         no budget at all, or its delta is not below 1 / num_patients.
     """
-    if not run.privacy.enable_dp:
+    if not run.privacy.patient_level:
         if policy.require_dp:
             raise PrivacyConfigError(
                 f"hospital {policy.hospital!r} trains only with differential privacy; set privacy.enable_dp: true"

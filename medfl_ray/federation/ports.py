@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,
     HospitalInfo,
+    LedgerRows,
     Mechanism,
     Metric,
     PrivacySpent,
@@ -58,6 +59,22 @@ class Ledger(Protocol):
 
     def export(self) -> dict[str, Any]:
         """The account's events as plain data."""
+
+    def check_heads(self, heads: Mapping[str, str]) -> None:
+        """LedgerError where the account lacks the row that the mapping names for its hospital."""
+
+    def rows_after(self, heads: Mapping[str, str]) -> tuple[LedgerRows, ...]:
+        """What was written behind the row that the mapping names for the hospital."""
+
+
+class LedgerKeeper(Protocol):
+    """The coordinator's mirror of the hospitals' ledgers; see medfl_ray/store/run_mirror.py."""
+
+    def heads(self, hospitals: Sequence[str]) -> dict[str, str]:
+        """The last row seen of each hospital's ledger; nothing of a hospital that has shown none."""
+
+    def keep(self, rows: Iterable[LedgerRows]) -> dict[str, str]:
+        """Keep new rows durably; per hospital whose rows do not follow those kept, the reason."""
 
 
 class ClientPool(Protocol):

@@ -19,12 +19,14 @@ from medfl_ray.config import RunConfig
 from medfl_ray.errors import UpdateRejected
 from medfl_ray.federation.events import Event, HospitalState
 from medfl_ray.federation.hospital import check_layout
+from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION, HospitalLevel
 from medfl_ray.federation.policies import Decision, judge_round
-from medfl_ray.federation.ports import ClientPool, FederationState, RunKeeper
+from medfl_ray.federation.ports import ClientPool, FederationState, LedgerKeeper, RunKeeper
 from medfl_ray.federation.selection import select_hospitals
 from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,
+    LedgerRows,
     Mechanism,
     Metric,
     PrivacySpent,
@@ -38,7 +40,7 @@ from medfl_ray.training.schedules import learning_rate
 
 @dataclass(frozen=True)
 class RoundContext:
-    """What stays the same over the rounds of a run."""
+    """What stays the same over the rounds of a run; `central` is there under hospital-level differential privacy."""
 
     run: RunConfig
     job: str
@@ -47,10 +49,17 @@ class RoundContext:
     strategy: Strategy
     pool: ClientPool
     keeper: RunKeeper
+    mirror: LedgerKeeper
     available: tuple[str, ...]
     num_steps: Mapping[str, int]
     mechanisms: Mapping[str, Mechanism]
     emit: Callable[[Event], None]
+    central: HospitalLevel | None = None
+
+    @property
+    def secret_cohorts(self) -> bool:
+        """Whether nobody but the coordinator may learn who was asked."""
+        return self.central is not None and self.central.secret_cohorts
 
 
 @dataclass
@@ -61,6 +70,7 @@ class Tally:
     failures: list[ClientFailure] = field(default_factory=list)
     update_hashes: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    ledger_rows: list[LedgerRows] = field(default_factory=list)
 
 
 def run_round(
@@ -71,22 +81,23 @@ def run_round(
     plan = plan_round(context, state)
 
     ready = reserve(context, plan, tally)
-    decision = judge_round(context.run.federation, len(ready), len(plan.hospitals), failed_before)
+    decision = judge(context, plan, len(ready), failed_before)
     if decision.verdict == "publish":
         total = collect_updates(context, plan, ready, state, tally)
-        decision = judge_round(context.run.federation, total.num_updates, len(plan.hospitals), failed_before)
+        mirror_rows(context, plan, tally)
+        decision = judge(context, plan, total.num_updates, failed_before)
     else:
         context.pool.release(plan, ready, "the round ended before training: below quorum")
 
     if decision.verdict != "publish":
-        result = close_round(plan, tally, None, started)
+        result = close_round(context, plan, tally, None, started)
         context.keeper.record(result)
         return state, result, decision
 
-    published = apply_updates(context, state, total)
+    published = apply_updates(context, state, total, tally)
     if is_evaluated(context.run, plan.round):
         evaluate_weights(context, plan.round, published, tally)
-    result = close_round(plan, tally, params.checksum(published.weights), started)
+    result = close_round(context, plan, tally, params.checksum(published.weights), started)
     context.keeper.save_checkpoint(published, result)
     context.keeper.record(result)
     return published, result, decision
@@ -95,7 +106,10 @@ def run_round(
 def plan_round(context: RoundContext, state: FederationState) -> RoundPlan:
     """Fix who is asked and what each will do, before any hospital trains."""
     run, number = context.run, state.round + 1
-    hospitals = select_hospitals(context.available, run.federation.fraction, run.federation.seed, number)
+    if context.central is not None:
+        hospitals = context.central.cohort(context.available, number)
+    else:
+        hospitals = select_hospitals(context.available, run.federation.fraction, run.federation.seed, number)
     return RoundPlan(
         job=context.job,
         round=number,
@@ -107,21 +121,68 @@ def plan_round(context: RoundContext, state: FederationState) -> RoundPlan:
         learning_rate=learning_rate(run.training, number, run.federation.rounds),
         mechanisms={h: context.mechanisms[h] for h in hospitals if h in context.mechanisms},
         deadline_s=run.federation.deadline_s,
+        clip_norm=context.central.clip_norm if context.central is not None else None,
+        ledger_heads=context.mirror.heads([h for h in hospitals if h in context.mechanisms]),
     )
 
 
 def reserve(context: RoundContext, plan: RoundPlan, tally: Tally) -> list[str]:
-    """Reserve the round's worst case at every hospital; who cannot afford it is left out, and that is recorded."""
+    """Reserve the round's worst case at every hospital; who cannot afford it is left out, and that is recorded.
+
+    The coordinator has mirrored every reservation before this returns, so that none can be forgotten unseen.
+    """
+    if context.central is not None:
+        tally.spent[FEDERATION] = context.central.reserve(plan)
     ready = []
     for hospital, answer in context.pool.reserve(plan).items():
         if isinstance(answer, ClientFailure):
-            tally.failures.append(answer)
-            context.emit(HospitalState(hospital=hospital, state="left_out", detail=answer.reason))
+            leave_out(context, tally, answer)
             continue
         if answer is not None:
-            tally.spent[hospital] = answer
+            tally.spent[hospital] = take_rows(answer, tally)
         ready.append(hospital)
-    return ready
+    refused = mirror_rows(context, plan, tally)
+    if refused:
+        context.pool.release(plan, [h for h in ready if h in refused], "the coordinator could not mirror the ledger")
+    return [hospital for hospital in ready if hospital not in refused]
+
+
+def judge(context: RoundContext, plan: RoundPlan, num_updates: int, failed_before: int) -> Decision:
+    """Judge the round; under hospital-level DP it is published whatever arrived, for giving up would tell of it."""
+    if context.central is not None:
+        return Decision("publish", "whatever arrived is noised and published")
+    return judge_round(context.run.federation, num_updates, len(plan.hospitals), failed_before)
+
+
+def leave_out(context: RoundContext, tally: Tally, failure: ClientFailure) -> None:
+    """Record why a hospital does not train in this round."""
+    tally.failures.append(failure)
+    tell(context, HospitalState(hospital=failure.hospital, state="left_out", detail=failure.reason))
+
+
+def tell(context: RoundContext, state: HospitalState) -> None:
+    """Say what a hospital of the cohort is doing, unless the cohort is secret."""
+    if not context.secret_cohorts:
+        context.emit(state)
+
+
+def take_rows(spent: PrivacySpent, tally: Tally) -> PrivacySpent:
+    """Take the ledger's new rows off an answer, so that the mirror alone keeps them."""
+    tally.ledger_rows.extend(spent.ledger_rows)
+    return spent.model_copy(update={"ledger_rows": ()})
+
+
+def mirror_rows(context: RoundContext, plan: RoundPlan, tally: Tally) -> set[str]:
+    """Keep the new rows of all ledgers in one write; return the hospitals whose rows do not follow those kept."""
+    problems = context.mirror.keep(tally.ledger_rows)
+    tally.ledger_rows.clear()
+    for hospital, reason in problems.items():
+        leave_out(
+            context,
+            tally,
+            ClientFailure(hospital=hospital, round=plan.round, attempt=plan.attempt, stage="reserve", reason=reason),
+        )
+    return set(problems)
 
 
 def collect_updates(
@@ -130,12 +191,12 @@ def collect_updates(
     """Sum the updates as they arrive; one that does not fit is refused with a reason and the round goes on."""
     total = empty_sum(context.layout.size)
     for hospital in ready:
-        context.emit(HospitalState(hospital=hospital, state="training", num_steps=plan.num_steps[hospital]))
+        tell(context, HospitalState(hospital=hospital, state="training", num_steps=plan.num_steps[hospital]))
     for answer in context.pool.train(plan, ready, state.weights):
         failure = answer if isinstance(answer, ClientFailure) else None
         if isinstance(answer, ClientUpdate):
             try:
-                total = screen_and_add(total, answer, plan, context.layout, tally)
+                total = screen_and_add(context, total, answer, plan, tally)
             except UpdateRejected as error:
                 failure = ClientFailure(
                     hospital=answer.hospital, round=plan.round, attempt=plan.attempt, stage="screen", reason=str(error)
@@ -143,31 +204,39 @@ def collect_updates(
         if failure is not None:
             tally.failures.append(failure)
         state_name, detail = ("failed", failure.reason) if failure else ("done", "")
-        context.emit(HospitalState(hospital=answer.hospital, state=state_name, detail=detail))
+        tell(context, HospitalState(hospital=answer.hospital, state=state_name, detail=detail))
     return total
 
 
 def screen_and_add(
-    total: PartialSum, update: ClientUpdate, plan: RoundPlan, layout: params.Layout, tally: Tally
+    context: RoundContext, total: PartialSum, update: ClientUpdate, plan: RoundPlan, tally: Tally
 ) -> PartialSum:
     """Add an update that belongs to this round; UpdateRejected says why one does not."""
-    reason = check_layout(update, plan, layout)
+    reason = check_layout(update, plan, context.layout)
     if reason is None and update.hospital in tally.update_hashes:
         reason = "the hospital has already delivered an update in this round"
     if reason is not None:
         raise UpdateRejected(reason)
-    total = add_update(total, update.delta, update.num_patients)
+    if context.central is not None:
+        total = add_update(total, context.central.admit(update), 1)
+    else:
+        total = add_update(total, update.delta, update.num_patients)
     tally.update_hashes[update.hospital] = params.checksum(update.delta)
     tally.metrics[update.hospital] = dict(update.metrics)
     if update.spent is not None:
-        tally.spent[update.hospital] = update.spent
+        tally.spent[update.hospital] = take_rows(update.spent, tally)
     return total
 
 
-def apply_updates(context: RoundContext, state: FederationState, total: PartialSum) -> FederationState:
-    """Let the strategy turn the mean update into the next weights."""
-    server_state, weights = context.strategy.apply(state.server_state, state.weights, weighted_mean(total))
-    return FederationState(state.round + 1, weights, server_state)
+def apply_updates(context: RoundContext, state: FederationState, total: PartialSum, tally: Tally) -> FederationState:
+    """Let the strategy turn the mean update into the next weights; under hospital-level DP the noised one."""
+    if context.central is None:
+        server_state, weights = context.strategy.apply(state.server_state, state.weights, weighted_mean(total))
+        return FederationState(state.round + 1, weights, server_state)
+    tally.spent[FEDERATION] = context.central.settle()
+    own_state = {name: value for name, value in state.server_state.items() if name != CLIP_NORM}
+    server_state, weights = context.strategy.apply(own_state, state.weights, context.central.release(total))
+    return FederationState(state.round + 1, weights, {**server_state, **context.central.server_state()})
 
 
 def is_evaluated(run: RunConfig, number: int) -> bool:
@@ -184,8 +253,14 @@ def evaluate_weights(context: RoundContext, number: int, state: FederationState,
             tally.failures.append(answer)
 
 
-def close_round(plan: RoundPlan, tally: Tally, weights_after: str | None, started: float) -> RoundResult:
+def close_round(
+    context: RoundContext, plan: RoundPlan, tally: Tally, weights_after: str | None, started: float
+) -> RoundResult:
     """Write the receipt: who was asked, who trained, who did not and why."""
+    if context.secret_cohorts:
+        plan, tally = without_cohort(plan, tally)
+    # Under hospital-level DP an update is not noised before it is summed, and its hash would confirm a guess of it.
+    hashes = {} if context.central is not None else tally.update_hashes
     receipt = Receipt(
         job=plan.job,
         round=plan.round,
@@ -195,13 +270,21 @@ def close_round(plan: RoundPlan, tally: Tally, weights_after: str | None, starte
         asked=plan.hospitals,
         trained=tuple(sorted(tally.update_hashes)),
         failures=tuple(sorted(tally.failures, key=lambda failure: failure.hospital)),
-        update_hashes=dict(sorted(tally.update_hashes.items())),
+        update_hashes=dict(sorted(hashes.items())),
         spent=dict(sorted(tally.spent.items())),
         weights_before=plan.weights_checksum,
         weights_after=weights_after,
         published=weights_after is not None,
         ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        secret_cohort=context.secret_cohorts,
     )
-    return RoundResult(
-        round=plan.round, receipt=receipt, metrics=tally.metrics, duration_s=round(time.monotonic() - started, 3)
-    )
+    duration_s = 0.0 if context.secret_cohorts else round(time.monotonic() - started, 3)
+    return RoundResult(round=plan.round, receipt=receipt, metrics=tally.metrics, duration_s=duration_s)
+
+
+def without_cohort(plan: RoundPlan, tally: Tally) -> tuple[RoundPlan, Tally]:
+    """Leave out what would tell who was asked; the evaluation asks everybody, so that its failures stay."""
+    shown = plan.model_copy(update={"hospitals": (), "num_steps": {}, "ledger_heads": {}})
+    failures = [failure for failure in tally.failures if failure.stage == "evaluate"]
+    evaluated = {hospital: metrics for hospital, metrics in sorted(tally.metrics.items()) if metrics}
+    return shown, Tally(spent=tally.spent, failures=failures, metrics=evaluated)

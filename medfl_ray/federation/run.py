@@ -13,11 +13,12 @@ from medfl_ray.config import RunConfig
 from medfl_ray.errors import FederationError, QuorumLost
 from medfl_ray.federation.baselines import as_plain, check_baselines, run_baselines
 from medfl_ray.federation.events import Event, HospitalState, Notice, PhaseStarted, RoundClosed
+from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
 from medfl_ray.federation.planning import mechanisms, steps_per_round
 from medfl_ray.federation.policies import can_start
-from medfl_ray.federation.ports import ClientPool, FederationState, PublishedRound, RunKeeper
+from medfl_ray.federation.ports import ClientPool, FederationState, Ledger, LedgerKeeper, PublishedRound, RunKeeper
 from medfl_ray.federation.rounds import RoundContext, run_round
-from medfl_ray.messages import ClientFailure, HospitalInfo, SiteEvaluation
+from medfl_ray.messages import ClientFailure, HospitalInfo, LedgerRows, SiteEvaluation
 from medfl_ray.params import Layout, Vector
 from medfl_ray.site_policy import SitePolicy
 
@@ -66,9 +67,11 @@ class RunParts:
     policies: tuple[SitePolicy, ...]
     pool: ClientPool
     store: RunStore
+    mirror: LedgerKeeper
     initial_weights: Callable[[int, int], tuple[Layout, Vector]]
     emit: Callable[[Event], None]
     stop: threading.Event
+    open_federation_ledger: Callable[[], Ledger]
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
       ConfigError, PrivacyConfigError: a baseline or a mechanism is refused before anything is trained.
     """
     check_baselines(parts.run, parts.policies)
+    central = plan_central(parts.run, parts.policies)
     planned = mechanisms(parts.run, parts.policies)
     parts.emit(PhaseStarted(name="start", total_rounds=parts.run.federation.rounds))
     infos, absent = gather(parts)
@@ -107,16 +111,20 @@ def run_federation(parts: RunParts) -> RunOutcome:
         strategy=build_strategy(parts.run.aggregation),
         pool=parts.pool,
         keeper=parts.store,
+        mirror=parts.mirror,
         available=present,
         num_steps={hospital: steps_per_round(parts.run, policies[hospital]) for hospital in present},
         mechanisms={hospital: planned[hospital] for hospital in present if hospital in planned},
         emit=parts.emit,
+        central=start_central(parts, central, layout.size),
     )
     resumed = parts.store.resume()
     for problem in parts.store.problems:
         parts.emit(Notice(message=f"note: {problem}; the checkpoint before it is used"))
     kept = resumed or FederationState(0, initial, context.strategy.init(layout.size))
     state = FederationState(kept.round, kept.weights, kept.server_state)
+    if context.central is not None:
+        context.central.restore(state.server_state)
     state, reason, trained = repeat_rounds(parts, context, state)
     completed = state.round >= parts.run.federation.rounds
     if completed:
@@ -128,6 +136,15 @@ def run_federation(parts: RunParts) -> RunOutcome:
         absent=tuple(sorted({p.hospital for p in parts.policies} - trained)),
         weights_checksum=params.checksum(state.weights),
     )
+
+
+def start_central(parts: RunParts, plan: CentralPlan | None, num_parameters: int) -> HospitalLevel | None:
+    """Open the federation's account and warn of a federation that is too small, under hospital-level DP."""
+    if plan is None:
+        return None
+    if plan.warning is not None:
+        parts.emit(Notice(message=f"WARNING: {plan.warning}"))
+    return HospitalLevel(parts.run, plan, parts.open_federation_ledger(), num_parameters)
 
 
 def gather(parts: RunParts) -> tuple[list[HospitalInfo], list[ClientFailure]]:
@@ -192,6 +209,8 @@ def repeat_rounds(
 ) -> tuple[FederationState, str, set[str]]:
     """Run rounds until all are published, quorum is lost for good, or somebody asks to stop."""
     trained: set[str] = set(parts.store.trained_so_far())
+    if context.secret_cohorts:
+        trained.update(context.available)  # who was drawn stays with the coordinator; these could be
     failed_before, reason = 0, f"all {parts.run.federation.rounds} rounds were published"
     parts.emit(PhaseStarted(name="federated", total_rounds=parts.run.federation.rounds))
     while state.round < parts.run.federation.rounds:
@@ -226,4 +245,18 @@ def finish(
     if parts.run.federation.baselines:
         baselines = run_baselines(parts.run, context, parts.policies, initial, parts.emit)
         parts.store.save_baselines(as_plain(baselines))
-    parts.store.save_ledgers(parts.pool.export_ledgers())
+    ledgers = parts.pool.export_ledgers()
+    central = {} if context.central is None else {FEDERATION: context.central.export()}
+    parts.store.save_ledgers({**ledgers, **central})
+    for reason in parts.mirror.keep(rows_of(export) for export in ledgers.values() if export).values():
+        parts.emit(Notice(message=f"note: {reason}"))
+
+
+def rows_of(export: Mapping[str, Any]) -> LedgerRows:
+    """Return a ledger's export as the mirror takes it."""
+    return LedgerRows(
+        hospital=export["hospital"],
+        data_set=export["data_set"],
+        public_key=export["public_key"],
+        events=tuple(export["events"]),
+    )

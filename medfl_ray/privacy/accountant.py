@@ -35,8 +35,22 @@ class Segment(NamedTuple):
     num_steps: int
 
 
-def epsilon_spent(history: Iterable[Segment], delta: float) -> float:
-    """Return the patient-level epsilon of a history, under add/remove adjacency; 0 for an empty one.
+class TreeSegment(NamedTuple):
+    """num_trees trees of num_steps rounds each, every hospital at most once in a tree, noise_multiplier per node."""
+
+    noise_multiplier: float
+    num_steps: int
+    num_trees: int = 1
+
+
+Charge = Segment | TreeSegment
+
+
+def epsilon_spent(history: Iterable[Charge], delta: float) -> float:
+    """Return the epsilon of a history, under add/remove adjacency; 0 for an empty one.
+
+    Its unit is what the sample rate draws and the clip norm bounds: a patient, or a hospital. With a tree in the
+    history the adjacency is zero-out: see `tree_epsilon`.
 
     Noise multiplier, rate and steps may change from segment to segment. The result is an upper bound:
     it never understates, and it never falls when a step is added.
@@ -52,8 +66,36 @@ def epsilon_spent(history: Iterable[Segment], delta: float) -> float:
     Balle and Wang 2018, arXiv:1805.06530 (exact Gaussian, where every segment takes all patients).
     """
     check_delta(delta)
-    merged = merge_segments(history)
+    charges = tuple(history)
+    trees = [charge for charge in charges if isinstance(charge, TreeSegment)]
+    merged = merge_segments(charge for charge in charges if isinstance(charge, Segment))
+    if trees:
+        return tree_epsilon(trees, merged, delta)
     return _epsilon(merged, delta) if merged else 0.0
+
+
+def tree_epsilon(trees: Iterable[TreeSegment], others: Iterable[Segment], delta: float) -> float:
+    """Return the epsilon of trees, and of sampled steps beside them, under zero-out adjacency.
+
+    Zero-out: a hospital's update is there, or zeros are in its place; its turn in the tree stays. It is the relation
+    for which dp-accounting has its tree event, and Renyi the only accountant that takes it.
+
+    Raises:
+      PrivacyConfigError: a noise multiplier or a number of rounds is out of its range.
+
+    Source: Kairouz et al. 2021, arXiv:2103.00039, appendix D.
+    """
+    from dp_accounting import dp_event
+    from dp_accounting.privacy_accountant import NeighboringRelation
+    from dp_accounting.rdp import RdpAccountant
+
+    check_delta(delta)
+    accountant = RdpAccountant(RENYI_ORDERS, NeighboringRelation.REPLACE_SPECIAL)
+    for tree in trees:
+        check_charge(tree)
+        event = dp_event.SingleEpochTreeAggregationDpEvent(tree.noise_multiplier, tree.num_steps)
+        accountant.compose(event, tree.num_trees)
+    return _compose(accountant, merge_segments(others), delta)
 
 
 def merge_segments(history: Iterable[Segment]) -> tuple[Segment, ...]:
@@ -93,6 +135,20 @@ def check_segment(segment: Segment) -> None:
         raise PrivacyConfigError(f"sample_rate is {q!r}; it must lie above 0 and be at most 1")
     if steps != int(steps) or steps < 0:
         raise PrivacyConfigError(f"num_steps is {steps!r}; it must be a whole number, 0 or more")
+
+
+def check_charge(charge: Charge) -> None:
+    """Refuse a segment or a tree that no accountant could account.
+
+    Raises:
+      PrivacyConfigError: a figure is out of its range.
+    """
+    if isinstance(charge, Segment):
+        check_segment(charge)
+        return
+    check_segment(Segment(charge.noise_multiplier, 1.0, charge.num_steps))
+    if charge.num_steps < 1 or charge.num_trees < 1:
+        raise PrivacyConfigError(f"a tree of {charge.num_steps!r} rounds cannot be accounted; it has at least one")
 
 
 @lru_cache(maxsize=4096)

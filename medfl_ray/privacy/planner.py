@@ -13,6 +13,7 @@ from functools import lru_cache
 from medfl_ray.errors import PrivacyConfigError
 from medfl_ray.privacy.accountant import (
     Segment,
+    TreeSegment,
     check_delta,
     check_segment,
     epsilon_spent,
@@ -69,6 +70,42 @@ def solve_epsilon(noise_multiplier: float, delta: float, sample_rate: float, num
       PrivacyConfigError: a value is out of its range.
     """
     return epsilon_spent((Segment(noise_multiplier, sample_rate, num_steps),), delta)
+
+
+def solve_tree_epsilon(noise_multiplier: float, delta: float, num_rounds: int, rounds_per_tree: int) -> float:
+    """Return the epsilon (hospital, zero-out) of tree aggregation, a new tree every rounds_per_tree rounds.
+
+    Raises:
+      PrivacyConfigError: a value is out of its range.
+    """
+    whole, rest = divmod(num_rounds, rounds_per_tree)
+    trees = [TreeSegment(noise_multiplier, rounds_per_tree, whole)] if whole else []
+    if rest:
+        trees.append(TreeSegment(noise_multiplier, rest))
+    return epsilon_spent(trees, delta)
+
+
+@lru_cache(maxsize=1024)
+def solve_tree_noise_multiplier(epsilon: float, delta: float, num_rounds: int, rounds_per_tree: int) -> float:
+    """Return the smallest noise multiplier per node with which the trees cost at most epsilon (hospital, zero-out).
+
+    Raises:
+      PrivacyConfigError: a value is out of its range, or no noise multiplier up to 100,000 suffices.
+    """
+    _check(epsilon, delta, Segment(1.0, 1.0, min(num_rounds, rounds_per_tree)))
+
+    def cost(sigma: float) -> float:
+        return solve_tree_epsilon(sigma, delta, num_rounds, rounds_per_tree)
+
+    if cost(LARGEST_SIGMA) > epsilon:
+        raise PrivacyConfigError(
+            f"no noise multiplier up to {LARGEST_SIGMA:g} keeps {num_rounds} rounds in trees of {rounds_per_tree} "
+            f"within epsilon={epsilon:g} (hospital-level, zero-out, delta={delta:g}). Raise epsilon or lower the "
+            "rounds."
+        )
+    if cost(SMALLEST_SIGMA) <= epsilon:
+        return SMALLEST_SIGMA
+    return _first_fitting(cost, epsilon, _root(cost, epsilon, SMALLEST_SIGMA, LARGEST_SIGMA), away=1)
 
 
 def solve_num_steps(epsilon: float, delta: float, sample_rate: float, noise_multiplier: float) -> int:

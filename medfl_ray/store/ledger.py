@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,20 +18,22 @@ from sqlalchemy import Connection
 
 from medfl_ray.errors import BudgetExceeded, LedgerError, PrivacyConfigError
 from medfl_ray.failpoints import failpoint
-from medfl_ray.messages import Mechanism, PrivacySpent
-from medfl_ray.privacy.accountant import Segment, check_delta, check_segment, epsilon_spent
+from medfl_ray.messages import LedgerRows, Mechanism, PrivacySpent
+from medfl_ray.privacy.accountant import Charge, check_charge, check_delta, epsilon_spent
 from medfl_ray.store.ledger_events import (
     CHARGE_FIELDS,
     LedgerEvent,
     LedgerHead,
+    charge_of,
     charged_segments,
     charges,
     check_chain,
     genesis,
     holds,
+    labels_of,
 )
+from medfl_ray.store.ledger_export import EXPORT_FORMAT
 from medfl_ray.store.ledger_file import LedgerFile
-from medfl_ray.store.ledger_mirror import EXPORT_FORMAT
 
 
 class PrivacyLedger:
@@ -64,7 +66,7 @@ class PrivacyLedger:
         data_set: str,
         delta: float,
         max_epsilon: float | None,
-        expected_head: LedgerHead | None = None,
+        expected_heads: Sequence[LedgerHead] = (),
         one_run: bool = False,
     ) -> PrivacyLedger:
         """Open or create the ledger file and check every row of the account.
@@ -72,8 +74,8 @@ class PrivacyLedger:
         Args:
           path: the file in the hospital's state folder; the hospital's key lies beside it.
           delta: of the account's epsilon, in (0, 1).
-          max_epsilon: lifetime budget of the data set (patient-level, add/remove); None for no limit.
-          expected_head: the last row that a mirror or receipt has seen; the ledger must hold it.
+          max_epsilon: lifetime budget of the data set, in its own unit; None for no limit.
+          expected_heads: the last rows that a mirror or receipt has seen; the ledger must hold each.
           one_run: nobody has declared a budget, so that only the first run that was charged may go on.
 
         Raises:
@@ -81,8 +83,8 @@ class PrivacyLedger:
         """
         ledger = cls(LedgerFile(Path(path)), (hospital, data_set), delta, max_epsilon, one_run)
         ledger.verify()
-        if expected_head is not None:
-            ledger.check_holds(expected_head)
+        for head in expected_heads:
+            ledger.check_holds(head)
         return ledger
 
     def reserve(
@@ -97,22 +99,25 @@ class PrivacyLedger:
         """Charge a mechanism before anything is trained and return the reservation's id.
 
         Args:
-          budget: what this job alone may spend, as patient-level epsilon at the mechanism's delta.
+          budget: what this job alone may spend, as epsilon at the mechanism's delta.
           fingerprint: HMAC of the data set's contents, recorded as evidence; see HospitalKey.fingerprint.
 
         Raises:
           BudgetExceeded: the job's or the data set's epsilon would pass its budget; nothing was charged.
           LedgerError: this job, round and attempt is charged already, or the ledger cannot be written.
         """
-        segment = Segment(mechanism.noise_multiplier, mechanism.sample_rate, mechanism.num_steps)
-        check_segment(segment)
+        figures = (mechanism.noise_multiplier, mechanism.sample_rate, mechanism.num_steps)
+        segment = charge_of(mechanism.adjacency, *figures)
+        check_charge(segment)
+        terms = f"{mechanism.unit}-level, {mechanism.adjacency.replace('_', '/')} adjacency"
         # Accounted once outside the lock, so that under it the answer is usually known already.
-        self._refuse_over_budget(job, segment, mechanism.delta, budget)
+        self._refuse_over_budget(job, segment, mechanism.delta, budget, terms)
         reservation = secrets.token_hex(16)
         with self._appending("reserve") as append:
+            self._refuse_other_unit(mechanism)
             self._refuse_twice(job, round, attempt)
             self._refuse_second_run(job)
-            self._refuse_over_budget(job, segment, mechanism.delta, budget)
+            self._refuse_over_budget(job, segment, mechanism.delta, budget, terms)
             append(
                 job=job,
                 round=round,
@@ -147,7 +152,8 @@ class PrivacyLedger:
         """
         self._refresh()
         epsilon = epsilon_spent(charged_segments(self._rows), self._delta)
-        return PrivacySpent(epsilon=epsilon, delta=self._delta, budget=self._max_epsilon, ledger_head=str(self._head))
+        figures = {"epsilon": epsilon, "delta": self._delta, "budget": self._max_epsilon}
+        return PrivacySpent.model_validate({**figures, "ledger_head": str(self._head), **labels_of(self._rows)})
 
     def events(self) -> tuple[LedgerEvent, ...]:
         """Return every row of the account, in order."""
@@ -186,6 +192,28 @@ class PrivacyLedger:
             f"the privacy ledger of hospital {self._account[0]!r}, data set {self._account[1]!r}, {seen}. Nothing "
             "trains on this data set until `medfl-ray privacy ledger recover` has charged the mirrored history."
         )
+
+    def check_heads(self, heads: Mapping[str, str]) -> None:
+        """Refuse to go on where the ledger lacks the row that the coordinator has seen of this hospital.
+
+        Raises:
+          LedgerError: the ledger is shorter than the row named for this hospital, or another history.
+        """
+        head = heads.get(self._account[0])
+        if head is not None and not holds(self._rows, LedgerHead.parse(head)):
+            self.check_holds(LedgerHead.parse(head))
+
+    def rows_after(self, heads: Mapping[str, str]) -> tuple[LedgerRows, ...]:
+        """Return the rows read or written so far behind the one named for this hospital.
+
+        All of them where the named row is of a history that was charged again: a mirror then starts anew.
+        """
+        hospital, data_set = self._account
+        head = LedgerHead.parse(heads[hospital]) if hospital in heads else genesis(*self._account)
+        follows = 0 < head.sequence <= len(self._rows) and self._rows[head.sequence - 1].hash == head.hash
+        events = tuple(row.to_dict() for row in (self._rows[head.sequence :] if follows else self._rows))
+        key = self._file.key.public_key
+        return (LedgerRows(hospital=hospital, data_set=data_set, public_key=key, events=events),)
 
     def export(self) -> dict[str, Any]:
         """Return the account as plain data: its rows, what they cost, and with what key they are signed."""
@@ -299,6 +327,13 @@ class PrivacyLedger:
             check_chain(self._account, self._rows, added, self._file.key.public_key)
             self._rows += added
 
+    def _refuse_other_unit(self, mechanism: Mechanism) -> None:
+        if self._rows and labels_of(self._rows)["unit"] != mechanism.unit:
+            raise LedgerError(
+                f"the ledger of {self._account[0]!r}, data set {self._account[1]!r}, holds charges of another unit "
+                f"than {mechanism.unit}; epsilons of patients and hospitals do not add up. Use another state folder"
+            )
+
     def _refuse_twice(self, job: str, round: int, attempt: int) -> None:
         released = {row.closes for row in self._rows if row.kind == "release"}
         for row in self._rows:
@@ -318,7 +353,7 @@ class PrivacyLedger:
                 "max_epsilon in the site policy, so that the hospital decides how much may be spent in all."
             )
 
-    def _refuse_over_budget(self, job: str, segment: Segment, delta: float, budget: float | None) -> None:
+    def _refuse_over_budget(self, job: str, segment: Charge, delta: float, budget: float | None, terms: str) -> None:
         accounts = (("hospital", None, self._delta, self._max_epsilon), ("job", job, delta, budget))
         for whose, of_job, its_delta, limit in accounts:
             if limit is None:
@@ -328,7 +363,7 @@ class PrivacyLedger:
                 subject = f"job {job!r} at hospital" if whose == "job" else "hospital"
                 raise BudgetExceeded(
                     f"{subject} {self._account[0]!r} would reach epsilon={_up(after)} on data set "
-                    f"{self._account[1]!r}; its budget is {limit:g} (patient-level, add/remove adjacency, "
+                    f"{self._account[1]!r}; its budget is {limit:g} ({terms}, "
                     f"delta={its_delta:g}). Raise privacy.noise_multiplier or lower federation.rounds."
                 )
 

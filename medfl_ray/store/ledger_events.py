@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from medfl_ray.errors import LedgerError
-from medfl_ray.privacy.accountant import Segment
+from medfl_ray.privacy.accountant import Charge, Segment, TreeSegment
 from medfl_ray.store.hospital_key import HospitalKey, signature_is_valid
 
 CHAIN_LABEL = "medfl-ray privacy ledger v1"
@@ -100,7 +100,7 @@ class LedgerEvent:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the row as plain data."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))  # the fields are plain values, which dataclasses.asdict would copy one by one
 
     def sealed(self, key: HospitalKey) -> LedgerEvent:
         """Return the row with its hash and the hospital's signature."""
@@ -120,12 +120,27 @@ class LedgerEvent:
         return LedgerHead(self.sequence, self.hash)
 
     @property
-    def segment(self) -> Segment:
+    def segment(self) -> Charge:
         """What a reservation charges."""
         assert self.noise_multiplier is not None
         assert self.sample_rate is not None
         assert self.num_steps is not None
-        return Segment(self.noise_multiplier, self.sample_rate, self.num_steps)
+        return charge_of(self.adjacency, self.noise_multiplier, self.sample_rate, self.num_steps)
+
+
+def charge_of(adjacency: str | None, noise_multiplier: float, sample_rate: float, num_steps: int) -> Charge:
+    """Return what the accountant is to charge; the one mechanism that is accounted under zero-out is a tree."""
+    if adjacency == "zero_out":
+        return TreeSegment(noise_multiplier, num_steps)
+    return Segment(noise_multiplier, sample_rate, num_steps)
+
+
+def labels_of(events: Iterable[LedgerEvent]) -> dict[str, str]:
+    """Return the unit of an account's epsilon, and its adjacency: the weaker one where a tree is among the charges."""
+    charged = charges(events)
+    units = sorted({event.unit for event in charged if event.unit}) or ["patient"]
+    trees = any(event.adjacency == "zero_out" for event in charged)
+    return {"unit": units[0], "adjacency": "zero_out" if trees else "add_remove"}
 
 
 def genesis(hospital: str, data_set: str) -> LedgerHead:
@@ -134,7 +149,7 @@ def genesis(hospital: str, data_set: str) -> LedgerHead:
     return LedgerHead(0, hashlib.sha256(text.encode()).hexdigest())
 
 
-def charged_segments(events: Iterable[LedgerEvent], job: str | None = None) -> tuple[Segment, ...]:
+def charged_segments(events: Iterable[LedgerEvent], job: str | None = None) -> tuple[Charge, ...]:
     """Return what has been reserved and not released, of one job or of all."""
     return tuple(event.segment for event in charges(events) if job in (None, event.job))
 
@@ -158,12 +173,32 @@ def check_chain(
     Raises:
       LedgerError: names the first row that is wrong, and in what.
     """
-    charges: dict[str, str] = {}
-    for event in known:
-        _state_problem(event, charges)
-    previous = known[-1].head if known else genesis(*account)
+    head = known[-1].head if known else genesis(*account)
+    check_rows(account, head, reservation_states(known), added, public_key)
+
+
+def reservation_states(events: Iterable[LedgerEvent]) -> dict[str, str]:
+    """Return what became of each reservation of a checked history: reserved, settle or release."""
+    states: dict[str, str] = {}
+    for event in events:
+        _state_problem(event, states)
+    return states
+
+
+def check_rows(
+    account: tuple[str, str],
+    previous: LedgerHead,
+    states: dict[str, str],
+    added: Iterable[LedgerEvent],
+    public_key: str,
+) -> None:
+    """Check that rows follow a head, as `check_chain` does, and bring the states of the reservations up to date.
+
+    Raises:
+      LedgerError: names the first row that is wrong, and in what.
+    """
     for event in added:
-        problem = _row_problem(event, previous, account, public_key) or _state_problem(event, charges)
+        problem = _row_problem(event, previous, account, public_key) or _state_problem(event, states)
         if problem:
             raise LedgerError(
                 f"row {previous.sequence + 1} of the privacy ledger of hospital {account[0]!r}, data set "

@@ -17,8 +17,8 @@ from medfl_ray.errors import LedgerError
 from medfl_ray.store.hospital_key import HospitalKey, load_key
 from medfl_ray.store.ledger import PrivacyLedger
 from medfl_ray.store.ledger_events import LedgerEvent, LedgerHead, charges, genesis, holds, is_genuine
+from medfl_ray.store.ledger_export import read_export, verify_export
 from medfl_ray.store.ledger_file import KEY_NAME, LedgerFile
-from medfl_ray.store.ledger_mirror import read_export, verify_export
 
 Account = tuple[str, str]
 
@@ -48,7 +48,9 @@ def recover(path: Path, exports: Sequence[Mapping[str, Any]], delta: float) -> d
         _take_over(ledger, file.key, head, rows)
         known = {row.reservation for other, history in histories if other == account for row in history} - {None}
         own = [row for row in salvaged if (row.hospital, row.data_set) == account and row.reservation not in known]
-        _charge_unknown(ledger, own, head)
+        lost = _unknown(ledger, own)
+        if lost:
+            ledger.charge_again(lost, head)
         salvaged = [row for row in salvaged if (row.hospital, row.data_set) != account]
         added[account] = added.get(account, 0) + len(ledger.events()) - before
         ledger.check_holds(head)
@@ -76,15 +78,14 @@ def _take_over(ledger: PrivacyLedger, key: HospitalKey, head: LedgerHead, rows: 
     if tuple(rows[: len(own)]) == own and all(is_genuine(row, key.public_key) for row in rows):
         ledger.append_mirrored(rows[len(own) :])
         return
-    _charge_unknown(ledger, rows, head)
+    # Also where every charge is there already: the row that says so is what makes the mirror's head count as held.
+    ledger.charge_again(_unknown(ledger, rows), head)
 
 
-def _charge_unknown(ledger: PrivacyLedger, rows: Sequence[LedgerEvent], head: LedgerHead) -> None:
-    """Charge the reservations of another history that this ledger does not hold as charged."""
+def _unknown(ledger: PrivacyLedger, rows: Sequence[LedgerEvent]) -> list[LedgerEvent]:
+    """Return the charges of another history that this ledger does not hold."""
     held = {event.reservation for event in charges(ledger.events())}
-    lost = [row for row in charges(rows) if row.reservation not in held]
-    if lost:
-        ledger.charge_again(lost, head)
+    return [row for row in charges(rows) if row.reservation not in held]
 
 
 def _set_aside_if_damaged(path: Path, mirrored: set[Account]) -> list[LedgerEvent]:

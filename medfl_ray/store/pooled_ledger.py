@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from medfl_ray.errors import LedgerError, PrivacyError
-from medfl_ray.messages import Mechanism, PrivacySpent
+from medfl_ray.messages import LedgerRows, Mechanism, PrivacySpent
 from medfl_ray.store.ledger import PrivacyLedger
 
 
@@ -54,6 +54,15 @@ class PooledLedger:
     def spent(self) -> PrivacySpent:
         """Return what the hospital has spent that has spent most."""
         return max((ledger.spent() for ledger in self._ledgers), key=lambda spent: spent.epsilon)
+
+    def check_heads(self, heads: Mapping[str, str]) -> None:
+        """Refuse to go on where one of the ledgers lacks the row that the coordinator has seen of it."""
+        for ledger in self._ledgers:
+            ledger.check_heads(heads)
+
+    def rows_after(self, heads: Mapping[str, str]) -> tuple[LedgerRows, ...]:
+        """Return the newest rows of every hospital's ledger."""
+        return tuple(rows for ledger in self._ledgers for rows in ledger.rows_after(heads))
 
     def export(self) -> dict[str, Any]:
         """Return nothing: each hospital's own export holds its charges."""

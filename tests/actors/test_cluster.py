@@ -51,6 +51,30 @@ def test_our_own_packages_pass():
     assert Path(cluster.__file__).parent.name == "actors"
 
 
+def node(*resources, alive=True):
+    return {"Alive": alive, "Resources": dict.fromkeys(("CPU", *resources), 1.0)}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "loose"),
+    [
+        ([node()], ""),
+        ([node(), node(alive=False)], ""),
+        ([node("hospital:a"), node("hospital:b")], ""),
+        ([node("hospital:a", "hospital:b"), node()], ""),
+        ([node("hospital:a"), node()], "b"),
+        ([node(), node()], "a, b"),
+        ([node("hospital:a", "hospital:b"), node("hospital:b")], "b"),
+    ],
+)
+def test_a_ledger_belongs_to_one_node(nodes, loose):
+    if loose:
+        with pytest.raises(ClusterError, match=f"2 nodes, and the ledger of {loose} lies on one"):
+            cluster.check_pinned(["a", "b"], nodes)
+    else:
+        assert cluster.check_pinned(["a", "b"], nodes) is None
+
+
 @pytest.mark.ci
 def test_a_cluster_that_is_not_there_is_one_sentence():
     script = "from actors.cluster import connect; connect('127.0.0.1:1')"

@@ -72,3 +72,22 @@ def test_hospitals_are_dealt_to_actors_in_turn():
     assert deal(["a", "b", "c"], None) == [("a",), ("b",), ("c",)]
     assert deal(["a", "b", "c"], 2) == [("a", "c"), ("b",)]
     assert deal(["a"], 5) == [("a",)]
+
+
+@pytest.mark.parametrize(("declared", "enable_dp"), [("private", True), ("public", True), ("synthetic", True)])
+def test_on_two_nodes_only_pinned_hospitals_spend_from_a_lasting_ledger(monkeypatch, tmp_path, declared, enable_dp):
+    import ray
+
+    from medfl_ray.errors import ClusterError
+
+    run = small_run(privacy={"enable_dp": enable_dp, "noise_multiplier": 1.0})
+    policies = tuple(policy.model_copy(update={"declared": declared}) for policy in list_hospitals(run))
+    specs = hospital_specs(run, policies, tmp_path / "run", tmp_path / "state")
+    pin = {f"hospital:{specs[0].policy.hospital}": 1.0}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": r} for r in (pin, {"CPU": 1.0})])
+    if declared == "synthetic":
+        assert RayPool(specs, "job")._actors == {}
+    else:
+        with pytest.raises(ClusterError, match="2 nodes") as caught:
+            RayPool(specs, "job")
+        assert specs[0].policy.hospital not in str(caught.value)

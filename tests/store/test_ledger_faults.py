@@ -14,8 +14,8 @@ from medfl_ray.messages import Mechanism
 from medfl_ray.store import ledger_file
 from medfl_ray.store.ledger import PrivacyLedger
 from medfl_ray.store.ledger_events import LedgerHead
+from medfl_ray.store.ledger_export import verify_export
 from medfl_ray.store.ledger_file import KEY_NAME
-from medfl_ray.store.ledger_mirror import verify_export
 
 DELTA = 1e-5
 MECHANISM = Mechanism(
@@ -24,7 +24,7 @@ MECHANISM = Mechanism(
 
 
 def opened(folder: Path, expected: LedgerHead | None = None) -> PrivacyLedger:
-    return PrivacyLedger.open(folder / "ledger.sqlite", "north", "scans", DELTA, None, expected)
+    return PrivacyLedger.open(folder / "ledger.sqlite", "north", "scans", DELTA, None, [expected] if expected else [])
 
 
 def filled(folder: Path, rounds: int = 3) -> PrivacyLedger:

@@ -1,5 +1,6 @@
 """Many runs, restarts, retries and releases on one data set: the account adds up and the budget holds."""
 
+import os
 import random
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from medfl_ray.errors import BudgetExceeded
 from medfl_ray.failpoints import failpoint
 from medfl_ray.messages import Mechanism
-from medfl_ray.privacy.accountant import Segment, epsilon_spent
+from medfl_ray.privacy import accountant
+from medfl_ray.privacy.accountant import Segment, epsilon_spent, renyi_epsilon
 from medfl_ray.store.ledger import PrivacyLedger
 
 DELTA = 1e-5
@@ -69,6 +71,47 @@ def test_a_thousand_random_schedules_never_train_over_budget(tmp_path: Path) -> 
         check_schedule(tmp_path / str(seed), seed)
 
 
+def test_sampled_steps_are_charged_at_their_rate(tmp_path: Path) -> None:
+    ledger = opened(tmp_path, None)
+    ledger.settle(ledger.reserve("sampled", 1, 0, mechanism(4.0, 10, q=0.25), None))
+    ledger.settle(ledger.reserve("whole", 1, 0, mechanism(20.0, 2), None))
+    expected = epsilon_spent([Segment(4.0, 0.25, 10), Segment(20.0, 1.0, 2)], DELTA)
+    assert ledger.spent().epsilon == expected
+    with pytest.raises(BudgetExceeded):
+        opened(tmp_path, expected).reserve("next", 1, 0, mechanism(20.0, 1, q=0.05), None)
+
+
+def test_a_mechanism_that_changes_between_rounds_costs_what_the_whole_history_costs(tmp_path: Path) -> None:
+    history = [Segment(6.0, 0.2, 10), Segment(8.0, 0.2, 10), Segment(6.0, 0.1, 30), Segment(6.0, 0.2, 5)]
+    for number, (sigma, q, steps) in enumerate(history):
+        ledger = opened(tmp_path, None)
+        ledger.settle(ledger.reserve(f"experiment-{number % 2}", number, 0, mechanism(sigma, steps, q), None))
+    assert opened(tmp_path, None).spent().epsilon == epsilon_spent(history, DELTA)
+
+
+@pytest.mark.ci
+def test_a_thousand_hospitals_with_one_history_are_accounted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rounds at each hospital: a charge, its settlement and a look at what was spent."""
+    accountings: list[tuple[Segment, ...]] = []
+
+    def counted(history: tuple[Segment, ...], delta: float) -> float:
+        accountings.append(history)
+        return renyi_epsilon(history, delta)
+
+    accountant._epsilon.cache_clear()
+    monkeypatch.setattr(accountant, "renyi_epsilon", counted)  # the first thing that every sampled history needs
+    hospitals = [tmp_path / str(number) for number in range(1000)]
+    for folder in hospitals:
+        folder.mkdir()
+        ledger = opened(folder)
+        for number in (1, 2):
+            ledger.settle(ledger.reserve("job", number, 0, mechanism(8.0, 5, q=0.1), BUDGET))
+        assert ledger.spent().epsilon > 0
+    assert accountings == [(Segment(8.0, 0.1, 5),), (Segment(8.0, 0.1, 10),)]
+
+
 @pytest.mark.ci
 def test_fifty_rounds_with_restarts_over_three_experiments_cost_what_one_shot_costs(tmp_path: Path) -> None:
     for number in range(50):
@@ -78,9 +121,14 @@ def test_fifty_rounds_with_restarts_over_three_experiments_cost_what_one_shot_co
     assert opened(tmp_path, None).spent().epsilon == pytest.approx(one_shot, abs=0.01)
 
 
-def test_a_failpoint_that_is_not_named_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_named_passage_of_a_failpoint_kills(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda process, signal: killed.append(process))
     monkeypatch.delenv("MEDFL_FAILPOINT", raising=False)
     failpoint("ledger.reserve.begin")
     monkeypatch.setenv("MEDFL_FAILPOINT", "ledger.reserve.begin:2")
     failpoint("ledger.settle.begin")
     failpoint("ledger.reserve.begin")  # the first of two passages
+    assert killed == []
+    failpoint("ledger.reserve.begin")
+    assert killed == [os.getpid()]

@@ -1,0 +1,228 @@
+"""A ledger that lost what the coordinator has seen does not train until it is charged again, in whole runs."""
+
+import shutil
+import sqlite3
+import threading
+from functools import partial
+
+import pytest
+from small_runs import small_run
+
+from actors.coordinator import hospital_specs, local_pool, run_in_process
+from actors.hospital import HospitalActor, build_hospital
+from medfl_ray.cli.privacy_ledger import recover
+from medfl_ray.data.sources import list_hospitals
+from medfl_ray.federation.local_pool import LocalPool
+from medfl_ray.federation.planning import mechanism_for
+from medfl_ray.messages import ClientFailure, ClientUpdate, RoundPlan
+from medfl_ray.store.ledger_mirror import MIRROR_NAME, LedgerMirror
+from medfl_ray.store.run_folder import RunFolder
+
+
+def private_run(rounds=1):
+    run = small_run(
+        data={"phantom": {"num_hospitals": 2, "patients_per_hospital": 4, "size_voxels": 16, "seed": 3}},
+        privacy={"enable_dp": True, "noise_multiplier": 30.0, "sample_rate": 0.5},
+        federation={"rounds": rounds, "local_steps": 1},
+    )
+    policies = [p.model_copy(update={"declared": "private", "max_epsilon": 8.0}) for p in list_hospitals(run)]
+    return run, tuple(policies)
+
+
+def start(tmp_path, rounds=1, pool_of=local_pool, folder=None):
+    run, policies = private_run(rounds)
+    output = run.output.model_copy(update={"directory": tmp_path / "runs"})
+    folder = folder or RunFolder.create(run.model_copy(update={"output": output}))
+    root = tmp_path / "state"
+    pool = pool_of(hospital_specs(run, policies, folder.path, root))
+    outcome = run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event(), root)
+    return outcome, folder
+
+
+def names():
+    return [policy.hospital for policy in private_run()[1]]
+
+
+def truncate(site, backup):
+    connection = sqlite3.connect(site / "ledger.sqlite")
+    connection.execute("DROP TRIGGER ledger_events_no_delete")
+    connection.execute("DELETE FROM ledger_events WHERE sequence > 2")
+    connection.commit()
+    connection.close()
+
+
+def delete(site, backup):
+    for path in site.glob("ledger.sqlite*"):
+        path.unlink()
+
+
+def restore_backup(site, backup):
+    shutil.rmtree(site)
+    shutil.copytree(backup, site)
+
+
+def move_to_another_node(site, backup):
+    shutil.rmtree(site)
+
+
+@pytest.mark.parametrize("hurt", [truncate, delete, restore_backup, move_to_another_node])
+def test_a_ledger_that_lost_rows_blocks_until_it_is_recovered(tmp_path, hurt):
+    hospital, other = names()
+    state = tmp_path / "state"
+    start(tmp_path)
+    shutil.copytree(state / hospital, tmp_path / "backup")
+    start(tmp_path)
+    hurt(state / hospital, tmp_path / "backup")
+
+    outcome, folder = start(tmp_path)
+    assert outcome.absent == (hospital,)
+    assert folder.results()[0].receipt.trained == (other,)
+    (failure,) = [f for f in _failures(folder) if f["hospital"] == hospital]
+    assert "medfl-ray privacy ledger recover" in failure["reason"]
+    assert failure["left_host"] is False
+
+    recover(hospital=hospital, state=state / hospital, mirror=[state / "_mirror"])
+    outcome, folder = start(tmp_path)
+    assert outcome.absent == ()
+    receipt = folder.results()[0].receipt
+    assert receipt.spent[hospital].epsilon == pytest.approx(_epsilon_of(3), rel=1e-6)
+    assert receipt.spent[other].epsilon == pytest.approx(_epsilon_of(4), rel=1e-6)
+
+
+def _epsilon_of(num_steps):
+    from medfl_ray.privacy.accountant import Segment, epsilon_spent
+
+    return epsilon_spent([Segment(30.0, 0.5, num_steps)], 1e-5)
+
+
+def _failures(folder):
+    import json
+
+    return json.loads((folder.path / "failures.json").read_text())
+
+
+def test_a_ledger_lost_in_mid_run_stops_this_hospital_and_not_the_round(tmp_path):
+    """Its process ends after round 1 and starts again on a node without its ledger."""
+    hospital, other = names()
+
+    class Restarted(LocalPool):
+        def reserve(self, plan):
+            if plan.round == 2:
+                self._hospitals.pop(hospital)
+                shutil.rmtree(tmp_path / "state" / hospital)
+            return super().reserve(plan)
+
+    def pool_of(specs):
+        return Restarted({spec.policy.hospital: partial(build_hospital, spec) for spec in specs})
+
+    outcome, folder = start(tmp_path, rounds=2, pool_of=pool_of)
+    assert outcome.completed
+    second = folder.results()[1].receipt
+    assert second.trained == (other,)
+    assert "medfl-ray privacy ledger recover" in second.failures[0].reason
+
+
+def test_the_mirror_has_each_reservation_before_anybody_trains(tmp_path):
+    seen = {}
+
+    class Watching(LocalPool):
+        def train(self, plan, hospitals, weights):
+            copies = LedgerMirror(tmp_path / "state" / "_mirror")
+            seen[plan.round] = {h: [row["kind"] for row in copies.export(h, "dataset")["events"]] for h in hospitals}
+            return super().train(plan, hospitals, weights)
+
+    def pool_of(specs):
+        return Watching({spec.policy.hospital: partial(build_hospital, spec) for spec in specs})
+
+    _, folder = start(tmp_path, rounds=2, pool_of=pool_of)
+    assert seen == {
+        1: {name: ["reserve"] for name in names()},
+        2: {name: ["reserve", "settle", "reserve"] for name in names()},
+    }
+    copies = LedgerMirror(tmp_path / "state" / "_mirror")
+    head = folder.results()[1].receipt.spent[names()[0]].ledger_head
+    assert str(copies.head(names()[0], "dataset")) == head
+    assert '"events"' not in (folder.path / "receipts.jsonl").read_text()
+    assert not (folder.path / "mirror").exists()
+
+
+def test_rows_that_do_not_follow_are_not_trained_under_and_their_charge_is_given_back(tmp_path):
+    hospital, other = names()
+
+    class Forging(LocalPool):
+        def reserve(self, plan):
+            answers = dict(super().reserve(plan))
+            (rows,) = answers[hospital].ledger_rows
+            bad = rows.model_copy(update={"events": ({**rows.events[0], "num_steps": 1000},)})
+            answers[hospital] = answers[hospital].model_copy(update={"ledger_rows": (bad,)})
+            return answers
+
+    def pool_of(specs):
+        return Forging({spec.policy.hospital: partial(build_hospital, spec) for spec in specs})
+
+    _, folder = start(tmp_path, pool_of=pool_of)
+    receipt = folder.results()[0].receipt
+    assert receipt.trained == (other,)
+    assert "row 1" in receipt.failures[0].reason
+
+
+def test_a_synthetic_run_keeps_its_mirror_inside_its_folder(tmp_path):
+    run = small_run(
+        privacy={"enable_dp": True, "noise_multiplier": 30.0, "sample_rate": 0.5},
+        federation={"rounds": 1, "local_steps": 1, "baselines": ["local", "central"]},
+    )
+    policies = tuple(list_hospitals(run))
+    output = run.output.model_copy(update={"directory": tmp_path / "runs"})
+    folder = RunFolder.create(run.model_copy(update={"output": output}))
+    pool = local_pool(hospital_specs(run, policies, folder.path, tmp_path / "state"))
+    run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event(), tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+    copies = LedgerMirror(folder.path / "mirror")
+    for policy in policies:
+        jobs = [row["job"] for row in copies.export(policy.hospital, policy.data_set)["events"]]
+        assert jobs == [job for job in (folder.job, f"{folder.job}/local", f"{folder.job}/central") for _ in range(2)]
+    assert '"ledger_rows": []' in (folder.path / "baselines.json").read_text()
+
+
+def test_without_dp_there_is_no_mirror(tmp_path):
+    run = small_run(federation={"rounds": 1, "local_steps": 1})
+    policies = tuple(list_hospitals(run))
+    output = run.output.model_copy(update={"directory": tmp_path / "runs"})
+    folder = RunFolder.create(run.model_copy(update={"output": output}))
+    specs = hospital_specs(run, policies, folder.path)
+    run_in_process(run, policies, folder.path, local_pool(specs), lambda event: None, threading.Event())
+    assert not list(tmp_path.rglob(MIRROR_NAME))
+
+
+def test_an_actor_that_restarts_without_its_ledger_says_why(tmp_path):
+    """The plain class behind the Ray actor: whatever it is asked first, it checks the plan's head."""
+    run, policies = private_run(rounds=2)
+    (spec, _) = hospital_specs(run, policies, tmp_path, tmp_path / "state")
+    name = spec.policy.hospital
+    plan = RoundPlan(
+        job="job",
+        round=1,
+        attempt=1,
+        config_hash="",
+        weights_checksum="",
+        hospitals=(name,),
+        num_steps={name: 1},
+        learning_rate=0.01,
+        mechanisms={name: mechanism_for(run, spec.policy)},
+    )
+    actor = HospitalActor([spec])
+    reserved = actor.reserve(name, plan)
+    weights = actor._hospitals[name]._parts.trainer.initial_weights(0)
+    assert isinstance(actor.train(name, plan, weights), ClientUpdate)
+    seen = {"round": 2, "ledger_heads": {name: reserved.ledger_head}}
+
+    shutil.rmtree(spec.state_folder)
+    answer = HospitalActor([spec]).reserve(name, plan.model_copy(update=seen))
+    assert isinstance(answer, ClientFailure)
+    assert "medfl-ray privacy ledger recover" in answer.reason
+
+    (spec.state_folder / "ledger.sqlite").unlink()
+    answer = HospitalActor([spec]).reserve(name, plan.model_copy(update=seen))
+    assert isinstance(answer, ClientFailure)
+    assert (answer.round, answer.attempt, answer.stage) == (2, 1, "start")
+    assert "medfl-ray privacy ledger recover" in answer.reason
