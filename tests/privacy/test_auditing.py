@@ -106,7 +106,7 @@ def test_impossible_confidence_is_refused(confidence):
 
 def test_bound_is_below_the_claim_on_20_honest_runs():
     used = mechanism(1.0)
-    bounds = [lower_bound(used) for _ in range(20)]
+    bounds = [lower_bound(used, 5000) for _ in range(20)]
     assert max(bounds) <= 1.0
     assert max(bounds) > 0.1  # or the audit would see nothing at all
 
@@ -134,11 +134,8 @@ def test_bound_exceeds_the_claim_when_everybody_is_drawn(monkeypatch):
 
 def test_bound_exceeds_the_claim_without_clipping(monkeypatch):
     def add(self, gradient):
-        self._sum += torch_sum(gradient)
-
-    def torch_sum(gradient):
-        (only,) = gradient
-        return only
+        (whole,) = gradient
+        self._sum += whole
 
     monkeypatch.setattr(PatientGradientSum, "add", add)
     assert lower_bound(mechanism(1.0, q=1.0)) > 1.0
@@ -172,9 +169,9 @@ def test_an_audit_needs_canaries_and_steps():
 
 def test_gaussian_canaries_find_the_epsilon_of_a_gaussian():
     used = mechanism(1.0).model_copy(update={"noise_multiplier": 1.0, "sample_rate": 1.0})
-    scores = run_canaries(used, 1, 20_000)
+    scores = run_canaries(used, 1, 100_000)
     estimate = gaussian_canary_epsilon(scores.sums[scores.included], scores.sums[~scores.included], DELTA)
-    assert estimate == pytest.approx(epsilon_spent([Segment(1.0, 1.0, 1)], DELTA), abs=0.35)  # 4.377
+    assert estimate == pytest.approx(epsilon_spent([Segment(1.0, 1.0, 1)], DELTA), abs=0.4)  # 4.377
     assert epsilon_spent([Segment(1.0, 1.0, 1)], DELTA) == pytest.approx(4.377, abs=1e-3)
 
 
