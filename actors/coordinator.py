@@ -104,7 +104,7 @@ def local_pool(specs: list[HospitalSpec]) -> LocalPool:
 
 
 def initial_weights(run: RunConfig) -> Callable[[int, int], tuple[Layout, Vector]]:
-    """Return a function from channels in and out to the network's layout and seeded first weights."""
+    """Return a function from channels in and out to layout and first weights: seeded, or those of a file."""
 
     def build(in_channels: int, out_channels: int) -> tuple[Layout, Vector]:
         from medfl_ray.training.trainer import Trainer
@@ -119,6 +119,11 @@ def initial_weights(run: RunConfig) -> Callable[[int, int], tuple[Layout, Vector
             patch_size=run.patch_size,
             for_dp=run.privacy.patient_level,
         )
+        if run.training.initial_weights is not None:
+            from medfl_ray.export.public_weights import load_public_weights
+
+            file, expected = run.training.initial_weights, run.training.initial_weights_sha256
+            return trainer.layout, load_public_weights(file, trainer.layout, expected)
         return trainer.layout, trainer.initial_weights(run.federation.seed)
 
     return build

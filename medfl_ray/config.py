@@ -52,6 +52,12 @@ class TrainingConfig(Section):
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="Momentum of sgd, beta1 of adam and adamw.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight decay of the local optimizer.")
+    initial_weights: Path | None = Field(
+        None, description="File of public weights to start from, as medfl-ray pretrain writes it; costs no epsilon."
+    )
+    initial_weights_sha256: str | None = Field(
+        None, description="SHA-256 of that file, written into the run's own configuration and checked on resume."
+    )
     loss: Literal["dice_ce", "dice", "cross_entropy", "focal"] = Field(
         "dice_ce", description="Loss; computed within one patient."
     )
@@ -65,6 +71,18 @@ class TrainingConfig(Section):
         0.67, description="Share of patches centred on a labelled voxel."
     )
     augment: bool = Field(True, description="Random flips, scaling and noise on the patches.")
+    initial_weights: Path | None = Field(
+        None, description="Weights of public or synthetic origin to start from, as medfl-ray pretrain writes them."
+    )
+    initial_weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, description="SHA-256 of that file; filled in when the run is made, and checked from then on."
+    )
+    trainable: Literal["all", "last", "norm", "low_rank"] = Field(
+        "all",
+        description="What is trained: everything, the last layer, normalisation and small layers, or these and a "
+        "low-rank part of the others.",
+    )
+    low_rank: Positive = Field(2, description="Rank of the trained part of each larger layer, for trainable: low_rank.")
     mixed_precision: bool = Field(
         False, description="bfloat16 autocast in forward and backward; norms and noise stay float64."
     )
@@ -130,12 +148,22 @@ class FederationConfig(Section):
 class AggregationConfig(Section):
     """How updates become new weights."""
 
-    strategy: Literal["fedavg"] = Field("fedavg", description="Aggregation strategy.")
+    strategy: Literal["fedavg", "fedadam"] = Field(
+        "fedavg", description="Aggregation: the mean update, or an Adam step along it at the server."
+    )
     mode: Literal["plain"] = Field("plain", description="'plain' sums the updates at the coordinator.")
     weighting: Literal["patients", "uniform"] = Field(
         "patients", description="Weight of a hospital: its public num_patients, or one."
     )
-    server_learning_rate: PositiveFloat = Field(1.0, description="Factor on the mean update.")
+    server_learning_rate: PositiveFloat = Field(1.0, description="Factor on the mean update; step size of fedadam.")
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="beta1 of fedadam.")
+    server_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="beta2 of fedadam.")
+    server_adaptivity: PositiveFloat = Field(
+        1e-3, description="tau of fedadam: updates well below it are not scaled up to full steps."
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Decay of the moving average of the weights that is evaluated and released; 0 switches it off."
+    )
 
 
 class OutputConfig(Section):
@@ -245,6 +273,8 @@ class RunConfig(Section):
                 "tags": True,
                 "output": True,
                 "data": {"directory": True, "hospitals": {"__all__": {"directory", "site_config"}}, "cache": True},
+                "training": {"initial_weights": True},
+                "training": {"initial_weights": True},
                 "federation": {"pool": True, "num_actors": True, "baselines": True},
             }
         )

@@ -19,11 +19,11 @@ class CropsConfig(Section):
     labelmaps: Path = Field(description="Folder of public whole-head label maps with labels.json, 1 mm per voxel.")
     structures: tuple[Positive, ...] = Field(
         (17, 53),
-        description="FreeSurfer indices of the structure, one per side; left and right hippocampus by default.",
+        description="FreeSurfer indices of the structure, by default of the hippocampus.",
     )
     front_fraction: tuple[Fraction, Fraction] | None = Field(
         (0.33, 0.43),
-        description="Cut the structure across: range of the front part's share of its length (class 1); absent: one class.",
+        description="Cut across the structure: the front part (class 1) has this share of its length. Absent: uncut.",
     )
     margin_voxels: tuple[Edge, Edge] = Field(
         (4, 8), description="Range of the distance between the structure and each border of the crop."

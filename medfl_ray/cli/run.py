@@ -11,6 +11,7 @@ from medfl_ray.config_files import load_run_config
 from medfl_ray.errors import ConfigError, MedflError, QuorumLost
 
 if TYPE_CHECKING:
+    from medfl_ray.config import RunConfig
     from medfl_ray.federation.run import RunOutcome
     from medfl_ray.store.run_folder import RunFolder
 
@@ -73,7 +74,18 @@ def _folder(config: Path | None, resume: Path | None, overrides: list[str]) -> R
             f"{len(policies)}: lower them or add hospitals"
         )
     check_baselines(loaded, policies)
-    return RunFolder.create(loaded)
+    return RunFolder.create(_with_weights_pinned(loaded))
+
+
+def _with_weights_pinned(run: RunConfig) -> RunConfig:
+    """Write the hash of the first weights into the configuration, so that a resumed run starts from the same file."""
+    from medfl_ray.export.public_weights import read_manifest
+
+    file = run.training.initial_weights
+    if file is None:
+        return run
+    pinned = {"initial_weights_sha256": read_manifest(file).sha256}
+    return run.model_copy(update={"training": run.training.model_copy(update=pinned)})
 
 
 def _train(folder: RunFolder, ray_address: str | None, dashboard: bool) -> RunOutcome:
