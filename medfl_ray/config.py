@@ -71,12 +71,6 @@ class TrainingConfig(Section):
         0.67, description="Share of patches centred on a labelled voxel."
     )
     augment: bool = Field(True, description="Random flips, scaling and noise on the patches.")
-    initial_weights: Path | None = Field(
-        None, description="Weights of public or synthetic origin to start from, as medfl-ray pretrain writes them."
-    )
-    initial_weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
-        None, description="SHA-256 of that file; filled in when the run is made, and checked from then on."
-    )
     trainable: Literal["all", "last", "norm", "low_rank"] = Field(
         "all",
         description="What is trained: everything, the last layer, normalisation and small layers, or these and a "
@@ -273,7 +267,6 @@ class RunConfig(Section):
                 "tags": True,
                 "output": True,
                 "data": {"directory": True, "hospitals": {"__all__": {"directory", "site_config"}}, "cache": True},
-                "training": {"initial_weights": True},
                 "training": {"initial_weights": True},
                 "federation": {"pool": True, "num_actors": True, "baselines": True},
             }

@@ -12,6 +12,7 @@ from medfl_ray.config import AggregationConfig
 from medfl_ray.params import Vector
 
 ServerState = Mapping[str, npt.NDArray[np.float32]]
+EMA, EMA_ROUNDS = "ema", "ema_rounds"
 
 
 class Strategy(NamedTuple):
@@ -34,9 +35,67 @@ def fedavg(config: AggregationConfig) -> Strategy:
     return Strategy(init, apply)
 
 
-CATALOGUE: dict[str, Callable[[AggregationConfig], Strategy]] = {"fedavg": fedavg}
+def fedadam(config: AggregationConfig) -> Strategy:
+    """Adam at the server, along the mean update (Reddi et al. 2021, arXiv:2003.00295, algorithm 2).
+
+    Both moments are corrected for their start at zero, as in Adam itself: a private run has few rounds, and
+    without the correction the first of them would hardly move. A weight whose update is always 0 never moves.
+    """
+    beta1, beta2 = config.server_momentum, config.server_beta2
+
+    def init(size: int) -> ServerState:
+        zeros = np.zeros(size, dtype=np.float32)
+        return {"adam_mean": zeros, "adam_square": zeros.copy(), "adam_rounds": np.zeros(1, dtype=np.float32)}
+
+    def apply(state: ServerState, weights: Vector, mean_update: Vector) -> tuple[ServerState, Vector]:
+        update = mean_update.astype(np.float64)
+        mean = beta1 * state["adam_mean"].astype(np.float64) + (1 - beta1) * update
+        square = beta2 * state["adam_square"].astype(np.float64) + (1 - beta2) * update**2
+        rounds = float(state["adam_rounds"][0]) + 1
+        step = (mean / (1 - beta1**rounds)) / (np.sqrt(square / (1 - beta2**rounds)) + config.server_adaptivity)
+        after = weights + (config.server_learning_rate * step).astype(np.float32)
+        next_state = {
+            "adam_mean": mean.astype(np.float32),
+            "adam_square": square.astype(np.float32),
+            "adam_rounds": np.array([rounds], dtype=np.float32),
+        }
+        return next_state, after
+
+    return Strategy(init, apply)
+
+
+def with_moving_average(strategy: Strategy, decay: float) -> Strategy:
+    """Keep a moving average of the weights beside a strategy; the rounds go on from the weights themselves.
+
+    It only reads published weights, so that it costs no epsilon (De et al. 2022, arXiv:2204.13650).
+    """
+
+    def init(size: int) -> ServerState:
+        average = {EMA: np.zeros(size, dtype=np.float32), EMA_ROUNDS: np.zeros(1, dtype=np.float32)}
+        return {**strategy.init(size), **average}
+
+    def apply(state: ServerState, weights: Vector, mean_update: Vector) -> tuple[ServerState, Vector]:
+        own = {name: value for name, value in state.items() if name not in (EMA, EMA_ROUNDS)}
+        next_own, after = strategy.apply(own, weights, mean_update)
+        rounds = float(state[EMA_ROUNDS][0]) + 1
+        # The plain mean at first: no round before the first one would otherwise count.
+        share = max(1 - decay, 1 / rounds)
+        average = state[EMA] + np.float32(share) * (after - state[EMA])
+        return {**next_own, EMA: average, EMA_ROUNDS: np.array([rounds], dtype=np.float32)}, after
+
+    return Strategy(init, apply)
+
+
+def released_weights(state: ServerState, weights: Vector) -> Vector:
+    """Return what is evaluated and released: the moving average where the server keeps one, else the weights."""
+    averaged = EMA in state and state[EMA_ROUNDS][0] > 0
+    return np.asarray(state[EMA], dtype=np.float32) if averaged else weights
+
+
+CATALOGUE: dict[str, Callable[[AggregationConfig], Strategy]] = {"fedavg": fedavg, "fedadam": fedadam}
 
 
 def build_strategy(config: AggregationConfig) -> Strategy:
-    """Return the strategy that a run's configuration names."""
-    return CATALOGUE[config.strategy](config)
+    """Return the strategy that a run's configuration names, with a moving average where it asks for one."""
+    strategy = CATALOGUE[config.strategy](config)
+    return with_moving_average(strategy, config.ema_decay) if config.ema_decay else strategy

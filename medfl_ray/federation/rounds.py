@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from medfl_ray import params
 from medfl_ray.aggregation.fixed_point import PartialSum, add_update, empty_sum, weighted_mean
-from medfl_ray.aggregation.strategies import Strategy
+from medfl_ray.aggregation.strategies import Strategy, released_weights
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import UpdateRejected
 from medfl_ray.federation.events import Event, HospitalState
@@ -246,7 +246,8 @@ def is_evaluated(run: RunConfig, number: int) -> bool:
 
 def evaluate_weights(context: RoundContext, number: int, state: FederationState, tally: Tally) -> None:
     """Score the new weights at every hospital; a hospital that cannot is recorded, and the round stands."""
-    for answer in context.pool.evaluate(number, context.available, state.weights, pictures=False):
+    weights = released_weights(state.server_state, state.weights)
+    for answer in context.pool.evaluate(number, context.available, weights, pictures=False):
         if isinstance(answer, SiteEvaluation):
             tally.metrics.setdefault(answer.hospital, {}).update(answer.metrics)
         else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from medfl_ray import params
-from medfl_ray.aggregation.strategies import build_strategy
+from medfl_ray.aggregation.strategies import build_strategy, released_weights
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import FederationError, QuorumLost
 from medfl_ray.federation.baselines import as_plain, check_baselines, run_baselines
@@ -134,7 +134,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
         completed=completed,
         reason=reason,
         absent=tuple(sorted({p.hospital for p in parts.policies} - trained)),
-        weights_checksum=params.checksum(state.weights),
+        weights_checksum=params.checksum(released_weights(state.server_state, state.weights)),
     )
 
 
@@ -238,10 +238,11 @@ def finish(
 ) -> None:
     """Evaluate the final weights with pictures, write them, then train the baselines and export the ledgers."""
     parts.emit(PhaseStarted(name="evaluate"))
-    answers = list(parts.pool.evaluate(state.round, context.available, state.weights, pictures=True))
+    weights = released_weights(state.server_state, state.weights)
+    answers = list(parts.pool.evaluate(state.round, context.available, weights, pictures=True))
     evaluations = [answer for answer in answers if isinstance(answer, SiteEvaluation)]
     failures = [*absent, *(answer for answer in answers if isinstance(answer, ClientFailure))]
-    parts.store.save_final(state.weights, context.layout, evaluations, failures)
+    parts.store.save_final(weights, context.layout, evaluations, failures)
     if parts.run.federation.baselines:
         baselines = run_baselines(parts.run, context, parts.policies, initial, parts.emit)
         parts.store.save_baselines(as_plain(baselines))

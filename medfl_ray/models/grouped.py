@@ -46,7 +46,7 @@ class Grouped(nn.Module):
         self._original = (layer,)
         for name in ("weight", "bias"):
             parameter = getattr(layer, name, None)
-            repeated = None if parameter is None else nn.Parameter(_repeat(parameter, num_members))
+            repeated = None if parameter is None else _repeat(parameter, num_members)
             self.register_parameter(name, repeated)
 
     @property
@@ -168,5 +168,7 @@ def unstack(outputs: Tensor, num_members: int) -> tuple[Tensor, ...]:
     return torch.unbind(outputs.reshape(-1, num_members, *outputs.shape[1:]), dim=1)
 
 
-def _repeat(parameter: Tensor, num_members: int) -> Tensor:
-    return parameter.detach().expand(num_members, *parameter.shape).clone()
+def _repeat(parameter: nn.Parameter, num_members: int) -> nn.Parameter:
+    """Return the parameter once per member; a frozen one stays frozen."""
+    repeated = parameter.detach().expand(num_members, *parameter.shape).clone()
+    return nn.Parameter(repeated, requires_grad=parameter.requires_grad)

@@ -147,6 +147,8 @@ def why_not_together(trainer: Trainer) -> str:
     network = trainer.network
     if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in network.modules()):
         return "the network drops units out at random, which each hospital draws for itself"
+    if trainer.training.trainable != "all":
+        return f"training.trainable is {trainer.training.trainable!r}, which groups do not know"
     if list(network.state_dict()) != [name for name, _ in network.named_parameters()]:
         return "the network has buffers, which the members of a group would share"
     return why_not_grouped(network)

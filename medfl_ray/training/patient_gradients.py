@@ -17,7 +17,7 @@ from medfl_ray.training.losses import PatientLoss
 Patient = tuple[Tensor, Tensor]
 """Images [K, C, *S] and targets [K, *S] or [K] of one patient."""
 Gradient = tuple[Tensor, ...]
-"""One tensor per parameter, in the network's order, float32 or wider."""
+"""One tensor per trained parameter, in the network's order, float32 or wider."""
 GradientEngine = Callable[[Iterator[Patient]], Iterator[tuple[Gradient, float]]]
 
 
@@ -29,7 +29,7 @@ class OneAtATime:
 
     def __init__(self, network: nn.Module, loss: PatientLoss, mixed_precision: bool = False) -> None:
         self._network, self._loss, self._mixed_precision = network, loss, mixed_precision
-        self._parameters = list(network.parameters())
+        self._parameters = trained_parameters(network)
 
     def __call__(self, patients: Iterator[Patient]) -> Iterator[tuple[Gradient, float]]:
         """Yield gradient and loss of each patient, in order."""
@@ -58,7 +58,7 @@ class InGroups:
             logits = forward(members, stack([images for images, _ in some]), self._mixed_precision)
             own_logits = unstack(logits, len(some))
             losses = torch.stack([self._loss(own, targets) for own, (_, targets) in zip(own_logits, some, strict=True)])
-            gradients = torch.autograd.grad(losses.sum(), list(members.parameters()))
+            gradients = torch.autograd.grad(losses.sum(), trained_parameters(members))
             for index, loss in enumerate(losses.tolist()):
                 yield tuple(gradient[index] for gradient in gradients), loss
 
@@ -68,6 +68,11 @@ class InGroups:
         members = self._members[num_members]
         repeat_weights(self._network, members)
         return members.train(self._network.training)
+
+
+def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are trained, in the network's order; the others are frozen."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def forward(network: nn.Module, images: Tensor, mixed_precision: bool) -> Tensor:

@@ -32,6 +32,7 @@ from medfl_ray.training.local_data import LocalData
 from medfl_ray.training.losses import make_loss
 from medfl_ray.training.optimizers import make_optimizer
 from medfl_ray.training.patient_gradients import Gradient, GradientEngine, Patient, forward
+from medfl_ray.training.trained_space import freeze_the_rest
 
 Task = Literal["segmentation", "classification"]
 SEED_RANGE = 2**63
@@ -80,7 +81,9 @@ class Trainer:
         self._engine: GradientEngine | None = None
         self._build = (model, spatial_dims, in_channels, out_channels, False, patch_size)
         self.network = build_network(model, spatial_dims, in_channels, out_channels, for_dp, patch_size).to(self.device)
-        self._parameters = list(self.network.parameters())
+        self._space = freeze_the_rest(
+            self.network, training.trainable, training.low_rank, self._make_up_patient()[0][:1]
+        )
         self.loss = make_loss(training.loss, task)
         self.layout: Layout = layout_of(self.network)
 
@@ -102,7 +105,7 @@ class Trainer:
             raise NotFitForDP("the trainer was built without the DP checks; build it with for_dp=True")
         load_into(self.network, weights)
         self.network.train()
-        optimizer = make_optimizer(self.training, self._parameters, job.learning_rate)
+        optimizer = make_optimizer(self.training, self._space.parameters, job.learning_rate)
         losses: list[float] = []
         with self.random_numbers(job) as rng:
             steps = (
@@ -154,6 +157,7 @@ class Trainer:
             self.network.zero_grad(set_to_none=True)
             loss = self._patient_losses(patients).mean()
             loss.backward()  # type: ignore[no-untyped-call]
+            self._space.restrict_gradients()
             losses.append(self._finite(loss.item()))
             yield
 
@@ -172,10 +176,9 @@ class Trainer:
         def gradients(drawn: npt.NDArray[np.intp]) -> Iterator[Gradient]:
             for gradient, loss in engine(self._draw(data, int(index), rng) for index in drawn):
                 losses.append(loss)
-                yield gradient
+                yield self._space.narrow(gradient)
 
-        num_parameters = sum(p.numel() for p in self._parameters)
-        for mean in private_steps(mechanism, num_parameters, data.num_train_patients, gradients):
+        for mean in private_steps(mechanism, self._space.size, data.num_train_patients, gradients):
             self._set_gradients(mean)
             yield
 
@@ -211,9 +214,8 @@ class Trainer:
         return images.to(self.device), targets.to(self.device)
 
     def _set_gradients(self, flat: Tensor) -> None:
-        pieces = torch.split(flat.to(self.device, torch.float32), [p.numel() for p in self._parameters])
-        for parameter, piece in zip(self._parameters, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter).clone()
+        for parameter, piece in zip(self._space.parameters, self._space.widen(flat), strict=True):
+            parameter.grad = piece.to(self.device, torch.float32).clone()
 
     def _score(self, case: PreparedCase, labels: Mapping[int, str]) -> PatientScore:
         if self._task == "segmentation":
