@@ -100,6 +100,7 @@ def open_ledger(spec: HospitalSpec) -> Ledger:
             delta=account_delta(of.run, of.policy),
             max_epsilon=budget_of(of.run, of.policy),
             one_run=is_for_one_run(of.policy),
+            max_steps=of.policy.max_total_steps,
             expected_heads=[LedgerHead.parse(head) for head in of.expected_heads],
         )
 

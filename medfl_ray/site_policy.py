@@ -31,6 +31,14 @@ class SitePolicy(Section):
     min_noise_multiplier: PositiveFloat | None = Field(
         None, description="Noise multiplier below which the hospital does not train."
     )
+    max_grad_norm: PositiveFloat | None = Field(None, description="Clip norm above which the hospital does not train.")
+    max_steps_per_round: Positive | None = Field(None, description="Largest number of local steps in one round.")
+    max_total_steps: Positive | None = Field(
+        None, description="Lifetime number of private steps on the data set, over all runs."
+    )
+    allowed_tasks: tuple[Literal["segmentation", "classification"], ...] | None = Field(
+        None, description="Tasks that the hospital takes part in; all when absent."
+    )
     require_dp: bool = Field(False, description="Refuse every job without differential privacy.")
 
     @property
@@ -92,7 +100,15 @@ class SitePrivacySection(Section):
     enable_dp: bool = Field(True, description="Refuse every job without differential privacy.")
     epsilon: PositiveFloat | None = Field(None, description="Lifetime patient-level epsilon budget of the data set.")
     delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="Delta of the budget.")
+    min_noise_multiplier: PositiveFloat | None = Field(None, description="Smallest noise multiplier allowed.")
     max_grad_norm: PositiveFloat | None = Field(None, description="Largest clip norm allowed.")
+    max_steps_per_round: Positive | None = Field(None, description="Largest number of local steps in one round.")
+    max_total_steps: Positive | None = Field(
+        None, description="Lifetime number of private steps on the data set, over all runs."
+    )
+    allowed_tasks: tuple[Literal["segmentation", "classification"], ...] | None = Field(
+        None, description="Tasks that the hospital takes part in; all when absent."
+    )
     num_patients: Positive = Field(description="Rounded, public number of training patients.")
 
 
@@ -123,6 +139,11 @@ class SiteConfig(Section):
             num_patients=self.privacy.num_patients,
             max_epsilon=self.privacy.epsilon,
             delta=self.privacy.delta,
+            min_noise_multiplier=self.privacy.min_noise_multiplier,
+            max_grad_norm=self.privacy.max_grad_norm,
+            max_steps_per_round=self.privacy.max_steps_per_round,
+            max_total_steps=self.privacy.max_total_steps,
+            allowed_tasks=self.privacy.allowed_tasks,
             require_dp=self.privacy.enable_dp,
         )
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError
 from medfl_ray.federation.events import BaselineProgress, Event, Notice, PhaseStarted
-from medfl_ray.federation.planning import mechanism_for
+from medfl_ray.federation.planning import check_limits, mechanism_for, steps_per_round
 from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.federation.rounds import RoundContext
 from medfl_ray.messages import ClientFailure, Mechanism, Metric, PrivacySpent, RoundPlan, SiteEvaluation
@@ -41,10 +41,15 @@ def check_baselines(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
     Raises:
       ConfigError: some data are private and the hospitals are separate trust domains, or a hospital has the
         name under which the central baseline runs.
+      PrivacyConfigError: a hospital does not allow as many steps as the central baseline takes, or its task.
     """
     if any(policy.hospital == CENTRAL for policy in policies):
         raise ConfigError(f"a hospital is named {CENTRAL!r}, which is the name of the central baseline; rename it")
-    if CENTRAL not in run.federation.baselines or run.data.trust_domain == "single":
+    if CENTRAL not in run.federation.baselines:
+        return
+    total = sum(steps_per_round(run, policy) for policy in policies)
+    check_limits(central_policy(policies, run.data.name), run.data.task, total, None)
+    if run.data.trust_domain == "single":
         return
     private = sorted(policy.hospital for policy in policies if policy.declared == "private")
     if private:
@@ -60,6 +65,9 @@ def central_policy(policies: Sequence[SitePolicy], data_set: str) -> SitePolicy:
     kind = "private" if "private" in declared else "public" if "public" in declared else "synthetic"
     budgets = [policy.max_epsilon for policy in policies if policy.max_epsilon is not None]
     deltas = [policy.delta for policy in policies if policy.delta is not None]
+    norms = [policy.max_grad_norm for policy in policies if policy.max_grad_norm is not None]
+    steps = [policy.max_steps_per_round for policy in policies if policy.max_steps_per_round is not None]
+    tasks = [set(policy.allowed_tasks) for policy in policies if policy.allowed_tasks is not None]
     floors = [policy.min_noise_multiplier for policy in policies if policy.min_noise_multiplier is not None]
     return SitePolicy(
         hospital=CENTRAL,
@@ -69,6 +77,9 @@ def central_policy(policies: Sequence[SitePolicy], data_set: str) -> SitePolicy:
         max_epsilon=min(budgets) if budgets else None,
         delta=min(deltas) if deltas else None,
         min_noise_multiplier=max(floors) if floors else None,
+        max_grad_norm=min(norms) if norms else None,
+        max_steps_per_round=min(steps) if steps else None,
+        allowed_tasks=tuple(sorted(set.intersection(*tasks))) if tasks else None,
         require_dp=any(policy.require_dp for policy in policies),
     )
 

@@ -17,7 +17,7 @@ from medfl_ray import params
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import DataError, MedflError, PrivacyConfigError
 from medfl_ray.federation.labels import labelled
-from medfl_ray.federation.planning import aggregation_weight, budget_of
+from medfl_ray.federation.planning import aggregation_weight, budget_of, check_limits
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger
 from medfl_ray.messages import (
     ClientFailure,
@@ -224,11 +224,7 @@ class Hospital:
                 f"the plan asks {self.id!r} for {plan.num_steps[self.id]} steps and its mechanism charges "
                 f"{mechanism.num_steps}; every step that is trained must be charged"
             )
-        floor = policy.min_noise_multiplier
-        if mechanism is not None and floor is not None and mechanism.noise_multiplier < floor:
-            raise PrivacyConfigError(
-                f"the plan's noise_multiplier {mechanism.noise_multiplier:.3g} is below the site's minimum {floor:g}"
-            )
+        check_limits(policy, self._parts.run.data.task, plan.num_steps[self.id], mechanism)
         return mechanism
 
     def _claim(self, plan: RoundPlan) -> LocalJob:

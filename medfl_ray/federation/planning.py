@@ -61,18 +61,49 @@ def budget_of(run: RunConfig, policy: SitePolicy) -> float | None:
     return run.privacy.epsilon
 
 
+def check_limits(policy: SitePolicy, task: str, num_steps: int, mechanism: Mechanism | None) -> None:
+    """Check one round against what a hospital allows; asked when a run is planned, and by the hospital itself.
+
+    Raises:
+      PrivacyConfigError: the site does not allow the task, as many steps, as large a clip norm or as little noise.
+    """
+    who = f"hospital {policy.hospital!r}"
+    if policy.allowed_tasks is not None and task not in policy.allowed_tasks:
+        allowed = " and ".join(policy.allowed_tasks) or "nothing"
+        raise PrivacyConfigError(f"{who} allows {allowed}; this run's data.task is {task!r}: leave the hospital out")
+    if policy.max_steps_per_round is not None and num_steps > policy.max_steps_per_round:
+        raise PrivacyConfigError(
+            f"{who} allows {policy.max_steps_per_round} steps in a round; this run would take {num_steps}. Lower "
+            "federation.local_steps or local_epochs"
+        )
+    if mechanism is None:
+        return
+    if policy.max_grad_norm is not None and mechanism.max_grad_norm > policy.max_grad_norm:
+        raise PrivacyConfigError(
+            f"{who} allows a clip norm of at most {policy.max_grad_norm:g}; this run's is "
+            f"{mechanism.max_grad_norm:g}: lower privacy.max_grad_norm"
+        )
+    floor = policy.min_noise_multiplier
+    if floor is not None and mechanism.noise_multiplier < floor:
+        raise PrivacyConfigError(
+            f"{who} requires noise_multiplier >= {floor:g}; this run would use {mechanism.noise_multiplier:.3g}. "
+            "Lower privacy.epsilon or raise privacy.noise_multiplier"
+        )
+
+
 def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = None) -> Mechanism | None:
     """Return one round's mechanism at a hospital, or None with patient-level DP off.
 
     Raises:
-      PrivacyConfigError: the site requires DP or more noise than the run adds, the private data set has
-        no budget at all, or its delta is not below 1 / num_patients.
+      PrivacyConfigError: the site requires DP, or does not allow what the run asks (see `check_limits`), the
+        private data set has no budget at all, or its delta is not below 1 / num_patients.
     """
     if not run.privacy.patient_level:
         if policy.require_dp:
             raise PrivacyConfigError(
                 f"hospital {policy.hospital!r} trains only with differential privacy; set privacy.enable_dp: true"
             )
+        check_limits(policy, run.data.task, steps_per_round(run, policy), None)
         return None
     q, steps, delta = sample_rate(run, policy), steps_per_round(run, policy), delta_of(run, policy)
     if delta >= 1 / policy.num_patients:
@@ -89,12 +120,7 @@ def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = N
     if sigma is None:
         assert run.privacy.epsilon is not None  # the schema asks for one of the two
         sigma = solve_noise_multiplier(run.privacy.epsilon, delta, q, steps * (num_rounds or run.federation.rounds))
-    if policy.min_noise_multiplier is not None and sigma < policy.min_noise_multiplier:
-        raise PrivacyConfigError(
-            f"hospital {policy.hospital!r} requires noise_multiplier >= {policy.min_noise_multiplier:g}; "
-            f"this run would use {sigma:.3g}. Lower privacy.epsilon or raise privacy.noise_multiplier."
-        )
-    return Mechanism(
+    mechanism = Mechanism(
         noise_multiplier=sigma,
         sample_rate=q,
         max_grad_norm=run.privacy.max_grad_norm,
@@ -102,6 +128,8 @@ def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = N
         num_patients=policy.num_patients,
         delta=delta,
     )
+    check_limits(policy, run.data.task, steps, mechanism)
+    return mechanism
 
 
 def aggregation_weight(run: RunConfig, num_patients: int) -> int:

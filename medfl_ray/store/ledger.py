@@ -46,6 +46,7 @@ class PrivacyLedger:
         delta: float,
         max_epsilon: float | None,
         one_run: bool = False,
+        max_steps: int | None = None,
     ) -> None:
         """See `open`."""
         check_delta(delta)
@@ -56,6 +57,7 @@ class PrivacyLedger:
         self._delta = delta
         self._max_epsilon = max_epsilon
         self._one_run = one_run
+        self._max_steps = max_steps
         self._rows: list[LedgerEvent] = []
 
     @classmethod
@@ -68,6 +70,7 @@ class PrivacyLedger:
         max_epsilon: float | None,
         expected_heads: Sequence[LedgerHead] = (),
         one_run: bool = False,
+        max_steps: int | None = None,
     ) -> PrivacyLedger:
         """Open or create the ledger file and check every row of the account.
 
@@ -77,11 +80,12 @@ class PrivacyLedger:
           max_epsilon: lifetime budget of the data set, in its own unit; None for no limit.
           expected_heads: the last rows that a mirror or receipt has seen; the ledger must hold each.
           one_run: nobody has declared a budget, so that only the first run that was charged may go on.
+          max_steps: lifetime number of private steps on the data set; None for no limit.
 
         Raises:
           LedgerError: the ledger is damaged, altered, locked, or lacks the expected head.
         """
-        ledger = cls(LedgerFile(Path(path)), (hospital, data_set), delta, max_epsilon, one_run)
+        ledger = cls(LedgerFile(Path(path)), (hospital, data_set), delta, max_epsilon, one_run, max_steps)
         ledger.verify()
         for head in expected_heads:
             ledger.check_holds(head)
@@ -117,6 +121,7 @@ class PrivacyLedger:
             self._refuse_other_unit(mechanism)
             self._refuse_twice(job, round, attempt)
             self._refuse_second_run(job)
+            self._refuse_more_steps(mechanism.num_steps)
             self._refuse_over_budget(job, segment, mechanism.delta, budget, terms)
             append(
                 job=job,
@@ -351,6 +356,14 @@ class PrivacyLedger:
                 f"hospital {self._account[0]!r} has private data and nobody has declared a budget for data set "
                 f"{self._account[1]!r}, on which run {_run_of(first.job or '')!r} has spent already. Declare "
                 "max_epsilon in the site policy, so that the hospital decides how much may be spent in all."
+            )
+
+    def _refuse_more_steps(self, num_steps: int) -> None:
+        total = num_steps + sum(row.num_steps or 0 for row in charges(self._rows))
+        if self._max_steps is not None and total > self._max_steps:
+            raise BudgetExceeded(
+                f"hospital {self._account[0]!r} allows {self._max_steps} private steps on data set "
+                f"{self._account[1]!r} in all; this round would make them {total}. Lower federation.rounds or steps."
             )
 
     def _refuse_over_budget(self, job: str, segment: Charge, delta: float, budget: float | None, terms: str) -> None:

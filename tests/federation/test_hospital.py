@@ -51,6 +51,28 @@ def test_a_plan_that_trains_more_steps_than_it_charges_is_refused(hospital):
     assert hospital.export_ledger()["events"] == []
 
 
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        ({"allowed_tasks": ()}, "allows nothing"),
+        ({"max_steps_per_round": 1}, "1 steps in a round"),
+        ({"max_total_steps": 1}, "1 private steps"),
+        ({"max_grad_norm": 0.5}, "clip norm of at most 0.5"),
+        ({"min_noise_multiplier": 3.0}, "noise_multiplier >= 3"),
+    ],
+)
+def test_the_hospitals_own_policy_wins_over_any_plan(tmp_path, limit, reason):
+    run = small_run(privacy=PRIVACY)
+    policy = list_hospitals(run)[0]
+    planned_for = build_hospital(HospitalSpec(run, policy, 0, (policy.hospital,), tmp_path / "planned"))
+    strict = policy.model_copy(update=limit)
+    hospital = build_hospital(HospitalSpec(run, strict, 0, (policy.hospital,), tmp_path / "strict"))
+    answer = hospital.reserve(plan_for(planned_for))
+    assert isinstance(answer, ClientFailure)
+    assert reason in answer.reason
+    assert hospital.export_ledger()["events"] == []
+
+
 @pytest.mark.parametrize("changes", [{"noise_multiplier": 0.1}, {"sample_rate": 1.0}, {"max_grad_norm": 9.0}])
 def test_only_the_reserved_mechanism_is_trained(hospital, changes):
     assert not isinstance(hospital.reserve(plan_for(hospital)), ClientFailure)

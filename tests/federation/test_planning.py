@@ -3,6 +3,8 @@
 import pytest
 from small_runs import small_run
 
+from medfl_ray.errors import PrivacyConfigError
+from medfl_ray.federation.baselines import check_baselines
 from medfl_ray.federation.planning import (
     account_delta,
     delta_of,
@@ -42,3 +44,37 @@ def test_the_rate_of_the_configuration_wins():
     run = small_run(privacy={"enable_dp": True, "noise_multiplier": 2.0, "sample_rate": 0.3})
     site = SitePolicy(hospital="a", data_set="d", num_patients=40, max_epsilon=8.0)
     assert mechanism_for(run, site).sample_rate == 0.3
+
+
+LIMITS = [
+    ({"allowed_tasks": ("classification",)}, "allows classification; this run's data.task is 'segmentation'"),
+    ({"max_steps_per_round": 1}, "allows 1 steps in a round; this run would take 2"),
+    ({"max_grad_norm": 0.5}, "clip norm of at most 0.5; this run's is 1"),
+    ({"min_noise_multiplier": 3.0}, "requires noise_multiplier >= 3; this run would use 2"),
+]
+
+
+@pytest.mark.parametrize(("limit", "reason"), LIMITS)
+def test_what_a_site_does_not_allow_is_refused_when_the_run_is_planned(limit, reason):
+    run = small_run(privacy={"enable_dp": True, "noise_multiplier": 2.0})
+    site = SitePolicy(hospital="a", data_set="d", num_patients=40, max_epsilon=8.0)
+    assert mechanism_for(run, site) is not None
+    with pytest.raises(PrivacyConfigError, match=reason):
+        mechanism_for(run, site.model_copy(update=limit))
+
+
+@pytest.mark.parametrize(("limit", "reason"), LIMITS[:2])
+def test_task_and_steps_are_limited_without_differential_privacy_too(limit, reason):
+    site = SitePolicy(hospital="a", data_set="d", num_patients=40)
+    assert mechanism_for(small_run(), site) is None
+    with pytest.raises(PrivacyConfigError, match=reason):
+        mechanism_for(small_run(), site.model_copy(update=limit))
+
+
+@pytest.mark.parametrize(("limit", "reason"), [({"max_steps_per_round": 3}, "would take 4"), LIMITS[0]])
+def test_the_central_baseline_keeps_the_strictest_limits(limit, reason):
+    run = small_run(federation={"baselines": ["central"]})
+    sites = [SitePolicy(hospital=name, data_set="d", declared="public", num_patients=40) for name in ("a", "b")]
+    assert check_baselines(run, sites) is None
+    with pytest.raises(PrivacyConfigError, match=reason):
+        check_baselines(run, [sites[0].model_copy(update=limit), sites[1]])

@@ -230,3 +230,15 @@ def test_without_a_declared_budget_only_the_first_run_may_spend(tmp_path: Path) 
     with pytest.raises(BudgetExceeded, match="run 'first' has spent already"):
         opened(tmp_path, max_epsilon=500.0, one_run=True).reserve("second", 1, 1, mechanism(), None)
     opened(tmp_path, max_epsilon=500.0).reserve("second", 1, 1, mechanism(), None)
+
+
+def test_the_lifetime_number_of_steps_is_kept_over_runs(tmp_path: Path) -> None:
+    first = opened(tmp_path, max_steps=4)
+    kept = first.reserve("one", 1, 0, mechanism(), None)
+    first.release(first.reserve("one", 2, 0, mechanism(), None), "never trained")
+    first.settle(kept)
+    second = opened(tmp_path, max_steps=4)
+    second.reserve("two", 1, 0, mechanism(), None)
+    with pytest.raises(BudgetExceeded, match="private steps on data set 'scans' in all"):
+        second.reserve("two", 2, 0, mechanism(), None)
+    assert second.spent().epsilon == epsilon_spent([Segment(4.0, 1.0, 4)], DELTA)
