@@ -4,6 +4,7 @@ import shutil
 import sqlite3
 import threading
 from functools import partial
+from pathlib import Path
 
 import pytest
 from small_runs import small_run
@@ -226,3 +227,17 @@ def test_an_actor_that_restarts_without_its_ledger_says_why(tmp_path):
     assert isinstance(answer, ClientFailure)
     assert (answer.round, answer.attempt, answer.stage) == (2, 1, "start")
     assert "medfl-ray privacy ledger recover" in answer.reason
+
+
+@pytest.mark.parametrize("by_variable", [True, False])
+def test_a_relative_state_folder_is_made_absolute_where_the_run_starts(tmp_path, monkeypatch, by_variable):
+    """A worker has another working directory and another environment; it gets the finished path."""
+    run, policies = private_run()
+    if by_variable:
+        monkeypatch.setenv("MEDFL_STATE_DIR", "states")
+    else:
+        run = run.model_copy(update={"output": run.output.model_copy(update={"state_directory": Path("states")})})
+    monkeypatch.chdir(tmp_path)
+    specs = hospital_specs(run, policies, Path("run"))
+    root = tmp_path / "states" / "medfl-ray" if by_variable else tmp_path / "states"
+    assert [spec.state_folder for spec in specs] == [root / name for name in names()]
