@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config import RunConfig, TrainingConfig
 from medfl_ray.errors import LedgerError, MedflError
 from medfl_ray.federation.hospital import Hospital, HospitalParts
 from medfl_ray.federation.local_pool import start_failure
@@ -58,7 +58,7 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
     data = open_hospital_data(run, spec.members)
     trainer = Trainer(
         model=run.model,
-        training=run.training,
+        training=training_of(run, policy.hospital),
         task=run.data.task,
         spatial_dims=run.spatial_dims,
         in_channels=run.model.in_channels or len(data.channels),
@@ -66,6 +66,8 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
         patch_size=run.patch_size,
         for_dp=run.privacy.patient_level,
     )
+    if run.privacy.patient_level:
+        trainer.group_size()  # refuses here, before anything is charged, a network that mixes patients
     _make_state_folder(spec)
     ledger = open_ledger(spec) if run.privacy.patient_level else None
 
@@ -79,6 +81,12 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
         write_local_report(spec.state_folder, policy.hospital, run, round, values, figures, pictures, spent)
 
     return Hospital(HospitalParts(run, policy, spec.index, trainer, data, ledger, make_pictures, local_report))
+
+
+def training_of(run: RunConfig, hospital: str) -> TrainingConfig:
+    """Return how a hospital trains: in groups of the size that it measured when the run was first started."""
+    measured = run.training.measured_group_sizes.get(hospital)
+    return run.training if measured is None else run.training.model_copy(update={"patient_group_size": measured})
 
 
 def open_ledger(spec: HospitalSpec) -> Ledger:

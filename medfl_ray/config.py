@@ -83,6 +83,13 @@ class TrainingConfig(Section):
     patient_gradients: Literal["auto", "single", "grouped"] = Field(
         "auto", description="Under DP: patient by patient, several as convolution groups, or whichever is faster here."
     )
+    patient_group_size: Positive | None = Field(
+        None, description="Patients in one pass under DP, 1 for patient by patient; measured at start when absent."
+    )
+    measured_group_sizes: dict[HospitalId, Positive] = Field(
+        default_factory=dict,
+        description="What each hospital measured; the run writes it into its own configuration and reuses it.",
+    )
     device: str = Field(
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$", description="'auto' uses a GPU where there is one."
     )
@@ -267,7 +274,7 @@ class RunConfig(Section):
                 "tags": True,
                 "output": True,
                 "data": {"directory": True, "hospitals": {"__all__": {"directory", "site_config"}}, "cache": True},
-                "training": {"initial_weights": True},
+                "training": {"initial_weights": True, "measured_group_sizes": True},
                 "federation": {"pool": True, "num_actors": True, "baselines": True},
             }
         )

@@ -111,7 +111,11 @@ class PrivacySpent(Message):
 
 
 class HospitalInfo(Message):
-    """What a hospital says of itself before the first round; only public figures."""
+    """What a hospital says of itself before the first round; only public figures.
+
+    `patient_group_size` is how many patients' gradients its machine computes in one pass, measured on made-up
+    patients; None without patient-level differential privacy.
+    """
 
     hospital: str
     declared: Literal["private", "public", "synthetic"]
@@ -121,6 +125,7 @@ class HospitalInfo(Message):
     labels: dict[int, str]
     layout_checksum: str
     device: str
+    patient_group_size: int | None = None
     spent: PrivacySpent | None = None
 
 

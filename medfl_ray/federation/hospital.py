@@ -82,6 +82,7 @@ class Hospital:
             labels=dict(parts.data.labels),
             layout_checksum=parts.trainer.layout.checksum,
             device=str(parts.trainer.device),
+            patient_group_size=parts.trainer.group_size() if parts.run.privacy.patient_level else None,
             spent=self._spent(),
         )
 

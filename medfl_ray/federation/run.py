@@ -42,6 +42,9 @@ class RunStore(RunKeeper, Protocol):
     def save_hospitals(self, infos: Sequence[HospitalInfo], failures: Sequence[ClientFailure]) -> None:
         """Write who is present, and who is not and why, before the first round."""
 
+    def save_group_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Write into the run's configuration how many patients each hospital computes at once, for a resume."""
+
     def save_final(
         self,
         weights: Vector,
@@ -101,6 +104,9 @@ def run_federation(parts: RunParts) -> RunOutcome:
     layout, initial = parts.initial_weights(*network_shape(parts.run, infos))
     check_layouts(infos, layout)
     parts.store.save_hospitals(infos, absent)
+    parts.store.save_group_sizes(
+        {info.hospital: info.patient_group_size for info in infos if info.patient_group_size is not None}
+    )
     present = tuple(sorted(info.hospital for info in infos))
     policies = {policy.hospital: policy for policy in parts.policies}
     context = RoundContext(

@@ -128,6 +128,14 @@ class RunFolder:
         self.save_json("hospitals.json", {info.hospital: info.model_dump(mode="json") for info in infos})
         self._save_failures(failures)
 
+    def save_group_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Write into config.yaml how many patients each hospital computes at once, so that a resume reuses it."""
+        measured = {**self.run.training.measured_group_sizes, **sizes}
+        if measured != self.run.training.measured_group_sizes:
+            training = self.run.training.model_copy(update={"measured_group_sizes": measured})
+            self.run = self.run.model_copy(update={"training": training})
+            replace_file(self.path / "config.yaml", dump_yaml(self.run).encode())
+
     def save_final(
         self,
         weights: Vector,

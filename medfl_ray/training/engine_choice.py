@@ -16,42 +16,84 @@ from medfl_ray.models.grouped import why_not_grouped
 from medfl_ray.training.losses import PatientLoss
 from medfl_ray.training.patient_gradients import GradientEngine, InGroups, OneAtATime, Patient
 
-GROUP_SIZE = 4
+GROUP_SIZES = (2, 4, 8)
 # Above this the memory of several patients at once costs more than the calls that a group saves.
 SLOW_PATIENT_S = 1.0
+# A larger group has to be this much faster, for it takes more memory; and no new size is tried after this time.
 LEAST_GAIN = 0.95
+MEASURING_S = 3.0
 REPEATS = 2
 TOLERANCE = 1e-4
 
+Wanted = Literal["auto", "single", "grouped"]
+
 
 def choose_engine(
-    wanted: Literal["auto", "single", "grouped"],
+    wanted: Wanted,
     network: nn.Module,
     loss: PatientLoss,
     mixed_precision: bool,
     make_patient: Callable[[], Patient],
+    group_size: int | None = None,
 ) -> GradientEngine:
-    """Return the engine that is asked for, or with 'auto' the faster one.
+    """Return the engine that is asked for, or with 'auto' the fastest one; see `choose_group_size`."""
+    size = choose_group_size(wanted, network, loss, mixed_precision, make_patient, group_size)
+    return engine_of(size, network, loss, mixed_precision)
+
+
+def engine_of(group_size: int, network: nn.Module, loss: PatientLoss, mixed_precision: bool) -> GradientEngine:
+    """Return the engine for so many patients in one pass; 1 is patient by patient."""
+    if group_size == 1:
+        return OneAtATime(network, loss, mixed_precision)
+    return InGroups(network, loss, mixed_precision, group_size)
+
+
+def choose_group_size(
+    wanted: Wanted,
+    network: nn.Module,
+    loss: PatientLoss,
+    mixed_precision: bool,
+    make_patient: Callable[[], Patient],
+    group_size: int | None = None,
+) -> int:
+    """Return how many patients go through the network in one pass: 1, 2, 4 or 8, whichever is fastest here.
 
     Args:
       make_patient: returns a made-up patient of the shape that training has.
+      group_size: what was measured before or is wished for; then nothing is timed. A network that cannot be
+        grouped, or whose grouped gradients differ, goes patient by patient whatever is wished for.
     """
-    single = OneAtATime(network, loss, mixed_precision)
-    if wanted == "single" or why_not_grouped(network):
-        return single
-    grouped = InGroups(network, loss, mixed_precision, GROUP_SIZE)
-    patients = [make_patient() for _ in range(GROUP_SIZE)]
-    start = time.perf_counter()
-    list(single(iter(patients[:1])))
-    if wanted == "auto" and time.perf_counter() - start > SLOW_PATIENT_S:
-        return single
+    if wanted == "single" or group_size == 1 or why_not_grouped(network):
+        return 1
+    patients = [make_patient() for _ in range(group_size or GROUP_SIZES[-1])]
+    if group_size is None:
+        group_size = _fastest(wanted, network, loss, mixed_precision, patients)
     # In full precision: bfloat16 rounds the two in different places.
-    if not _same_gradients(network, OneAtATime(network, loss), InGroups(network, loss, False, GROUP_SIZE), patients):
-        return single
-    if wanted == "grouped":
-        return grouped
-    faster = _seconds(grouped, patients) < LEAST_GAIN * _seconds(single, patients)
-    return grouped if faster else single
+    single, grouped = OneAtATime(network, loss), engine_of(group_size, network, loss, False)
+    return group_size if _same_gradients(network, single, grouped, patients[:group_size]) else 1
+
+
+def _fastest(
+    wanted: Wanted, network: nn.Module, loss: PatientLoss, mixed_precision: bool, patients: list[Patient]
+) -> int:
+    """Try larger and larger groups until one is no faster per patient, or the time is up."""
+    best, best_s = GROUP_SIZES[0], float("inf")
+    start = time.perf_counter()
+    if wanted == "auto":
+        single = OneAtATime(network, loss, mixed_precision)
+        list(single(iter(patients[:1])))
+        if time.perf_counter() - start > SLOW_PATIENT_S:
+            return 1
+        best, best_s = 1, _seconds(single, patients[: GROUP_SIZES[0]]) / GROUP_SIZES[0]
+    for size in GROUP_SIZES:
+        seconds = _seconds(engine_of(size, network, loss, mixed_precision), patients[:size]) / size
+        if seconds < LEAST_GAIN * best_s:
+            best, best_s = size, seconds
+        elif best > 1:
+            break
+        if time.perf_counter() - start > MEASURING_S:
+            break
+    return best
 
 
 def make_patient_like(shape: tuple[int, ...], num_classes: int, classification: bool, device: torch.device) -> Patient:

@@ -25,7 +25,7 @@ from medfl_ray.params import Layout, Vector, flatten, layout_of, load_into
 from medfl_ray.privacy.dpsgd import private_steps
 from medfl_ray.training.batches import patient_batches
 from medfl_ray.training.coupling import check_patients_apart
-from medfl_ray.training.engine_choice import choose_engine, make_patient_like
+from medfl_ray.training.engine_choice import choose_group_size, engine_of, make_patient_like
 from medfl_ray.training.evaluation import PatientScore, average_cases, dice_per_label
 from medfl_ray.training.inference import classify, segment
 from medfl_ray.training.local_data import LocalData
@@ -79,6 +79,7 @@ class Trainer:
         self.training, self._task, self._patch_size, self._for_dp = training, task, patch_size, for_dp
         self._in_channels, self._out_channels = in_channels, out_channels
         self._engine: GradientEngine | None = None
+        self._group_size = 1
         self._build = (model, spatial_dims, in_channels, out_channels, False, patch_size)
         self.network = build_network(model, spatial_dims, in_channels, out_channels, for_dp, patch_size).to(self.device)
         self._space = freeze_the_rest(
@@ -182,13 +183,28 @@ class Trainer:
             self._set_gradients(mean)
             yield
 
+    def group_size(self) -> int:
+        """Return how many patients' gradients are computed in one pass, measured once on made-up patients.
+
+        Raises:
+          NotFitForDP: the network mixes patients, whichever way its gradients are computed.
+        """
+        self._choose_engine()
+        return self._group_size
+
     def _choose_engine(self) -> GradientEngine:
         """Choose once how this machine computes patient gradients, and prove that it keeps patients apart."""
         if self._engine is None:
             training = self.training
-            self._engine = choose_engine(
-                training.patient_gradients, self.network, self.loss, training.mixed_precision, self._make_up_patient
+            self._group_size = choose_group_size(
+                training.patient_gradients,
+                self.network,
+                self.loss,
+                training.mixed_precision,
+                self._make_up_patient,
+                training.patient_group_size,
             )
+            self._engine = engine_of(self._group_size, self.network, self.loss, training.mixed_precision)
             check_patients_apart(self._engine, self._make_up_patient)
         return self._engine
 

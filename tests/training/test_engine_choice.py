@@ -10,7 +10,8 @@ from medfl_ray.config import ModelConfig, TrainingConfig
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.privacy.dpsgd import PatientGradientSum
-from medfl_ray.training.engine_choice import choose_engine, make_patient_like
+from medfl_ray.training import engine_choice
+from medfl_ray.training.engine_choice import choose_engine, choose_group_size, make_patient_like
 from medfl_ray.training.losses import dice_ce, make_loss
 from medfl_ray.training.patient_gradients import GradientEngine, InGroups, OneAtATime, Patient
 
@@ -95,6 +96,57 @@ def test_a_network_that_is_grouped_wrongly_is_not_grouped() -> None:
             return out * (1.0 + out.mean(dim=0, keepdim=True))
 
     assert isinstance(choose("grouped", Mixes()), OneAtATime)
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, seconds_per_patient: dict[int, float]) -> list[int]:
+    """Let each size take a given time, and return the list in which the sizes timed appear."""
+    timed: list[int] = []
+
+    def seconds(engine: GradientEngine, patients: list[Patient]) -> float:
+        size = engine._group_size if isinstance(engine, InGroups) else 1
+        timed.append(size)
+        return seconds_per_patient[size] * len(patients)
+
+    monkeypatch.setattr(engine_choice, "_seconds", seconds)
+    return timed
+
+
+def size_for(wanted: str, network: nn.Module, group_size: int | None = None) -> int:
+    make = lambda: make_patient_like((1, 2, 32, 32), 3, False, CPU)  # noqa: E731
+    return choose_group_size(wanted, network, dice_ce, False, make, group_size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "wanted", "chosen", "tried"),
+    [
+        ({1: 1.0, 2: 0.8, 4: 0.6, 8: 0.4}, "auto", 8, [1, 2, 4, 8]),
+        ({1: 1.0, 2: 0.8, 4: 0.79, 8: 0.1}, "auto", 2, [1, 2, 4]),
+        ({1: 1.0, 2: 1.1, 4: 0.9, 8: 0.9}, "auto", 4, [1, 2, 4, 8]),
+        ({1: 1.0, 2: 2.0, 4: 2.0, 8: 2.0}, "auto", 1, [1, 2, 4, 8]),
+        ({2: 2.0, 4: 3.0, 8: 3.0}, "grouped", 2, [2, 4]),
+    ],
+)
+def test_the_smallest_group_wins_that_is_not_clearly_beaten(
+    monkeypatch: pytest.MonkeyPatch, seconds: dict[int, float], wanted: str, chosen: int, tried: list[int]
+) -> None:
+    timed = measured(monkeypatch, seconds)
+    assert size_for(wanted, network_of()) == chosen
+    assert timed == tried
+
+
+def test_measuring_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = measured(monkeypatch, {1: 1.0, 2: 0.5, 4: 0.2, 8: 0.1})
+    monkeypatch.setattr(engine_choice, "MEASURING_S", 0.0)
+    assert size_for("auto", network_of()) == 2
+    assert timed == [1, 2]
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_recorded_size_is_taken_without_measuring(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    timed = measured(monkeypatch, {})
+    assert size_for("auto", network_of(), size) == size
+    assert size_for("auto", network_of("unetr"), size) == 1  # which cannot be grouped
+    assert timed == []
 
 
 @pytest.mark.parametrize("engine", ["single", "grouped"])
