@@ -6,6 +6,7 @@ Shapes: N patients of a batch, one patch each.
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import time
 import warnings
@@ -223,6 +224,7 @@ class Ready:
 def serve(name: str, size: Size, link: Connection) -> None:
     """Build a contender and its case, then take a step for each "step" and answer (wall, processor) seconds; answer
     "peak" by the most bytes above those held before the contender was built."""
+    parent = os.getppid()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     # Code that a first pass loads is no contender's memory.
@@ -238,10 +240,18 @@ def serve(name: str, size: Size, link: Connection) -> None:
         link.send(Ready(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
         return
     link.send(Ready(gradient_print(case.network)))
-    while (told := link.recv()) != "end":
+    while (told := _hear(link, parent)) != "end":
         if told == "peak":
             link.send(memory_bytes("VmHWM") - before)
             continue
         wall, processor = time.perf_counter(), time.process_time()
         step()
         link.send((time.perf_counter() - wall, time.process_time() - processor))
+
+
+def _hear(link: Connection, parent: int) -> str:
+    """Return what is said next, or "end" once the parent is gone: the pipe stays open in this process's siblings."""
+    while not link.poll(5):
+        if os.getppid() != parent:
+            return "end"
+    return str(link.recv())
