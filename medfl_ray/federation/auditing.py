@@ -14,24 +14,24 @@ from medfl_ray.privacy.accountant import Segment, epsilon_spent
 from medfl_ray.privacy.audit_record import AuditedEpsilon, MechanismAudit
 from medfl_ray.site_policy import SitePolicy
 
-FEWEST_CANARIES, USUAL_CANARIES, MOST_CANARIES = 1_000, 10_000, 50_000
-MOST_DRAWS = 1_000_000
-"""Canary gradients that one audit clips by default: about half a minute on one core."""
-ROOM = 6.0
+FEWEST_CANARIES, USUAL_CANARIES, MOST_CANARIES = 1_000, 10_000, 60_000
+MOST_DRAWS = 1_100_000
+"""Canary gradients that one audit clips by default: less than a minute on one core."""
+ROOM = 8.0
 """Canaries per e^epsilon, so that flawless guesses would refute the claim."""
-DELTA_PARTS = (1, 10)
+SMALLER = 10
 """The claim is tested at its delta and at a tenth of it. A mechanism has a claim at every delta, and at the larger
 delta of the claim itself a few lucky losses could explain many right guesses."""
 
 
 @dataclass(frozen=True)
 class AuditSubject:
-    """One mechanism, the steps of the run, the hospitals that ran them, and the epsilon that is claimed per delta."""
+    """One mechanism, the steps of the run, the hospitals that ran them, and what is claimed: (delta, epsilon) twice."""
 
     hospitals: tuple[str, ...]
     mechanism: Mechanism
     num_steps: int
-    claims: tuple[tuple[float, float], ...]
+    claims: tuple[tuple[float, float], tuple[float, float]]
 
 
 def audit_subject(run: RunConfig, policies: Sequence[SitePolicy], results: Sequence[RoundResult]) -> AuditSubject:
@@ -60,14 +60,14 @@ def audit_subject(run: RunConfig, policies: Sequence[SitePolicy], results: Seque
     sigma, q, _, steps, delta = largest
     hospitals = tuple(sorted(groups[largest]))
     shown = min(spent[hospital].epsilon for hospital in hospitals)
-    deltas = [delta / part for part in DELTA_PARTS]
-    accounted = [(at, epsilon_spent([Segment(sigma, q, steps)], at)) for at in deltas]
-    claims = tuple((at, min(epsilon, shown) if at == delta else epsilon) for at, epsilon in accounted)
+    segment = [Segment(sigma, q, steps)]
+    claim, smaller = min(shown, epsilon_spent(segment, delta)), epsilon_spent(segment, delta / SMALLER)
+    claims = ((delta, claim), (delta / SMALLER, smaller))
     return AuditSubject(hospitals, planned[hospitals[0]], steps, claims)
 
 
 def enough_canaries(subject: AuditSubject) -> int:
-    """Return how many canaries an audit takes by default: enough to refute the claim, within half a minute."""
+    """Return how many canaries an audit takes by default: enough to refute the claim, within a minute."""
     wanted = ROOM * math.exp(min(20.0, subject.claims[-1][1]))
     affordable = 2 * MOST_DRAWS / (subject.num_steps * subject.mechanism.sample_rate)
     return int(max(FEWEST_CANARIES, min(max(wanted, USUAL_CANARIES), affordable, MOST_CANARIES)))
@@ -84,10 +84,9 @@ def audit_mechanism(subject: AuditSubject, num_canaries: int, confidence: float)
 
     mechanism = subject.mechanism
     scores = run_canaries(mechanism, subject.num_steps, num_canaries)
-    bounds = audit_bounds(scores.likelihoods, scores.included, [delta for delta, _ in subject.claims], confidence)
-    estimate = gaussian_canary_epsilon(
-        scores.sums[scores.included], scores.sums[~scores.included], subject.claims[0][0]
-    )
+    (delta, _), (smaller, _) = subject.claims
+    bounds = audit_bounds(scores.likelihoods, scores.included, delta, smaller, confidence)
+    estimate = gaussian_canary_epsilon(scores.sums[scores.included], scores.sums[~scores.included], delta)
     return MechanismAudit(
         hospitals=subject.hospitals,
         noise_multiplier=mechanism.noise_multiplier,
@@ -98,14 +97,14 @@ def audit_mechanism(subject: AuditSubject, num_canaries: int, confidence: float)
         confidence=confidence,
         at=tuple(
             AuditedEpsilon(
-                delta=delta,
+                delta=bound.delta,
                 claimed=claimed,
                 lower_bound=bound.epsilon,
                 ceiling=bound.ceiling,
                 num_guessed=bound.guesses.num_guessed,
                 num_correct=bound.guesses.num_correct,
             )
-            for (delta, claimed), bound in zip(subject.claims, bounds, strict=True)
+            for (_, claimed), bound in zip(subject.claims, bounds, strict=True)
         ),
         gaussian_estimate=estimate if math.isfinite(estimate) else None,
     )

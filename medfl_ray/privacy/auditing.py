@@ -22,8 +22,8 @@ from medfl_ray.errors import PrivacyConfigError
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-GUESSED_FRACTIONS = (0.02, 0.2, 1.0)
-"""Shares of the canaries that are guessed, decided before anything is seen: few and sure, or all."""
+FEW, SOME, ALL = 0.02, 0.2, 1.0
+"""Shares of the canaries that are guessed, decided before anything is seen."""
 LARGEST_EPSILON = 50.0
 
 
@@ -110,23 +110,29 @@ class Bound:
     guesses: Guesses
 
 
-def audit_bounds(scores: Floats, included: Bools, deltas: Sequence[float], confidence: float) -> tuple[Bound, ...]:
-    """Return the best lower bound per delta; all of them hold together with the confidence.
+def audit_bounds(
+    scores: Floats, included: Bools, delta: float, smaller_delta: float, confidence: float
+) -> tuple[Bound, Bound]:
+    """Return a lower bound at the claim's delta and one at a smaller delta; both hold together with the confidence.
 
-    Several numbers of guesses are tried at several deltas, which were all fixed in advance; each gets an equal
-    part of the error (Bonferroni).
+    The first is for a tight bound, from the surest guesses. The second is for a refutation: at a smaller delta
+    many right guesses have no other explanation than a large epsilon, so that all canaries are guessed as well. Both
+    try two numbers of guesses, and each of the four gets an equal part of the error (Bonferroni).
     """
-    numbers = sorted({max(1, round(fraction * len(scores))) for fraction in GUESSED_FRACTIONS})
-    each = 1 - (1 - confidence) / (len(numbers) * len(deltas))
-    tried = [guess(scores, included, number) for number in numbers]
-    bounds = []
-    for delta in deltas:
-        found = [(epsilon_lower_bound(one, delta, each), one) for one in tried]
-        flawless = [Guesses(one.num_canaries, one.num_guessed, one.num_guessed) for one in tried]
-        ceiling = max(epsilon_lower_bound(one, delta, each) for one in flawless)
-        epsilon, best = max(found, key=lambda pair: pair[0])
-        bounds.append(Bound(delta, epsilon, ceiling, best))
-    return tuple(bounds)
+    each = 1 - (1 - confidence) / 4
+    return (
+        _best_bound(scores, included, (FEW, SOME), delta, each),
+        _best_bound(scores, included, (SOME, ALL), smaller_delta, each),
+    )
+
+
+def _best_bound(scores: Floats, included: Bools, fractions: Sequence[float], delta: float, confidence: float) -> Bound:
+    tried = [guess(scores, included, max(1, round(fraction * len(scores)))) for fraction in fractions]
+    flawless = [Guesses(one.num_canaries, one.num_guessed, one.num_guessed) for one in tried]
+    found = [epsilon_lower_bound(one, delta, confidence) for one in tried]
+    best = int(np.argmax(found))
+    ceiling = max(epsilon_lower_bound(one, delta, confidence) for one in flawless)
+    return Bound(delta, found[best], ceiling, tried[best])
 
 
 def gaussian_canary_epsilon(present: Floats, absent: Floats, delta: float) -> float:

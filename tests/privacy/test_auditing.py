@@ -8,6 +8,7 @@ import pytest
 from scipy import integrate, stats
 
 from medfl_ray.errors import PrivacyConfigError
+from medfl_ray.federation.auditing import AuditSubject, audit_mechanism
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
 from medfl_ray.privacy.auditing import (
@@ -42,7 +43,17 @@ def mechanism(epsilon: float, q: float = 0.5, steps: int = STEPS) -> Mechanism:
 
 def lower_bound(used: Mechanism, num_canaries: int = 1000) -> float:
     scores = run_canaries(used, used.num_steps, num_canaries)
-    return audit_bounds(scores.likelihoods, scores.included, [DELTA], 0.95)[0].epsilon
+    return audit_bounds(scores.likelihoods, scores.included, DELTA, DELTA / 10, 0.95)[0].epsilon
+
+
+def is_refuted(used: Mechanism, num_canaries: int = 2000) -> bool:
+    """Audit a mechanism as a run's audit does, against the accountant's epsilon for it."""
+    segment = [Segment(used.noise_multiplier, used.sample_rate, used.num_steps)]
+    claims = [(delta, epsilon_spent(segment, delta)) for delta in (DELTA, DELTA / 10)]
+    subject = AuditSubject(("north",), used, used.num_steps, (claims[0], claims[1]))
+    found = audit_mechanism(subject, num_canaries, 0.95)
+    assert found.could_exceed
+    return found.is_exceeded
 
 
 def test_p_value_against_every_outcome_of_randomized_response():
@@ -111,6 +122,10 @@ def test_bound_is_below_the_claim_on_20_honest_runs():
     assert max(bounds) > 0.1  # or the audit would see nothing at all
 
 
+def test_an_honest_mechanism_is_not_refuted():
+    assert not is_refuted(mechanism(2.0, q=1.0))
+
+
 def test_bound_is_not_empty_on_an_honest_run():
     used = mechanism(2.0, q=1.0, steps=1)
     assert 0.5 < lower_bound(used, 5000) <= 2.0
@@ -119,7 +134,12 @@ def test_bound_is_not_empty_on_an_honest_run():
 def test_bound_exceeds_the_claim_without_noise(monkeypatch):
     monkeypatch.setattr(GaussianNoise, "draw", lambda self, size, std: np.zeros(size))
     assert lower_bound(mechanism(1.0, q=1.0)) > 1.0
-    assert lower_bound(mechanism(4.0, q=1.0)) > 4.0
+    assert is_refuted(mechanism(4.0, q=1.0))
+
+
+def test_bound_exceeds_a_large_claim_without_noise_in_sampled_steps(monkeypatch):
+    monkeypatch.setattr(GaussianNoise, "draw", lambda self, size, std: np.zeros(size))
+    assert is_refuted(mechanism(4.0, q=0.5, steps=20))
 
 
 def test_bound_exceeds_the_claim_with_a_quarter_of_the_noise(monkeypatch):
@@ -154,10 +174,9 @@ def test_scores_are_those_of_the_subsampled_gaussian():
 
 @pytest.mark.parametrize("q", [0.3, 1.0])
 def test_likelihood_ratio_against_densities(q):
-    used = mechanism(2.0).model_copy(update={"sample_rate": q, "noise_multiplier": 0.8})
     x = np.array([-1.0, 0.3, 2.5])
     without, with_it = stats.norm.pdf(x, 0, 0.8), stats.norm.pdf(x, 1, 0.8)
-    np.testing.assert_allclose(log_likelihood_ratio(x, used), np.log(((1 - q) * without + q * with_it) / without))
+    np.testing.assert_allclose(log_likelihood_ratio(x, q, 0.8), np.log(((1 - q) * without + q * with_it) / without))
 
 
 def test_an_audit_needs_canaries_and_steps():
