@@ -216,6 +216,8 @@ def summarise_run(run_dir: Path) -> RunSummary:
     absent = _read_as(run_dir / "failures.json", list[ClientFailure]) or []
     names = _hospital_names(config, results, infos, evaluations, absent)
     metric = headline_metric(results, evaluations)
+    num_published = sum(result.receipt.published for result in results)
+    audit = _read_as(run_dir / AUDIT_FILE, AuditRecord)
     read = _Read(config, metric, results, infos, evaluations, baselines, ledgers, absent)
     return RunSummary(
         name=config.name,
@@ -223,7 +225,7 @@ def summarise_run(run_dir: Path) -> RunSummary:
         metric=metric,
         hospitals=tuple(_summarise_hospital(name, read) for name in names),
         results=tuple(results),
-        num_published=sum(result.receipt.published for result in results),
+        num_published=num_published,
         wall_time_s=sum(result.duration_s for result in results),
         num_bytes=bytes_moved(results, weights_size_bytes(run_dir / "model.safetensors")),
         central_spent=baselines.central.spent if baselines.central else None,
@@ -231,7 +233,7 @@ def summarise_run(run_dir: Path) -> RunSummary:
         labels_seen=labels_by_kind(results, evaluations),
         baseline_failures=baselines.failures,
         missing=tuple(name for name in OPTIONAL_FILES if not (run_dir / name).is_file()),
-        audit=_read_as(run_dir / AUDIT_FILE, AuditRecord),
+        audit=audit if audit and audit.rounds == num_published else None,  # an audit of fewer rounds is out of date
     )
 
 

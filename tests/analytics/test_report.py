@@ -128,6 +128,15 @@ def test_without_privacy_the_report_says_so(make_run):
     assert "How to read epsilon" not in page.text
 
 
+def test_an_audit_of_fewer_rounds_is_out_of_date(make_run):
+    folder = make_run(rounds=8)
+    record = {"rounds": 7, "mechanism": None, "membership": None, "membership_note": "not computed: a test"}
+    (folder / "audit.json").write_text(json.dumps(record))
+    assert "not computed: a test" not in page_of(folder)[0].text
+    (folder / "audit.json").write_text(json.dumps(record | {"rounds": 8}))
+    assert "not computed: a test" in page_of(folder)[0].text
+
+
 def test_it_never_claims_compliance(make_run):
     _, text = page_of(make_run())
     assert "complian" not in text.lower()
