@@ -14,9 +14,9 @@ from medfl_ray.errors import PrivacyConfigError
 Floats = npt.NDArray[np.float64]
 
 NUM_SUMMED = 4
-HALF_BLOCK = 4096  # the arrays of one pass stay in the processor's cache: three times as quick as one long pass
-MANTISSA = np.uint64(2**53 - 1)
-SWAP_BIT = np.uint64(1 << 62)
+HALF_BLOCK = 2048  # the arrays of one pass stay in the processor's cache: three times as quick as one long pass
+MANTISSA = np.int64(2**53 - 1)
+SIGN_BIT = np.int64(-(2**63))
 SINE_TERMS = tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(8))
 
 
@@ -34,7 +34,8 @@ class GaussianNoise:
         self._stream: CipherContext | None = None
         self._process = -1
         self._zeros = bytes(2 * NUM_SUMMED * HALF_BLOCK * 8)
-        self._words = np.empty((2, NUM_SUMMED, HALF_BLOCK), np.uint64)
+        self._words = np.empty((2, NUM_SUMMED, HALF_BLOCK), np.int64)
+        self._floats = np.empty((4, NUM_SUMMED, HALF_BLOCK))  # written anew by every pass: allocating takes longer
 
     def draw(self, size: int, std: float) -> Floats:
         """Return `size` independent draws of mean 0 and standard deviation `std`, in float64.
@@ -59,17 +60,38 @@ class GaussianNoise:
 
         The top bit of the second word is the radius' sign (half a turn), the next one swaps cosine and sine
         (a quarter turn); the rest is an angle between -45 and 45 degrees, where a short series gives the
-        sine to the last bit and the cosine is the root that is left.
+        sine to the last bit and the cosine is the root that is left. The arrays hold until the next call.
         """
         self._fill_words()
         radius_words, angle_words = self._words
-        sign, swap = angle_words.view(np.float64), (angle_words & SWAP_BIT) != 0
-        radius = ((radius_words & MANTISSA).astype(np.float64) + 1.0) * 2.0**-53  # in (0, 1]: never the log of 0
-        radius = np.copysign(np.sqrt(-2.0 * np.log(radius)), sign)
-        angle = (angle_words & MANTISSA).astype(np.float64) * (math.pi / 2 * 2.0**-53) - math.pi / 4
-        sine = _sine(angle)
-        cosine = np.sqrt(1.0 - sine * sine)
-        return radius, np.where(swap, sine, cosine), np.where(swap, cosine, sine)
+        radius, cosine, sine, square = self._floats
+        radius_words &= MANTISSA
+        np.add(radius_words, 1.0, out=radius)
+        radius *= 2.0**-53  # in (0, 1]: never the log of 0
+        np.log(radius, out=radius)
+        radius *= -2.0
+        np.sqrt(radius, out=radius)
+        np.bitwise_and(angle_words, MANTISSA, out=radius_words)
+        angle = np.multiply(radius_words, math.pi / 2 * 2.0**-53, out=cosine)
+        angle -= math.pi / 4
+        _sine(angle, square, sine)
+        np.multiply(sine, sine, out=square)
+        np.subtract(1.0, square, out=cosine)
+        np.sqrt(cosine, out=cosine)
+        self._turn(radius, cosine, sine)
+        return radius, cosine, sine
+
+    def _turn(self, radius: Floats, cosine: Floats, sine: Floats) -> None:
+        """Set the radius' sign and swap cosine and sine as the angle words say, bit by bit and in place."""
+        swap, words = self._words
+        bits, cosine_bits, sine_bits = (values.view(np.int64) for values in (radius, cosine, sine))
+        np.left_shift(words, 1, out=swap)
+        np.right_shift(swap, 63, out=swap)  # all ones where the two are to be swapped, else zeros
+        swap &= cosine_bits ^ sine_bits
+        cosine_bits ^= swap
+        sine_bits ^= swap
+        words &= SIGN_BIT
+        bits |= words
 
     def _fill_words(self) -> None:
         if self._stream is None or self._process != os.getpid():  # a forked child must not repeat its parent's stream
@@ -83,13 +105,13 @@ class GaussianNoise:
         return GaussianNoise, ()
 
 
-def _sine(angle: Floats) -> Floats:
-    """Return the sine of angles in [-pi/4, pi/4]: eight terms of its series, whose rest is below 5e-17."""
-    square = angle * angle
-    total: Floats = square * SINE_TERMS[-1]
+def _sine(angle: Floats, square: Floats, out: Floats) -> Floats:
+    """Write the sine of angles in [-pi/4, pi/4] to `out`: eight terms of its series, whose rest is below 5e-17."""
+    np.multiply(angle, angle, out=square)
+    np.multiply(square, SINE_TERMS[-1], out=out)
     for term in SINE_TERMS[-2:0:-1]:
-        total += term
-        total *= square
-    total += 1.0
-    total *= angle
-    return total
+        out += term
+        out *= square
+    out += 1.0
+    out *= angle
+    return out
