@@ -117,7 +117,7 @@ def privacy_statement(run: RunConfig, run_dir: Path) -> dict[str, Any]:
         "unit": run.privacy.unit,
         "adjacency": "add_remove",
         "max_grad_norm": run.privacy.max_grad_norm,
-        "spent": {hospital: figure.model_dump(mode="json") for hospital, figure in spent.items()},
+        "spent": {hospital: figure.model_dump(mode="json", exclude={"ledger_rows"}) for hospital, figure in spent.items()},
     }
 
 
