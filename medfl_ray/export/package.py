@@ -112,12 +112,15 @@ def privacy_statement(run: RunConfig, run_dir: Path) -> dict[str, Any]:
                 f"receipts.jsonl of the run {run_dir.name!r} is damaged, so that the model's epsilon is not known; "
                 "restore it from a backup"
             ) from None
+    by_tree = run.privacy.central and run.privacy.hospital_level.mechanism == "tree"
     return {
         "differential_privacy": True,
         "unit": run.privacy.unit,
-        "adjacency": "add_remove",
-        "max_grad_norm": run.privacy.max_grad_norm,
-        "spent": {hospital: figure.model_dump(mode="json", exclude={"ledger_rows"}) for hospital, figure in spent.items()},
+        "adjacency": "zero_out" if by_tree else "add_remove",
+        "max_grad_norm": run.privacy.hospital_level.clip_norm if run.privacy.central else run.privacy.max_grad_norm,
+        "spent": {
+            hospital: figure.model_dump(mode="json", exclude={"ledger_rows"}) for hospital, figure in spent.items()
+        },
     }
 
 
