@@ -54,6 +54,7 @@ class Measured:
     processor_seconds: list[float] = field(default_factory=list)
     peak_bytes: float = float("nan")
     failure: str = ""
+    note: str = ""
 
     @property
     def median(self) -> float:
@@ -119,7 +120,7 @@ def measure_case(case: Case) -> dict[str, Measured]:
     try:
         for name in names:
             running[name] = Contender(name, case.size)
-            measured[name].failure = running[name].ready.failure
+            measured[name].failure, measured[name].note = running[name].ready.failure, running[name].ready.note
         expected = running["ours_single"].ready.gradient
         for name in CONTENDERS[1:]:
             if not measured[name].failure and not _same(expected, running[name].ready.gradient):
@@ -193,12 +194,13 @@ def write_page(results: Mapping[str, Mapping[str, Measured]], file: Path) -> Non
     for case, measured in results.items():
         plain = measured["plain"]
         for name, own in measured.items():
+            label = f"{name}, {own.note}" if own.note else name
             if own.failure:
                 lines.append(f"| {case} | {name} | failed: {own.failure} | | | | | | | |")
                 continue
             ratios = (own.median / plain.median, own.least / plain.least, own.processor / plain.processor)
             lines.append(
-                f"| {case} | {name} | {len(own.seconds)} | {own.median:.4g} | {own.spread} | "
+                f"| {case} | {label} | {len(own.seconds)} | {own.median:.4g} | {own.spread} | "
                 + " | ".join(f"{ratio:.3f}" for ratio in ratios)
                 + f" | {own.peak_bytes / 1e6:.0f} | {own.peak_bytes / plain.peak_bytes:.2f} |"
             )

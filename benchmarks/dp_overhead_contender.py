@@ -28,7 +28,7 @@ from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.privacy.dpsgd import PatientGradientSum
 from medfl_ray.privacy.noise import GaussianNoise
-from medfl_ray.training.engine_choice import choose_engine, make_patient_like
+from medfl_ray.training.engine_choice import choose_group_size, engine_of, make_patient_like
 from medfl_ray.training.losses import dice_ce
 from medfl_ray.training.optimizers import make_optimizer
 from medfl_ray.training.patient_gradients import GradientEngine, InGroups, OneAtATime, Patient
@@ -84,6 +84,7 @@ class Case:
         self.images = torch.randn(size.batch, 1, *patch)
         self.targets = torch.randint(0, NUM_CLASSES, (size.batch, *patch))
         self.optimizer = make_optimizer(TRAINING, self.parameters, LEARNING_RATE)
+        self.note = ""
 
     @property
     def patients(self) -> list[Patient]:
@@ -109,7 +110,9 @@ def ours(case: Case) -> Step:
     def make_patient() -> Patient:
         return make_patient_like((1, *case.images.shape[1:]), NUM_CLASSES, False, case.images.device)
 
-    return private_step(case, choose_engine("auto", case.network, dice_ce, False, make_patient))
+    size = choose_group_size("auto", case.network, dice_ce, False, make_patient)
+    case.note = "patient by patient" if size == 1 else f"groups of {size}"
+    return private_step(case, engine_of(size, case.network, dice_ce, False))
 
 
 def ours_single(case: Case) -> Step:
@@ -219,6 +222,7 @@ class Ready:
 
     gradient: Sequence[float] = ()
     failure: str = ""
+    note: str = ""
 
 
 def serve(name: str, size: Size, link: Connection) -> None:
@@ -239,7 +243,7 @@ def serve(name: str, size: Size, link: Connection) -> None:
     except Exception as error:  # noqa: BLE001 - a contender's failure is a result, whatever it is
         link.send(Ready(failure=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
         return
-    link.send(Ready(gradient_print(case.network)))
+    link.send(Ready(gradient_print(case.network), note=case.note))
     while (told := _hear(link, parent)) != "end":
         if told == "peak":
             link.send(memory_bytes("VmHWM") - before)
