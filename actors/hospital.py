@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from medfl_ray.config import RunConfig, TrainingConfig
-from medfl_ray.errors import LedgerError, MedflError
-from medfl_ray.federation.hospital import Hospital, HospitalParts
+from medfl_ray.errors import DataError, LedgerError, MedflError
+from medfl_ray.federation.hospital import Hospital, HospitalParts, is_confidential, shown_problem
 from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.federation.planning import account_delta, budget_of, is_for_one_run
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger
@@ -54,8 +54,14 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
     from medfl_ray.data.sources import open_hospital_data
     from medfl_ray.training.trainer import Trainer
 
+    configure_logs()
     run, policy = spec.run, spec.policy
-    data = open_hospital_data(run, spec.members)
+    try:
+        data = open_hospital_data(run, spec.members)
+        if is_confidential(run, policy):
+            data.check_cases()  # else a broken case would fail the round that first draws its patient
+    except DataError as error:
+        raise type(error)(shown_problem(run, policy, error, "start")) from None
     trainer = Trainer(
         model=run.model,
         training=training_of(run, policy.hospital),
@@ -81,6 +87,19 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
         write_local_report(spec.state_folder, policy.hospital, run, round, values, figures, pictures, spent)
 
     return Hospital(HospitalParts(run, policy, spec.index, trainer, data, ledger, make_pictures, local_report))
+
+
+def configure_logs() -> None:
+    """Let a hospital's log print tracebacks without local variables, which hold images and identifiers."""
+    import structlog
+
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
+        ]
+    )
 
 
 def training_of(run: RunConfig, hospital: str) -> TrainingConfig:
@@ -186,7 +205,7 @@ class HospitalActor:
         try:
             hospital = self._hospital(name)
         except MedflError as error:
-            return start_failure(name, str(error), round, attempt)
+            return start_failure(name, error, round, attempt)
         return ask(hospital)
 
     def _hospital(self, name: str) -> Hospital:

@@ -151,7 +151,7 @@ class ClientUpdate:
 
 
 class ClientFailure(Message):
-    """A hospital that delivered nothing in this round, and why."""
+    """A hospital that delivered nothing in this round, and why; `config_fault` where the configuration is to blame."""
 
     hospital: str
     round: int
@@ -159,6 +159,7 @@ class ClientFailure(Message):
     stage: Literal["start", "reserve", "train", "evaluate", "screen"]
     reason: str
     left_host: bool = True
+    config_fault: bool = False
 
 
 class SiteEvaluation(Message):

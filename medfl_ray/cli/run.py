@@ -31,14 +31,15 @@ def run(
     """Train a federation and write its report, model, ledger export and receipts."""
     overrides = [*(set_ or []), *_options(baseline, pool, actors)]
     folder = _folder(config, resume, overrides)
-    try:
-        outcome = _train(folder, ray_address, dashboard)
-    except MedflError:
-        if resume is None:
-            folder.discard_if_unused()
-        raise
-    if outcome.completed:
-        _write_products(folder)
+    with folder.locked():
+        try:
+            outcome = _train(folder, ray_address, dashboard)
+        except MedflError:
+            if resume is None:
+                folder.discard_if_unused()
+            raise
+        if outcome.completed:
+            _write_products(folder)
     _say_goodbye(folder, outcome)
 
 

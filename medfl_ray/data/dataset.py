@@ -103,6 +103,16 @@ class HospitalData:
         self._cases.decode_all(num_workers)
         self._holdout.decode_all(num_workers)
 
+    def check_cases(self) -> None:
+        """Prepare every case once, whether a cache keeps it or not.
+
+        Raises:
+          DataError: of the first case that cannot be read or does not fit.
+        """
+        for cases in (self._cases, self._holdout):
+            for _ in cases:
+                pass
+
     def train_patches(
         self, patient_index: int, num_patches: int, rng: np.random.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:

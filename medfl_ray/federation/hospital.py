@@ -105,10 +105,16 @@ class Hospital:
         return self._guarded(plan.round, plan.attempt, "reserve", False, work)
 
     def release(self, plan: RoundPlan, reason: str) -> None:
-        """Give back a reservation under which no training was started."""
-        reserved = self._reservations.pop((plan.job, plan.round, plan.attempt), None)
-        if reserved is not None and self._parts.ledger is not None:
-            self._parts.ledger.release(reserved[0], reason)
+        """Give back a reservation under which no training was started; where that fails, it stays charged."""
+
+        def work() -> None:
+            reserved = self._reservations.pop((plan.job, plan.round, plan.attempt), None)
+            if reserved is not None and self._parts.ledger is not None:
+                self._parts.ledger.release(reserved[0], reason)
+
+        failure = self._guarded(plan.round, plan.attempt, "reserve", False, work)
+        if failure is not None:
+            log.error("release_failed", hospital=self.id, round=plan.round, reason=failure.reason)
 
     def train(self, plan: RoundPlan, weights: Vector) -> ClientUpdate | ClientFailure:
         """Train on this hospital's patients; the cost is settled before the update is returned."""
@@ -253,7 +259,7 @@ class Hospital:
         try:
             return work()
         except DataError as error:
-            reason = self._shown_problem(error, stage, round)
+            reason = shown_problem(self._parts.run, self._parts.policy, error, stage, round)
         except MedflError as error:
             reason = str(error)
         except Exception as error:
@@ -265,21 +271,26 @@ class Hospital:
 
     @property
     def _is_confidential(self) -> bool:
-        """Whether only what the ledger has paid for may leave: private data of a run with DP."""
-        return self._parts.policy.declared == "private" and self._parts.run.privacy.enable_dp
+        return is_confidential(self._parts.run, self._parts.policy)
 
-    def _shown_problem(self, error: DataError, stage: Stage, round: int) -> str:
-        """Return a problem of the data in the words that may leave: under DP, of private data, only its kind.
 
-        Which case a step tripped over says that this patient was drawn, and how many cases there are.
-        """
-        if not self._is_confidential:
-            return str(error)
-        log.error("hospital_data_problem", hospital=self.id, stage=stage, round=round, problem=str(error))
-        return (
-            f"{type(error).__name__} in this hospital's private data; the case is in the hospital's own log. "
-            "Run medfl-ray data inspect at the hospital"
-        )
+def is_confidential(run: RunConfig, policy: SitePolicy) -> bool:
+    """Whether only what the ledger has paid for may leave: private data of a run with DP."""
+    return policy.declared == "private" and run.privacy.enable_dp
+
+
+def shown_problem(run: RunConfig, policy: SitePolicy, error: DataError, stage: Stage, round: int = 0) -> str:
+    """Return a problem of the data in the words that may leave: under DP, of private data, only its kind.
+
+    Which case a step tripped over says that this patient was drawn, and how many cases there are.
+    """
+    if not is_confidential(run, policy):
+        return str(error)
+    log.error("hospital_data_problem", hospital=policy.hospital, stage=stage, round=round, problem=str(error))
+    return (
+        f"{type(error).__name__} in this hospital's private data; the case is in the hospital's own log. "
+        "Run medfl-ray data inspect at the hospital"
+    )
 
 
 def check_layout(update: ClientUpdate, plan: RoundPlan, layout: params.Layout) -> str | None:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from medfl_ray.errors import MedflError
+from medfl_ray.errors import ConfigError, MedflError, ModelError, PrivacyConfigError
 from medfl_ray.federation.hospital import Hospital
 from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
 
 Answer = TypeVar("Answer")
+CONFIG_FAULTS = (ConfigError, ModelError, PrivacyConfigError)
 
 
 class LocalPool:
@@ -69,13 +70,21 @@ class LocalPool:
             try:
                 self._hospitals[name] = self._builders[name]()
             except MedflError as error:
-                return start_failure(name, str(error), round, attempt)
+                return start_failure(name, error, round, attempt)
         return ask(self._hospitals[name])
 
 
-def start_failure(hospital: str, reason: str, round: int = 0, attempt: int = 0) -> ClientFailure:
+def start_failure(hospital: str, problem: str | MedflError, round: int = 0, attempt: int = 0) -> ClientFailure:
     """Say that a hospital could not start, or start again within a round."""
-    return ClientFailure(hospital=hospital, round=round, attempt=attempt, stage="start", reason=reason, left_host=False)
+    return ClientFailure(
+        hospital=hospital,
+        round=round,
+        attempt=attempt,
+        stage="start",
+        reason=str(problem),
+        left_host=False,
+        config_fault=isinstance(problem, CONFIG_FAULTS),
+    )
 
 
 def deadline_failure(hospital: str, plan: RoundPlan) -> ClientFailure:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from medfl_ray import params
 from medfl_ray.aggregation.strategies import build_strategy, released_weights
 from medfl_ray.config import RunConfig
-from medfl_ray.errors import FederationError, QuorumLost
+from medfl_ray.errors import ConfigError, FederationError, QuorumLost
 from medfl_ray.federation.baselines import as_plain, check_baselines, run_baselines
 from medfl_ray.federation.events import Event, HospitalState, Notice, PhaseStarted, RoundClosed
 from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
@@ -154,7 +154,12 @@ def start_central(parts: RunParts, plan: CentralPlan | None, num_parameters: int
 
 
 def gather(parts: RunParts) -> tuple[list[HospitalInfo], list[ClientFailure]]:
-    """Start every hospital; refuse to begin with too few."""
+    """Start every hospital; refuse to begin with too few.
+
+    Raises:
+      ConfigError: too few are present, and whoever is absent says that the configuration is to blame.
+      QuorumLost: too few are present.
+    """
     infos: list[HospitalInfo] = []
     absent: list[ClientFailure] = []
     for answer in parts.pool.describe():
@@ -167,7 +172,10 @@ def gather(parts: RunParts) -> tuple[list[HospitalInfo], list[ClientFailure]]:
     decision = can_start(parts.run.federation, len(infos))
     if decision.verdict == "stop":
         details = reasons(absent)
-        raise QuorumLost(f"{decision.reason}. {details}" if details else decision.reason)
+        why = f"{decision.reason}. {details}" if details else decision.reason
+        if absent and all(failure.config_fault for failure in absent):
+            raise ConfigError(why)
+        raise QuorumLost(why)
     return infos, absent
 
 

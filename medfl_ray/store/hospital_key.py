@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from medfl_ray.errors import LedgerError
+from medfl_ray.store.durable import sync_folder
 
 FINGERPRINT_CONTEXT = b"medfl-ray data set fingerprint v1"
 
@@ -107,6 +108,7 @@ def create_key(path: Path) -> HospitalKey:
             return load_key(path)
         finally:
             temporary.unlink()
+        sync_folder(path.parent)  # else a power cut could leave signed rows and no key
     except OSError as error:
         raise LedgerError(f"the hospital's key cannot be written ({error.strerror}); check the state folder") from None
     return HospitalKey(private)

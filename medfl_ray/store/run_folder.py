@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,23 @@ class RunFolder:
         if not (path / "config.yaml").is_file():
             raise ConfigError(f"{path.name!r} is not the folder of a run: it has no config.yaml")
         return cls(path, load_run_config(path / "config.yaml"))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process; the system lets go of it when the process ends, however it ends.
+
+        Raises:
+          CheckpointError: another process is running it.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CheckpointError(
+                    f"another process is running {self.path.name!r}; two at once would overwrite each other's "
+                    "checkpoints. Wait until it ends, or end it"
+                ) from None
+            yield
 
     def discard_if_unused(self) -> None:
         """Remove the folder of a run that ended before its first attempt: nothing was trained, charged or kept."""

@@ -117,6 +117,9 @@ BROKEN_DATA = {
 }  # fmt: skip
 
 
+CONFIGURATION_AT_FAULT = {"no folder"}
+
+
 @pytest.mark.parametrize("name", BROKEN_DATA)
 def test_private_data_that_cannot_be_trained_on(name, medfl, tmp_path):
     spoil, words = BROKEN_DATA[name]
@@ -125,7 +128,8 @@ def test_private_data_that_cannot_be_trained_on(name, medfl, tmp_path):
     federation = {"max_failed_rounds": 0}
     config = write_config(tmp_path / "c.yaml", configuration(data=hospital_data(folder), federation=federation))
     answer = medfl("run", config)
-    assert_one_clear_error(answer, 1, "north", secrets=(".nii", *PATIENTS))
+    code = 2 if name in CONFIGURATION_AT_FAULT else 1
+    assert_one_clear_error(answer, code, "north", secrets=(".nii", *PATIENTS))
     assert re.search(words, answer.err), answer.err
 
 
