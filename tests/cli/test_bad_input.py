@@ -220,7 +220,7 @@ def test_wrong_site_policy(name, medfl, tmp_path):
 )
 def test_what_no_hospital_can_build(section, words, medfl, tmp_path):
     config = write_config(tmp_path / "config.yaml", configuration(**section))
-    assert_one_clear_error(medfl("run", config), 1, "0 hospitals are present", *words)
+    assert_one_clear_error(medfl("run", config), 2, "0 hospitals are present", *words)
     assert run_folders() == []
 
 
