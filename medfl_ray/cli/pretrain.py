@@ -40,7 +40,8 @@ def pretrain(
             typer.echo(f"step {step:>6}  loss {sum(recent) / len(recent):.4f}")
             recent.clear()
 
-    layout, weights = train(loaded, structures, choose_device(device), progress)
+    unfinished = loaded.output.with_suffix(".unfinished")
+    layout, weights = train(loaded, structures, choose_device(device), progress, unfinished)
     made_with = loaded.model_dump(mode="json", exclude={"output": True, "crops": {"labelmaps"}})
     source = f"synthetic crops of the public label maps {loaded.crops.labelmaps.name!r}"
     manifest = save_public_weights(loaded.output, weights, layout, loaded.name, source, made_with)
