@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from medfl_ray.models.grouped import why_not_grouped
+from medfl_ray.training.heap import LARGE_PATIENT_VOXELS
 from medfl_ray.training.losses import PatientLoss
 from medfl_ray.training.patient_gradients import GradientEngine, InGroups, OneAtATime, Patient
 
@@ -65,12 +66,21 @@ def choose_group_size(
     """
     if wanted == "single" or group_size == 1 or why_not_grouped(network):
         return 1
-    patients = [make_patient() for _ in range(group_size or GROUP_SIZES[-1])]
+    patient = make_patient()
+    if wanted == "auto" and group_size is None and _is_large(patient):
+        return 1
+    patients = [patient, *(make_patient() for _ in range((group_size or GROUP_SIZES[-1]) - 1))]
     if group_size is None:
         group_size = _fastest(wanted, network, loss, mixed_precision, patients)
     # In full precision: bfloat16 rounds the two in different places.
     single, grouped = OneAtATime(network, loss), engine_of(group_size, network, loss, False)
     return group_size if _same_gradients(network, single, grouped, patients[:group_size]) else 1
+
+
+def _is_large(patient: Patient) -> bool:
+    """Whether a group of such patients would take far more memory on a CPU and gain no time."""
+    images = patient[0]
+    return not images.is_cuda and images[:, 0].numel() >= LARGE_PATIENT_VOXELS
 
 
 def _fastest(

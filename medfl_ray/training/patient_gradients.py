@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from medfl_ray.models.grouped import group, repeat_weights, stack, unstack
+from medfl_ray.training.heap import LARGE_PATIENT_VOXELS, release_freed_memory
 from medfl_ray.training.losses import PatientLoss
 
 Patient = tuple[Tensor, Tensor]
@@ -35,7 +36,11 @@ class OneAtATime:
         """Yield gradient and loss of each patient, in order."""
         for images, targets in patients:
             loss = self._loss(forward(self._network, images, self._mixed_precision), targets)
-            yield torch.autograd.grad(loss, self._parameters), loss.item()
+            gradient, value = torch.autograd.grad(loss, self._parameters), loss.item()
+            del loss
+            if images[:, 0].numel() >= LARGE_PATIENT_VOXELS and not images.is_cuda:
+                release_freed_memory()
+            yield gradient, value
 
 
 class InGroups:

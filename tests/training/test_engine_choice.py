@@ -171,3 +171,12 @@ def test_trainer_learns_with_either(engine: str) -> None:
     first = trainer.train(start, Data(), LocalJob(1, 0.1, mechanism, ()))
     later = trainer.train(start, Data(), LocalJob(30, 0.1, mechanism, ()))
     assert later.mean_loss < first.mean_loss
+
+
+def test_large_volumes_go_patient_by_patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group would hold the activations of all its patients, and a large convolution gains nothing from it."""
+    timed = measured(monkeypatch, {1: 1.0, 2: 0.1, 4: 0.1, 8: 0.1})
+    monkeypatch.setattr(engine_choice, "LARGE_PATIENT_VOXELS", 32 * 32)
+    assert size_for("auto", network_of()) == 1
+    assert timed == []
+    assert size_for("grouped", network_of()) > 1
