@@ -20,8 +20,23 @@ class ModelConfig(Section):
     """Which network is trained."""
 
     type: Literal[
-        "unet3d", "unet2d", "basic_unet", "segresnet", "dynunet", "attention_unet", "unetr", "swin_unetr", "densenet"
-    ] = Field("unet3d", description="Name in the model catalogue.")
+        "unet3d",
+        "unet2d",
+        "basic_unet",
+        "segresnet",
+        "dynunet",
+        "attention_unet",
+        "unetr",
+        "swin_unetr",
+        "densenet",
+        "custom",
+    ] = Field("unet3d", description="Name in the model catalogue, or 'custom' for a network of your own.")
+    factory: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
+        None,
+        description="With type 'custom': 'module:function', called with spatial_dims, in_channels and out_channels; "
+        "it returns a torch.nn.Module.",
+    )
+    size_divisor: Positive = Field(1, description="With type 'custom': what every input edge is a multiple of.")
     in_channels: Positive | None = Field(None, description="Image channels; read from the data when absent.")
     out_channels: Positive | None = Field(
         None, description="Output channels, background included; read from the data when absent."
@@ -34,6 +49,12 @@ class ModelConfig(Section):
     norm: Literal["group", "instance"] = Field(
         "group", description="Normalisation layer; batch norm couples patients and is refused."
     )
+
+    @model_validator(mode="after")
+    def _factory_belongs_to_custom(self) -> Self:
+        if (self.type == "custom") != (self.factory is not None):
+            raise ValueError("model.type 'custom' and model.factory belong together; set both or neither")
+        return self
 
 
 class TrainingConfig(Section):
@@ -86,6 +107,11 @@ class TrainingConfig(Section):
     patient_group_size: Positive | None = Field(
         None, description="Patients in one pass under DP, 1 for patient by patient; measured at start when absent."
     )
+    hospitals_per_group: Positive | None = Field(
+        None,
+        description="In a simulation: hospitals trained at once as convolution groups, 1 for one after the other; "
+        "measured at start when absent, and written into the run's own configuration.",
+    )
     measured_group_sizes: dict[HospitalId, Positive] = Field(
         default_factory=dict,
         description="What each hospital measured; the run writes it into its own configuration and reuses it.",
@@ -122,7 +148,15 @@ class FederationConfig(Section):
     seed: int = Field(
         0, description="Seed of initial weights, selection and, with DP off, of sampling and augmentation."
     )
-    pool: Literal["ray", "local"] = Field("ray", description="Ray actors, or all hospitals in one process.")
+    pool: Literal["ray", "local", "virtual"] = Field(
+        "ray", description="A Ray actor per hospital, all in one process, or virtual hospitals that share few actors."
+    )
+    exact: bool = Field(
+        False, description="With virtual hospitals: each trains alone, as it would outside of a simulation."
+    )
+    eval_hospitals: Positive | None = Field(
+        None, description="With virtual hospitals: how many evaluate, drawn once; all of them when absent."
+    )
     num_actors: Positive | None = Field(
         None, description="Ray actors that share the hospitals; one per hospital when absent."
     )
@@ -237,7 +271,7 @@ class RunConfig(Section):
         ):
             if values is not None and len(values) not in (1, dims):
                 raise ValueError(f"{where} has {len(values)} values; a {dims}-dimensional model needs 1 or {dims}")
-        if self.data.task == "classification" and self.model.type != "densenet":
+        if self.data.task == "classification" and self.model.type not in ("densenet", "custom"):
             raise ValueError(f"data.task is 'classification' but model.type {self.model.type!r} segments; use densenet")
         if self.data.task == "segmentation" and self.model.type == "densenet":
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from medfl_ray.models import networks
 from medfl_ray.models.fitness import check_fit_for_dp, drop_unused, keep_constant_buffers_out, work_out_of_place
 from medfl_ray.models.networks import Request
 from medfl_ray.models.norms import use_norm
+from medfl_ray.models.own_network import build_own_network
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def build_network(
     _check_size(model, entry, spatial_dims, len(features), patch_size)
     request = Request(spatial_dims, in_channels, out_channels, features, model.dropout, patch_size)
     network = entry.build(request)
-    use_norm(network, model.norm, spatial_dims)
+    if model.factory is None:
+        use_norm(network, model.norm, spatial_dims)
     work_out_of_place(network)
     keep_constant_buffers_out(network)
     probe = torch.zeros(2, in_channels, *smallest_size(model, spatial_dims, patch_size))
@@ -115,6 +118,10 @@ def smallest_size(model: ModelConfig, spatial_dims: int, patch_size: tuple[int, 
 
 
 def _entry(model: ModelConfig) -> Entry:
+    if model.factory is not None:
+        return Entry(
+            partial(build_own_network, model.factory), lambda levels: model.size_divisor, min_levels=1, max_levels=99
+        )
     if model.type not in CATALOGUE:
         raise ModelError(f"no network {model.type!r} in the catalogue; it has {', '.join(CATALOGUE)}")
     return CATALOGUE[model.type]

@@ -1,0 +1,32 @@
+"""A user's own network: a function named in the configuration, called as the catalogue's builders are."""
+
+from __future__ import annotations
+
+import importlib
+
+from torch import nn
+
+from medfl_ray.errors import ModelError
+from medfl_ray.models.networks import Request
+
+
+def build_own_network(factory: str, request: Request) -> nn.Module:
+    """Import 'module:function' and return what function(spatial_dims, in_channels, out_channels) makes.
+
+    The module has to be importable wherever a hospital runs. Its normalisation layers are left as they are.
+
+    Raises:
+      ModelError: the function cannot be imported, or does not return a network.
+    """
+    module, _, function = factory.partition(":")
+    where = f"model.factory {factory!r}"
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f"{where} cannot be imported ({type(error).__name__}); put the module on PYTHONPATH of every process"
+        ) from None
+    network = make(request.spatial_dims, request.in_channels, request.out_channels)
+    if not isinstance(network, nn.Module):
+        raise ModelError(f"{where} returned a {type(network).__name__}; it must return a torch.nn.Module")
+    return network
