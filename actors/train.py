@@ -47,6 +47,10 @@ def drive(
         try:
             if dashboard and cluster.dashboard_url:
                 emit(Notice(message=f"Ray dashboard: http://{cluster.dashboard_url}"))
+            if run.federation.pool == "virtual":
+                from actors.simulate import simulate
+
+                return simulate(run, policies, folder, emit, stop=stop)
             return _follow(run, policies, folder, emit, stop)
         finally:
             disconnect()

@@ -308,7 +308,7 @@ class RunConfig(Section):
                 "tags": True,
                 "output": True,
                 "data": {"directory": True, "hospitals": {"__all__": {"directory", "site_config"}}, "cache": True},
-                "training": {"initial_weights": True, "measured_group_sizes": True},
+                "training": {"initial_weights": True, "measured_group_sizes": True, "hospitals_per_group": True},
                 "federation": {"pool": True, "num_actors": True, "baselines": True},
             }
         )

@@ -114,7 +114,8 @@ class HospitalInfo(Message):
     """What a hospital says of itself before the first round; only public figures.
 
     `patient_group_size` is how many patients' gradients its machine computes in one pass, measured on made-up
-    patients; None without patient-level differential privacy.
+    patients; None without patient-level differential privacy. `hospitals_per_group` is how many virtual hospitals
+    are trained at once, None outside of a simulation.
     """
 
     hospital: str
@@ -126,6 +127,7 @@ class HospitalInfo(Message):
     layout_checksum: str
     device: str
     patient_group_size: int | None = None
+    hospitals_per_group: int | None = None
     spent: PrivacySpent | None = None
 
 

@@ -46,6 +46,16 @@ class RoundClosed(Message):
     result: RoundResult
 
 
+class RoundTimed(Message):
+    """Where the time of a simulated round went: seconds by name, of which `wait` is processes with nothing to do."""
+
+    type: Literal["timing"] = "timing"
+    round: int
+    num_hospitals: int
+    duration_s: float
+    seconds: dict[str, float]
+
+
 class BaselineProgress(Message):
     """One more baseline is done: a hospital's name, or "central"."""
 
@@ -69,7 +79,7 @@ class RunEnded(Message):
     message: str
 
 
-Event = PhaseStarted | HospitalState | RoundClosed | BaselineProgress | Notice | RunEnded
+Event = PhaseStarted | HospitalState | RoundClosed | RoundTimed | BaselineProgress | Notice | RunEnded
 _ANY_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
 

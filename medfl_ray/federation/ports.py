@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from medfl_ray.aggregation.fixed_point import PartialSum
 from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,
@@ -40,6 +41,35 @@ class AloneResult:
     metrics: dict[str, Metric]
     spent: PrivacySpent | None
     weights: Vector | None = None
+
+
+@dataclass(frozen=True)
+class TrainedHospital:
+    """What is known of one hospital whose update was added to others' where it was trained."""
+
+    hospital: str
+    num_steps: int
+    metrics: dict[str, Metric]
+    spent: PrivacySpent | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SummedUpdates:
+    """Updates of several hospitals of one process, added up there; `total` does not depend on their order.
+
+    `seconds` is where the process's time went, by name.
+    """
+
+    round: int
+    attempt: int
+    layout_checksum: str
+    total: PartialSum
+    trained: tuple[TrainedHospital, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+Answer = ClientUpdate | SummedUpdates | ClientFailure
+"""What training yields: an update or a failure of one hospital, or a sum over several."""
 
 
 class Ledger(Protocol):
@@ -89,10 +119,8 @@ class ClientPool(Protocol):
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
         """Give back reservations of hospitals that never started to train."""
 
-    def train(
-        self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector
-    ) -> Iterator[ClientUpdate | ClientFailure]:
-        """Yield one answer per hospital, in the order in which they arrive, until the plan's deadline."""
+    def train(self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector) -> Iterator[Answer]:
+        """Yield answers in the order in which they arrive, until the plan's deadline; every hospital is in one."""
 
     def evaluate(
         self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool

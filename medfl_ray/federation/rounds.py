@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from medfl_ray import params
-from medfl_ray.aggregation.fixed_point import PartialSum, add_update, empty_sum, weighted_mean
+from medfl_ray.aggregation.fixed_point import PartialSum, add_update, empty_sum, merge_sums, weighted_mean
 from medfl_ray.aggregation.strategies import Strategy, released_weights
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import UpdateRejected
@@ -21,8 +21,14 @@ from medfl_ray.federation.events import Event, HospitalState
 from medfl_ray.federation.hospital import check_layout
 from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION, HospitalLevel
 from medfl_ray.federation.policies import Decision, judge_round
-from medfl_ray.federation.ports import ClientPool, FederationState, LedgerKeeper, RunKeeper
-from medfl_ray.federation.selection import select_hospitals
+from medfl_ray.federation.ports import (
+    ClientPool,
+    FederationState,
+    LedgerKeeper,
+    RunKeeper,
+    SummedUpdates,
+    TrainedHospital,
+)
 from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,
@@ -40,7 +46,10 @@ from medfl_ray.training.schedules import learning_rate
 
 @dataclass(frozen=True)
 class RoundContext:
-    """What stays the same over the rounds of a run; `central` is there under hospital-level differential privacy."""
+    """What stays the same over the rounds of a run; `central` is there under hospital-level differential privacy.
+
+    `evaluated` are the hospitals that are asked to score the weights, and `select` names who trains in a round.
+    """
 
     run: RunConfig
     job: str
@@ -54,6 +63,8 @@ class RoundContext:
     num_steps: Mapping[str, int]
     mechanisms: Mapping[str, Mechanism]
     emit: Callable[[Event], None]
+    evaluated: tuple[str, ...]
+    select: Callable[[int], tuple[str, ...]]
     central: HospitalLevel | None = None
 
     @property
@@ -68,6 +79,7 @@ class Tally:
 
     spent: dict[str, PrivacySpent] = field(default_factory=dict)
     failures: list[ClientFailure] = field(default_factory=list)
+    trained: set[str] = field(default_factory=set)
     update_hashes: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, dict[str, Metric]] = field(default_factory=dict)
     ledger_rows: list[LedgerRows] = field(default_factory=list)
@@ -109,7 +121,7 @@ def plan_round(context: RoundContext, state: FederationState) -> RoundPlan:
     if context.central is not None:
         hospitals = context.central.cohort(context.available, number)
     else:
-        hospitals = select_hospitals(context.available, run.federation.fraction, run.federation.seed, number)
+        hospitals = context.select(number)
     return RoundPlan(
         job=context.job,
         round=number,
@@ -193,19 +205,33 @@ def collect_updates(
     for hospital in ready:
         tell(context, HospitalState(hospital=hospital, state="training", num_steps=plan.num_steps[hospital]))
     for answer in context.pool.train(plan, ready, state.weights):
-        failure = answer if isinstance(answer, ClientFailure) else None
-        if isinstance(answer, ClientUpdate):
+        reason = answer.reason if isinstance(answer, ClientFailure) else ""
+        if isinstance(answer, ClientFailure):
+            tally.failures.append(answer)
+        else:
             try:
-                total = screen_and_add(context, total, answer, plan, tally)
+                add = add_sum if isinstance(answer, SummedUpdates) else screen_and_add
+                total = add(context, total, answer, plan, tally)  # type: ignore[arg-type]
             except UpdateRejected as error:
-                failure = ClientFailure(
-                    hospital=answer.hospital, round=plan.round, attempt=plan.attempt, stage="screen", reason=str(error)
-                )
-        if failure is not None:
-            tally.failures.append(failure)
-        state_name, detail = ("failed", failure.reason) if failure else ("done", "")
-        tell(context, HospitalState(hospital=answer.hospital, state=state_name, detail=detail))
+                reason = str(error)
+                refuse(plan, answer, reason, tally)
+        state_name = "failed" if reason else "done"
+        for hospital in hospitals_of(answer):
+            tell(context, HospitalState(hospital=hospital, state=state_name, detail=reason))
     return total
+
+
+def hospitals_of(answer: ClientUpdate | SummedUpdates | ClientFailure) -> list[str]:
+    """Return the hospitals that an answer is about."""
+    return [one.hospital for one in answer.trained] if isinstance(answer, SummedUpdates) else [answer.hospital]
+
+
+def refuse(plan: RoundPlan, answer: ClientUpdate | SummedUpdates, reason: str, tally: Tally) -> None:
+    """Record why nothing of an answer was used, for each hospital that it is about."""
+    tally.failures.extend(
+        ClientFailure(hospital=hospital, round=plan.round, attempt=plan.attempt, stage="screen", reason=reason)
+        for hospital in hospitals_of(answer)
+    )
 
 
 def screen_and_add(
@@ -213,7 +239,7 @@ def screen_and_add(
 ) -> PartialSum:
     """Add an update that belongs to this round; UpdateRejected says why one does not."""
     reason = check_layout(update, plan, context.layout)
-    if reason is None and update.hospital in tally.update_hashes:
+    if reason is None and update.hospital in tally.trained:
         reason = "the hospital has already delivered an update in this round"
     if reason is not None:
         raise UpdateRejected(reason)
@@ -222,10 +248,36 @@ def screen_and_add(
     else:
         total = add_update(total, update.delta, update.num_patients)
     tally.update_hashes[update.hospital] = params.checksum(update.delta)
-    tally.metrics[update.hospital] = dict(update.metrics)
-    if update.spent is not None:
-        tally.spent[update.hospital] = take_rows(update.spent, tally)
+    note_trained(update, tally)
     return total
+
+
+def add_sum(
+    context: RoundContext, total: PartialSum, answer: SummedUpdates, plan: RoundPlan, tally: Tally
+) -> PartialSum:
+    """Add updates that were summed where they were trained; UpdateRejected says why a sum does not belong here."""
+    hospitals = hospitals_of(answer)
+    if (answer.round, answer.attempt) != (plan.round, plan.attempt):
+        raise UpdateRejected(
+            f"the sum is of round {answer.round}, attempt {answer.attempt}; this is round {plan.round}, "
+            f"attempt {plan.attempt}"
+        )
+    if answer.layout_checksum != context.layout.checksum or answer.total.num_updates != len(hospitals):
+        raise UpdateRejected("the sum's layout or number of updates is not what it says")
+    if not set(hospitals) <= plan.num_steps.keys() - tally.trained or len(set(hospitals)) < len(hospitals):
+        raise UpdateRejected("the sum holds a hospital that was not asked or has delivered already")
+    total = merge_sums(total, answer.total)
+    for one in answer.trained:
+        note_trained(one, tally)
+    return total
+
+
+def note_trained(one: ClientUpdate | TrainedHospital, tally: Tally) -> None:
+    """Take down that a hospital's update is in the sum, with its figures and what it has spent."""
+    tally.trained.add(one.hospital)
+    tally.metrics[one.hospital] = dict(one.metrics)
+    if one.spent is not None:
+        tally.spent[one.hospital] = take_rows(one.spent, tally)
 
 
 def apply_updates(context: RoundContext, state: FederationState, total: PartialSum, tally: Tally) -> FederationState:
@@ -247,7 +299,7 @@ def is_evaluated(run: RunConfig, number: int) -> bool:
 def evaluate_weights(context: RoundContext, number: int, state: FederationState, tally: Tally) -> None:
     """Score the new weights at every hospital; a hospital that cannot is recorded, and the round stands."""
     weights = released_weights(state.server_state, state.weights)
-    for answer in context.pool.evaluate(number, context.available, weights, pictures=False):
+    for answer in context.pool.evaluate(number, context.evaluated, weights, pictures=False):
         if isinstance(answer, SiteEvaluation):
             tally.metrics.setdefault(answer.hospital, {}).update(answer.metrics)
         else:
@@ -269,7 +321,7 @@ def close_round(
         plan_hash=hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
         config_hash=plan.config_hash,
         asked=plan.hospitals,
-        trained=tuple(sorted(tally.update_hashes)),
+        trained=tuple(sorted(tally.trained)),
         failures=tuple(sorted(tally.failures, key=lambda failure: failure.hospital)),
         update_hashes=dict(sorted(hashes.items())),
         spent=dict(sorted(tally.spent.items())),

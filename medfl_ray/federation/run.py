@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from medfl_ray import params
@@ -18,6 +19,7 @@ from medfl_ray.federation.planning import mechanisms, steps_per_round
 from medfl_ray.federation.policies import can_start
 from medfl_ray.federation.ports import ClientPool, FederationState, Ledger, LedgerKeeper, PublishedRound, RunKeeper
 from medfl_ray.federation.rounds import RoundContext, run_round
+from medfl_ray.federation.selection import select_evaluated, select_of_run
 from medfl_ray.messages import ClientFailure, HospitalInfo, LedgerRows, SiteEvaluation
 from medfl_ray.params import Layout, Vector
 from medfl_ray.site_policy import SitePolicy
@@ -42,8 +44,8 @@ class RunStore(RunKeeper, Protocol):
     def save_hospitals(self, infos: Sequence[HospitalInfo], failures: Sequence[ClientFailure]) -> None:
         """Write who is present, and who is not and why, before the first round."""
 
-    def save_group_sizes(self, sizes: Mapping[str, int]) -> None:
-        """Write into the run's configuration how many patients each hospital computes at once, for a resume."""
+    def save_group_sizes(self, sizes: Mapping[str, int], hospitals_per_group: int | None) -> None:
+        """Write into the run's configuration what was measured: patients at once per hospital, hospitals at once."""
 
     def save_final(
         self,
@@ -63,7 +65,10 @@ class RunStore(RunKeeper, Protocol):
 
 @dataclass(frozen=True)
 class RunParts:
-    """What a run is built from; `initial_weights` gets channels in and out and returns layout and weights."""
+    """What a run is built from; `initial_weights` gets channels in and out and returns layout and weights.
+
+    `select` names who is asked in a round, where that is not drawn as the configuration says.
+    """
 
     run: RunConfig
     job: str
@@ -75,6 +80,7 @@ class RunParts:
     emit: Callable[[Event], None]
     stop: threading.Event
     open_federation_ledger: Callable[[], Ledger]
+    select: Callable[[int], tuple[str, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,8 @@ def run_federation(parts: RunParts) -> RunOutcome:
     check_layouts(infos, layout)
     parts.store.save_hospitals(infos, absent)
     parts.store.save_group_sizes(
-        {info.hospital: info.patient_group_size for info in infos if info.patient_group_size is not None}
+        {info.hospital: info.patient_group_size for info in infos if info.patient_group_size is not None},
+        next((info.hospitals_per_group for info in infos if info.hospitals_per_group is not None), None),
     )
     present = tuple(sorted(info.hospital for info in infos))
     policies = {policy.hospital: policy for policy in parts.policies}
@@ -122,6 +129,8 @@ def run_federation(parts: RunParts) -> RunOutcome:
         num_steps={hospital: steps_per_round(parts.run, policies[hospital]) for hospital in present},
         mechanisms={hospital: planned[hospital] for hospital in present if hospital in planned},
         emit=parts.emit,
+        evaluated=select_evaluated(present, parts.run.federation.eval_hospitals, parts.run.federation.seed),
+        select=parts.select or partial(select_of_run, parts.run, present),
         central=start_central(parts, central, layout.size),
     )
     resumed = parts.store.resume()
@@ -253,7 +262,7 @@ def finish(
     """Evaluate the final weights with pictures, write them, then train the baselines and export the ledgers."""
     parts.emit(PhaseStarted(name="evaluate"))
     weights = released_weights(state.server_state, state.weights)
-    answers = list(parts.pool.evaluate(state.round, context.available, weights, pictures=True))
+    answers = list(parts.pool.evaluate(state.round, context.evaluated, weights, pictures=True))
     evaluations = [answer for answer in answers if isinstance(answer, SiteEvaluation)]
     failures = [*absent, *(answer for answer in answers if isinstance(answer, ClientFailure))]
     parts.store.save_final(weights, context.layout, evaluations, failures)

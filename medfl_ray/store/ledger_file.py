@@ -53,6 +53,7 @@ class LedgerFile:
         self._lock_timeout_s = lock_timeout_s
         self._may_create = True
         self._recovering = recovering
+        self._shared: Connection | None = None
         self._engine = create_engine("sqlite://", creator=self._connect, poolclass=NullPool)
         event.listen(self._engine, "begin", _begin)
         self._prepare()
@@ -62,16 +63,41 @@ class LedgerFile:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """Read one consistent state."""
+        if self._shared is not None:
+            yield self._shared
+            return
         with self._in_plain_words(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
         """Hold the only write lock until the block ends: committed and on the disk, or not at all."""
+        if self._shared is not None:
+            yield self._shared
+            return
         with self._in_plain_words(), self._engine.connect() as connection:
             connection.execution_options(ledger_writes=True)
             with connection.begin():
                 yield connection
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let all that is written inside the block, of any account of the file, become durable as one.
+
+        Where the block or its end fails nothing of it was written, and what a `PrivacyLedger` has in memory may be
+        ahead of the file: open the accounts anew.
+        """
+        with self.writing() as connection, self.through(connection):
+            yield
+
+    @contextmanager
+    def through(self, connection: Connection) -> Iterator[None]:
+        """Let everything inside the block go through one open connection."""
+        self._shared = connection
+        try:
+            yield
+        finally:
+            self._shared = None
 
     def rows(self, connection: Connection, account: tuple[str, str], after: int = 0) -> list[LedgerEvent]:
         """Return an account's rows behind a sequence number, in order."""

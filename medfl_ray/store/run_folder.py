@@ -147,11 +147,14 @@ class RunFolder:
         self.save_json("hospitals.json", {info.hospital: info.model_dump(mode="json") for info in infos})
         self._save_failures(failures)
 
-    def save_group_sizes(self, sizes: Mapping[str, int]) -> None:
-        """Write into config.yaml how many patients each hospital computes at once, so that a resume reuses it."""
-        measured = {**self.run.training.measured_group_sizes, **sizes}
-        if measured != self.run.training.measured_group_sizes:
-            training = self.run.training.model_copy(update={"measured_group_sizes": measured})
+    def save_group_sizes(self, sizes: Mapping[str, int], hospitals_per_group: int | None = None) -> None:
+        """Write into config.yaml how many patients each hospital, and how many hospitals a simulation computes at
+        once, so that a resume reuses it."""
+        before = self.run.training
+        measured = {**before.measured_group_sizes, **sizes}
+        per_group = hospitals_per_group or before.hospitals_per_group
+        if (measured, per_group) != (before.measured_group_sizes, before.hospitals_per_group):
+            training = before.model_copy(update={"measured_group_sizes": measured, "hospitals_per_group": per_group})
             self.run = self.run.model_copy(update={"training": training})
             replace_file(self.path / "config.yaml", dump_yaml(self.run).encode())
 

@@ -1,0 +1,376 @@
+"""Many hospitals in one process, for simulations: the plain class that Ray turns into one actor per core.
+
+A hospital is a name here until its turn comes. Its data are opened then, and trained beside others as groups of one
+network where that is faster; what goes back is one sum over all of them and a few figures of each.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import structlog
+
+from actors.hospital import configure_logs, make_pictures
+from medfl_ray.aggregation.fixed_point import PartialSum, add_update, empty_sum
+from medfl_ray.config import Declared, RunConfig
+from medfl_ray.errors import MedflError
+from medfl_ray.federation.labels import labelled
+from medfl_ray.federation.local_pool import start_failure
+from medfl_ray.federation.planning import aggregation_weight
+from medfl_ray.federation.ports import SummedUpdates, TrainedHospital
+from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, Mechanism, SiteEvaluation
+from medfl_ray.params import Vector
+from medfl_ray.privacy.hospital_level import clip_update
+from medfl_ray.site_policy import SitePolicy
+
+if TYPE_CHECKING:
+    from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals
+    from medfl_ray.training.trainer import LocalOutcome, Trainer
+
+Answer = TypeVar("Answer")
+log = structlog.get_logger()
+OPEN_HOSPITALS = 4096
+
+
+class VirtualData(Protocol):
+    """One hospital's data as `medfl_ray.training.local_data.LocalData`, and what names its network's channels."""
+
+    @property
+    def channels(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> Mapping[int, str]: ...
+
+
+OpenData = Callable[[RunConfig, str], Any]
+"""(run, name of a hospital) to its data; importable, or picklable as it is."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one hospital of a group does in a round; `index` is its place in the run."""
+
+    hospital: str
+    index: int
+    num_patients: int
+    num_steps: int
+    mechanism: Mechanism | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Groups of at most `group_size` hospitals for one process, and what their round has in common.
+
+    With `streamed` every update comes back on its own, for rules that need each of them.
+    """
+
+    round: int
+    attempt: int
+    learning_rate: float
+    clip_norm: float | None
+    streamed: bool
+    group_size: int
+    groups: tuple[tuple[Turn, ...], ...]
+
+    @property
+    def hospitals(self) -> tuple[str, ...]:
+        """Names of all hospitals of the groups."""
+        return tuple(turn.hospital for group in self.groups for turn in group)
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """What an assignment came to: one sum, or the single updates, and who failed."""
+
+    total: SummedUpdates | None
+    updates: tuple[ClientUpdate, ...]
+    failures: tuple[ClientFailure, ...]
+    seconds: Mapping[str, float]
+
+
+class VirtualHospitals:
+    """The hospitals that come to one process: they share its network, one at a time or in groups."""
+
+    def __init__(
+        self, run: RunConfig, declared: Declared, open_data: OpenData | None = None, gpu_share: float = 0.0
+    ) -> None:
+        """Import what training needs, so that it is there when the first hospitals come.
+
+        Args:
+          declared: the strictest declaration among the hospitals' data; all figures are labelled by it.
+          gpu_share: share of the GPU's memory that this process may take.
+        """
+        import torch
+
+        import medfl_ray.training.many_hospitals  # noqa: F401 - loaded while the coordinator prepares the run
+
+        torch.set_num_threads(1)
+        configure_logs()
+        if 0 < gpu_share < 1 and torch.cuda.is_available():
+            torch.cuda.set_per_process_memory_fraction(gpu_share)
+        self._run = run
+        self._open_data = open_data
+        self._declared = declared
+        self._checksum: str | None = None
+        self._data: OrderedDict[str, Any] = OrderedDict()
+        self._trainer: Trainer | None = None
+        self._many: ManyHospitals | None = None
+        self._seconds = {"data": 0.0, "sum": 0.0, "train": 0.0}
+
+    def process_id(self) -> int:
+        """Return the process's id, for tools that watch or end it."""
+        return os.getpid()
+
+    def describe(self, hospital: str, policy: SitePolicy) -> HospitalInfo | ClientFailure:
+        """Open one hospital and say what is public about it; the others of the run have the same network."""
+        try:
+            data = self._opened(hospital)
+            trainer = self._trainer_for(data)
+            if self._run.privacy.patient_level:
+                trainer.group_size()  # refuses a network that mixes patients before anything is charged
+            many = self._many_hospitals()
+        except MedflError as error:
+            return start_failure(hospital, error)
+        return HospitalInfo(
+            hospital=hospital,
+            declared=policy.declared,
+            data_set=policy.data_set,
+            num_patients=policy.num_patients,
+            num_channels=len(data.channels),
+            labels=dict(data.labels),
+            layout_checksum=trainer.layout.checksum,
+            device=str(trainer.device),
+            patient_group_size=trainer.group_size() if self._run.privacy.patient_level else None,
+            hospitals_per_group=many.group_size,
+        )
+
+    def why_in_turn(self) -> str:
+        """Return why hospitals are not trained in groups, empty if they are."""
+        return self._many.why_in_turn if self._many is not None else ""
+
+    def train(self, assignment: Assignment, weights: Vector) -> Finished:
+        """Train the groups one after the other from the same weights."""
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        started = time.perf_counter()
+        updates: list[ClientUpdate] = []
+        failures: list[ClientFailure] = []
+        trained: list[TrainedHospital] = []
+        total = empty_sum(weights.size)
+        for group in assignment.groups:
+            for turn, outcome in self._train_group(assignment, group, weights, failures):
+                if assignment.streamed:
+                    updates.append(self._update(assignment, turn, outcome))
+                else:
+                    total = self._add(total, turn, outcome)
+                    trained.append(TrainedHospital(turn.hospital, outcome.num_steps, self._metrics(outcome)))
+        summed = None
+        if trained:
+            checksum = self._layout_checksum()
+            summed = SummedUpdates(assignment.round, assignment.attempt, checksum, total, tuple(trained))
+        self._seconds["train"] = time.perf_counter() - started - self._seconds["data"] - self._seconds["sum"]
+        return Finished(summed, tuple(updates), tuple(failures), self._seconds)
+
+    def evaluate(
+        self, round: int, hospitals: Sequence[str], weights: Vector, num_pictures: int
+    ) -> list[SiteEvaluation | ClientFailure]:
+        """Score the weights on the held-out patients of hospitals; the first `num_pictures` also draw pictures."""
+        where = Assignment(round, 0, 0.0, None, False, 1, ())
+        answers: list[SiteEvaluation | ClientFailure] = []
+        for position, hospital in enumerate(hospitals):
+            turn = Turn(hospital, 0, 0, 0)
+            work = partial(self._evaluate, round, hospital, weights, position < num_pictures)
+            answer = self._guarded(where, turn, work)
+            if isinstance(answer, ClientFailure):
+                answer = answer.model_copy(update={"stage": "evaluate", "left_host": False})
+            answers.append(answer)
+        return answers
+
+    def _evaluate(self, round: int, hospital: str, weights: Vector, with_pictures: bool) -> SiteEvaluation:
+        from medfl_ray.training.evaluation import summarise
+
+        data = self._opened(hospital)
+        trainer = self._trainer_for(data)
+        scores = trainer.evaluate(weights, data)
+        may_show = self._declared != "private"
+        return SiteEvaluation(
+            hospital=hospital,
+            round=round,
+            metrics=labelled(summarise(scores), self._declared, self._run.privacy.enable_dp),
+            patient_scores=tuple(score.headline for score in scores) if may_show else None,
+            pictures=make_pictures(trainer, weights, data) if with_pictures and may_show else (),
+        )
+
+    def _train_group(
+        self, assignment: Assignment, group: Sequence[Turn], weights: Vector, failures: list[ClientFailure]
+    ) -> Iterator[tuple[Turn, LocalOutcome]]:
+        """Train one group; where that fails, its hospitals one by one, so that a fault stays with its owner."""
+        ready: list[tuple[Turn, HospitalTask]] = []
+        for turn in group:
+            opened = self._guarded(assignment, turn, partial(self._task, assignment, turn))
+            if isinstance(opened, ClientFailure):
+                failures.append(opened)
+            else:
+                ready.append((turn, opened))
+        try:
+            # All outcomes before any is used: one that is counted must not be trained again below.
+            many = self._many_hospitals(assignment.group_size)
+            outcomes = list(many.train(weights, [task for _, task in ready])) if ready else []
+        except Exception:
+            log.exception("group_failed", round=assignment.round)
+            yield from self._train_in_turn(assignment, ready, weights, failures)
+            return
+        for position, outcome in outcomes:
+            yield ready[position][0], outcome
+
+    def _train_in_turn(
+        self,
+        assignment: Assignment,
+        ready: Sequence[tuple[Turn, HospitalTask]],
+        weights: Vector,
+        failures: list[ClientFailure],
+    ) -> Iterator[tuple[Turn, LocalOutcome]]:
+        for turn, task in ready:
+            if turn.mechanism is not None:
+                # A second training would draw other noise over the same patients, for which nobody has paid.
+                failures.append(self._failure(assignment, turn, "its group could not be trained; the charge stays"))
+                continue
+            answer = self._guarded(assignment, turn, partial(self._train_alone, task, weights))
+            if isinstance(answer, ClientFailure):
+                failures.append(answer)
+            else:
+                yield turn, answer
+
+    def _train_alone(self, task: HospitalTask, weights: Vector) -> LocalOutcome:
+        assert self._trainer is not None
+        return self._trainer.train(weights, task.data, task.job)
+
+    def _task(self, assignment: Assignment, turn: Turn) -> HospitalTask:
+        from medfl_ray.training.many_hospitals import HospitalTask
+        from medfl_ray.training.trainer import LocalJob
+
+        data = self._opened(turn.hospital)
+        self._trainer_for(data)
+        seed_key = (abs(self._run.federation.seed), assignment.round, turn.index)
+        job = LocalJob(turn.num_steps, assignment.learning_rate, turn.mechanism, seed_key)
+        return HospitalTask(TimedData(data, self._seconds), job)
+
+    def _add(self, total: PartialSum, turn: Turn, outcome: LocalOutcome) -> PartialSum:
+        started = time.perf_counter()
+        total = add_update(total, outcome.delta, aggregation_weight(self._run, turn.num_patients))
+        self._seconds["sum"] += time.perf_counter() - started
+        return total
+
+    def _update(self, assignment: Assignment, turn: Turn, outcome: LocalOutcome) -> ClientUpdate:
+        delta, within = outcome.delta, None
+        if assignment.clip_norm is not None:
+            delta, within = clip_update(delta, assignment.clip_norm)
+        return ClientUpdate(
+            hospital=turn.hospital,
+            round=assignment.round,
+            attempt=assignment.attempt,
+            delta=delta,
+            layout_checksum=self._layout_checksum(),
+            num_patients=aggregation_weight(self._run, turn.num_patients),
+            num_steps=outcome.num_steps,
+            spent=None,
+            metrics={} if assignment.clip_norm is not None else self._metrics(outcome),
+            within_clip=within,
+        )
+
+    def _metrics(self, outcome: LocalOutcome) -> dict[str, Any]:
+        return labelled({"train_loss": outcome.mean_loss}, self._declared, self._run.privacy.enable_dp)
+
+    def _opened(self, hospital: str) -> Any:
+        """Return a hospital's data, the last ones used at hand and the others opened again."""
+        started = time.perf_counter()
+        if hospital in self._data:
+            self._data.move_to_end(hospital)
+        else:
+            self._data[hospital] = self._open(hospital)
+            if len(self._data) > OPEN_HOSPITALS:
+                self._data.popitem(last=False)
+        self._seconds["data"] += time.perf_counter() - started
+        return self._data[hospital]
+
+    def _open(self, hospital: str) -> Any:
+        if self._open_data is not None:
+            return self._open_data(self._run, hospital)
+        from medfl_ray.data.sources import open_hospital_data
+
+        return open_hospital_data(self._run, (hospital,))
+
+    def _trainer_for(self, data: VirtualData) -> Trainer:
+        """Return the one trainer of this process; the first hospital's data say how many channels there are."""
+        if self._trainer is None:
+            from medfl_ray.training.trainer import Trainer
+
+            run = self._run
+            self._trainer = Trainer(
+                model=run.model,
+                training=run.training,
+                task=run.data.task,
+                spatial_dims=run.spatial_dims,
+                in_channels=run.model.in_channels or len(data.channels),
+                out_channels=run.model.out_channels or max(data.labels, default=1) + 1,
+                patch_size=run.patch_size,
+                for_dp=run.privacy.patient_level,
+            )
+        return self._trainer
+
+    def _many_hospitals(self, group_size: int | None = None) -> ManyHospitals:
+        """Return what trains groups of a size, the size measured here where none is given."""
+        from medfl_ray.training.hospital_groups import choose_hospitals_per_group
+        from medfl_ray.training.many_hospitals import ManyHospitals
+
+        assert self._trainer is not None
+        if self._many is None:
+            if group_size is None:
+                group_size = 1 if self._run.federation.exact else choose_hospitals_per_group(self._trainer)
+            self._many = ManyHospitals(self._trainer, group_size)
+        return self._many
+
+    def _layout_checksum(self) -> str:
+        assert self._trainer is not None
+        if self._checksum is None:
+            self._checksum = self._trainer.layout.checksum
+        return self._checksum
+
+    def _guarded(self, where: Assignment, turn: Turn, work: Callable[[], Answer]) -> Answer | ClientFailure:
+        """Turn whatever goes wrong at one hospital into a failure with a reason."""
+        try:
+            return work()
+        except MedflError as error:
+            return self._failure(where, turn, str(error))
+        except Exception as error:
+            log.exception("hospital_failed", hospital=turn.hospital, round=where.round)
+            kind = type(error).__name__
+            return self._failure(where, turn, f"{kind} in the hospital's process; its own log has the details")
+
+    @staticmethod
+    def _failure(where: Assignment, turn: Turn, reason: str) -> ClientFailure:
+        return ClientFailure(
+            hospital=turn.hospital, round=where.round, attempt=where.attempt, stage="train", reason=reason
+        )
+
+
+class TimedData:
+    """A hospital's data, with the time that drawing patches takes added to a total."""
+
+    def __init__(self, data: Any, seconds: dict[str, float]) -> None:
+        self._data, self._seconds = data, seconds
+        self.num_train_patients: int = data.num_train_patients
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+    def train_patches(self, patient_index: int, num_patches: int, rng: Any) -> Any:
+        """Draw patches of one patient; see `LocalData`."""
+        started = time.perf_counter()
+        drawn = self._data.train_patches(patient_index, num_patches, rng)
+        self._seconds["data"] += time.perf_counter() - started
+        return drawn

@@ -1,0 +1,340 @@
+"""Virtual hospitals on a few Ray actors, behind the same port as hospitals with an actor each.
+
+Groups are formed from the sorted cohort before anything is dealt, the largest first, and every sum is of integers:
+which actor trains which group, and how many actors there are, changes no bit of the result.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from actors.cluster import simulation_environment
+from actors.virtual_hospitals import Assignment, Finished, OpenData, Turn, VirtualHospitals
+from medfl_ray.config import Declared, RunConfig
+from medfl_ray.errors import ConfigError, PrivacyError
+from medfl_ray.federation.local_pool import deadline_failure, start_failure
+from medfl_ray.federation.planning import check_limits
+from medfl_ray.federation.ports import AlonePlan, AloneResult, Answer
+from medfl_ray.messages import (
+    ClientFailure,
+    HospitalInfo,
+    Mechanism,
+    PrivacySpent,
+    RoundPlan,
+    SiteEvaluation,
+)
+from medfl_ray.params import Vector
+from medfl_ray.site_policy import SitePolicy
+from medfl_ray.store.simulated_ledgers import SimulatedLedgers
+
+TASKS_PER_ACTOR = 16
+TASKS_UNDER_WAY = 2
+PICTURED_HOSPITALS = 2
+STRICTEST: tuple[Declared, ...] = ("private", "public", "synthetic")
+
+
+class VirtualPool:
+    """A pool for simulations: hospitals are names, and a handful of actors train whoever is asked."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        policies: Sequence[SitePolicy],
+        open_ledgers: Callable[[], SimulatedLedgers] | None = None,
+        open_data: OpenData | None = None,
+    ) -> None:
+        """Start the actors; they load their libraries while the caller goes on.
+
+        Args:
+          open_ledgers: opens the hospitals' accounts when the first is needed; None without patient-level DP.
+
+        Raises:
+          ConfigError: the run asks for what virtual hospitals cannot do.
+        """
+        check_simulation(run, policies)
+        self._run = run
+        self._policies = {policy.hospital: policy for policy in policies}
+        self._index = {policy.hospital: index for index, policy in enumerate(policies)}
+        self._open_ledgers = open_ledgers
+        self._ledgers: SimulatedLedgers | None = None
+        self._reserved: dict[str, tuple[str, Mechanism]] = {}
+        self._group_size = 1
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        declared = min((policy.declared for policy in policies), key=STRICTEST.index)
+        self._actors = start_actors(run, declared, open_data, len(policies))
+
+    @property
+    def num_actors(self) -> int:
+        """How many processes share the hospitals."""
+        return len(self._actors)
+
+    def describe(self) -> Sequence[HospitalInfo | ClientFailure]:
+        """Let the first hospital's data say what network the run has; the others are taken at their policies' word."""
+        first = next(iter(self._policies))
+        try:
+            answer = ray.get(self._actors[0].describe.remote(first, self._policies[first]))
+        except RayError as error:
+            answer = start_failure(first, f"the first hospital could not be opened ({type(error).__name__})")
+        if isinstance(answer, ClientFailure):
+            return [answer.model_copy(update={"hospital": name}) for name in self._policies]
+        self._group_size = answer.hospitals_per_group or 1
+        why = ray.get(self._actors[0].why_in_turn.remote())
+        if why and not self._run.federation.exact:
+            self.notes.append(f"note: hospitals are trained one after the other: {why}")
+        return [answer.model_copy(update=_public(policy)) for policy in self._policies.values()]
+
+    def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
+        """Charge the whole cohort in one durable write."""
+        if not plan.mechanisms:
+            return dict.fromkeys(plan.hospitals)
+        answers: dict[str, PrivacySpent | ClientFailure | None] = {}
+        wanted: dict[str, Mechanism] = {}
+        for name in plan.hospitals:
+            problem = self._refusal(plan, name)
+            if problem is None:
+                wanted[name] = plan.mechanisms[name]
+            else:
+                answers[name] = _failure(plan, name, "reserve", problem)
+        budget = self._run.privacy.epsilon
+        reserved: Mapping[str, str | PrivacyError]
+        try:
+            reserved = self._accounts().reserve((plan.job, plan.round, plan.attempt), wanted, budget, plan.ledger_heads)
+        except PrivacyError as error:
+            reserved = dict.fromkeys(wanted, error)
+        charged = {name: answer for name, answer in reserved.items() if isinstance(answer, str)}
+        self._reserved = {name: (reservation, wanted[name]) for name, reservation in charged.items()}
+        answers |= {
+            name: _failure(plan, name, "reserve", str(error))
+            for name, error in reserved.items()
+            if isinstance(error, PrivacyError)
+        }
+        return answers | self._spent(list(charged), plan.ledger_heads)
+
+    def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
+        """Give back reservations of hospitals that never started to train."""
+        own = {name: self._reserved.pop(name)[0] for name in hospitals if name in self._reserved}
+        if own:
+            self._accounts().release(own, reason)
+
+    def train(self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector) -> Iterator[Answer]:
+        """Yield one sum per finished assignment, and each failure; settled before anything is trained."""
+        started = time.perf_counter()
+        self.seconds = dict.fromkeys(("train", "data", "sum"), 0.0)
+        spent: dict[str, PrivacySpent] = {}
+        if plan.mechanisms:
+            unreserved = [name for name in hospitals if self._reserved.get(name, ("", None))[1] is None]
+            yield from (_failure(plan, name, "train", "no reservation is open for this round") for name in unreserved)
+            hospitals = [name for name in hospitals if name in self._reserved]
+            self._accounts().settle({name: self._reserved.pop(name)[0] for name in hospitals})
+            spent = self._spent(hospitals, plan.ledger_heads)
+        for finished in self._run_assignments(plan, self._assignments(plan, hospitals), ray.put(weights)):
+            for name, seconds in finished.seconds.items():
+                self.seconds[name] += seconds
+            yield from finished.failures
+            yield from (replace(update, spent=spent.get(update.hospital)) for update in finished.updates)
+            if finished.total is not None:
+                trained = tuple(replace(one, spent=spent.get(one.hospital)) for one in finished.total.trained)
+                yield replace(finished.total, trained=trained) if spent else finished.total
+        self.seconds["wall"] = time.perf_counter() - started
+
+    def evaluate(
+        self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool
+    ) -> Iterator[SiteEvaluation | ClientFailure]:
+        """Yield the evaluation of every hospital asked."""
+        started = time.perf_counter()
+        shared = ray.put(weights)
+        pictured = PICTURED_HOSPITALS if pictures else 0
+        pieces = [list(hospitals[start::8]) for start in range(min(8, len(hospitals)))]
+        pending = {
+            self._actors[number % len(self._actors)].evaluate.remote(
+                round, piece, shared, pictured if number == 0 else 0
+            ): piece
+            for number, piece in enumerate(pieces)
+        }
+        while pending:
+            ready, _ = ray.wait(list(pending), num_returns=1)
+            piece = pending.pop(ready[0])
+            try:
+                yield from ray.get(ready[0])
+            except RayError as error:
+                why = f"its process ended during the evaluation ({type(error).__name__})"
+                for name in piece:
+                    yield ClientFailure(
+                        hospital=name, round=round, attempt=0, stage="evaluate", reason=why, left_host=False
+                    )
+        self.seconds["evaluate"] = time.perf_counter() - started
+
+    def train_alone(self, plans: Mapping[str, AlonePlan], weights: Vector) -> Iterator[AloneResult | ClientFailure]:
+        """Not reached: `check_simulation` refuses baselines."""
+        raise ConfigError("federation.baselines are not trained with virtual hospitals; use --pool ray or local")
+
+    def export_ledgers(self) -> dict[str, dict[str, Any]]:
+        """Return each account that was charged, as plain data."""
+        return {} if self._open_ledgers is None else self._accounts().export(list(self._policies))
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        self._actors = []
+
+    def _accounts(self) -> SimulatedLedgers:
+        if self._ledgers is None:
+            assert self._open_ledgers is not None
+            self._ledgers = self._open_ledgers()
+        return self._ledgers
+
+    def _spent(self, hospitals: Sequence[str], heads: Mapping[str, str]) -> dict[str, PrivacySpent]:
+        shown = self._run.privacy.epsilon
+        return {
+            name: spent if spent.budget is not None else spent.model_copy(update={"budget": shown})
+            for name, spent in self._accounts().spent(hospitals, heads).items()
+        }
+
+    def _refusal(self, plan: RoundPlan, name: str) -> str | None:
+        mechanism, policy = plan.mechanisms.get(name), self._policies[name]
+        if mechanism is None:
+            return f"the plan of round {plan.round} has no privacy mechanism for {name!r}"
+        if (mechanism.num_patients, mechanism.num_steps) != (policy.num_patients, plan.num_steps[name]):
+            return f"the mechanism of {name!r} is of other patients or steps than its policy and plan say"
+        try:
+            check_limits(policy, self._run.data.task, plan.num_steps[name], mechanism)
+        except PrivacyError as error:
+            return str(error)
+        return None
+
+    def _assignments(self, plan: RoundPlan, hospitals: Sequence[str]) -> list[Assignment]:
+        """Form groups of hospitals of about one size and deal them into assignments, the most work first."""
+        turns = [
+            Turn(
+                name,
+                self._index[name],
+                self._policies[name].num_patients,
+                plan.num_steps[name],
+                plan.mechanisms.get(name),
+            )
+            for name in sorted(hospitals)
+        ]
+        turns.sort(key=lambda turn: (turn.num_steps, turn.num_patients), reverse=True)
+        size = self._group_size
+        groups = [tuple(turns[start : start + size]) for start in range(0, len(turns), size)]
+        per_task = -(-len(groups) // (TASKS_PER_ACTOR * len(self._actors)))
+        common = (plan.round, plan.attempt, plan.learning_rate, plan.clip_norm, plan.clip_norm is not None, size)
+        return [
+            Assignment(*common, tuple(groups[start : start + per_task])) for start in range(0, len(groups), per_task)
+        ]
+
+    def _run_assignments(self, plan: RoundPlan, assignments: Sequence[Assignment], weights: Any) -> Iterator[Finished]:
+        """Keep two assignments at every actor; what an actor that died had, is done again where that is free."""
+        waiting = deque((assignment, 0) for assignment in assignments)
+        pending: dict[Any, tuple[Assignment, int, int]] = {}
+        ends = None if plan.deadline_s is None else time.monotonic() + plan.deadline_s
+
+        def submit(number: int) -> None:
+            if waiting:
+                assignment, tried = waiting.popleft()
+                pending[self._actors[number].train.remote(assignment, weights)] = (assignment, number, tried)
+
+        for _ in range(TASKS_UNDER_WAY):
+            for number in range(len(self._actors)):
+                submit(number)
+        while pending:
+            timeout = None if ends is None else max(0.0, ends - time.monotonic())
+            ready, _ = ray.wait(list(pending), num_returns=1, timeout=timeout)
+            if not ready:
+                break
+            assignment, number, tried = pending.pop(ready[0])
+            finished = _take(ready[0])
+            if isinstance(finished, str) and not tried and not plan.mechanisms:
+                waiting.append((assignment, tried + 1))  # without noise a second training gives the same bits
+            elif isinstance(finished, str):
+                yield _lost(plan, assignment, finished)
+            else:
+                yield finished
+            submit(number)
+        late = [assignment for assignment, _, _ in pending.values()] + [assignment for assignment, _ in waiting]
+        names = [name for assignment in late for name in assignment.hospitals]
+        if names:
+            yield Finished(None, (), tuple(deadline_failure(name, plan) for name in names), {})
+
+
+def check_simulation(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
+    """Refuse what virtual hospitals cannot do.
+
+    Raises:
+      ConfigError: the run has baselines, or patient-level DP over data that are not synthetic.
+    """
+    if run.federation.baselines:
+        raise ConfigError("federation.baselines are not trained with virtual hospitals; use --pool ray or local")
+    real = [policy.hospital for policy in policies if policy.declared != "synthetic"]
+    if run.privacy.patient_level and real:
+        raise ConfigError(
+            f"hospital {real[0]!r} has data that are not synthetic, whose privacy account outlives the run and belongs "
+            "to the hospital's own process; use --pool ray, or switch privacy.enable_dp off"
+        )
+
+
+def start_actors(run: RunConfig, declared: Declared, open_data: OpenData | None, num_hospitals: int) -> list[Any]:
+    """Start one actor per core, or as many as the run asks for; on GPUs each gets its share and no more memory."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = resources.get("GPU", 0.0)
+    cores = max(1, int(resources.get("CPU", os.cpu_count() or 1)))
+    share = run.training.gpus_per_hospital if gpus else 0.0
+    fitting = int(gpus / share) if share else cores
+    count = min(run.federation.num_actors or max(1, fitting), num_hospitals)
+    if gpus and not share:
+        share = min(1.0, gpus / count)
+    remote = ray.remote(VirtualHospitals).options(
+        num_cpus=min(1.0, cores / count) * 0.9,
+        num_gpus=share,
+        max_restarts=-1,
+        max_task_retries=0,
+        runtime_env={"env_vars": simulation_environment()},
+    )
+    return [remote.remote(run, declared, open_data, share) for _ in range(count)]
+
+
+def _public(policy: SitePolicy) -> dict[str, Any]:
+    return {
+        "hospital": policy.hospital,
+        "declared": policy.declared,
+        "data_set": policy.data_set,
+        "num_patients": policy.num_patients,
+    }
+
+
+def _take(reference: Any) -> Finished | str:
+    try:
+        finished: Finished = ray.get(reference)
+    except RayActorError:
+        return "the process that trained it ended; Ray restarts it for the next round"
+    except RayTaskError as error:
+        return f"{type(error.cause).__name__} in the process that trained it; its own log has the details"
+    except RayError as error:
+        return f"Ray lost the answer ({type(error).__name__})"
+    return finished
+
+
+def _lost(plan: RoundPlan, assignment: Assignment, reason: str) -> Finished:
+    failures = tuple(_failure(plan, name, "train", reason) for name in assignment.hospitals)
+    return Finished(None, (), failures, {})
+
+
+def _failure(plan: RoundPlan, name: str, stage: Any, reason: str) -> ClientFailure:
+    return ClientFailure(
+        hospital=name,
+        round=plan.round,
+        attempt=plan.attempt,
+        stage=stage,
+        reason=reason,
+        left_host=stage == "train",
+    )
