@@ -14,6 +14,7 @@ from medfl_ray.cli.evaluate import evaluate
 from medfl_ray.cli.export import export
 from medfl_ray.cli.pretrain import pretrain
 from medfl_ray.cli.run import run
+from medfl_ray.cli.simulate import simulate
 from medfl_ray.errors import ConfigError, DataError, MedflError, ModelError, PrivacyConfigError
 
 USER_MISTAKES = (ConfigError, DataError, ModelError, PrivacyConfigError)
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(run)
+app.command()(simulate)
 app.command()(pretrain)
 app.command()(evaluate)
 app.command()(export)

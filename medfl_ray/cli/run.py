@@ -10,6 +10,8 @@ import typer
 from medfl_ray.config_files import load_run_config
 from medfl_ray.errors import ConfigError, MedflError, QuorumLost
 
+SHOWN_NAMES = 10
+
 if TYPE_CHECKING:
     from medfl_ray.config import RunConfig
     from medfl_ray.federation.run import RunOutcome
@@ -30,7 +32,7 @@ def run(
 ) -> None:
     """Train a federation and write its report, model, ledger export and receipts."""
     overrides = [*(set_ or []), *_options(baseline, pool, actors)]
-    folder = _folder(config, resume, overrides)
+    folder = start_folder(config, resume, overrides)
     with folder.locked():
         try:
             outcome = _train(folder, ray_address, dashboard)
@@ -38,9 +40,7 @@ def run(
             if resume is None:
                 folder.discard_if_unused()
             raise
-        if outcome.completed:
-            _write_products(folder)
-    _say_goodbye(folder, outcome)
+        finish_run(folder, outcome)
 
 
 def _options(baseline: str | None, pool: str | None, actors: int | None) -> list[str]:
@@ -54,7 +54,12 @@ def _options(baseline: str | None, pool: str | None, actors: int | None) -> list
     return options
 
 
-def _folder(config: Path | None, resume: Path | None, overrides: list[str]) -> RunFolder:
+def start_folder(config: Path | None, resume: Path | None, overrides: list[str]) -> RunFolder:
+    """Make the folder of a new run, or open the one to resume.
+
+    Raises:
+      ConfigError: the configuration is wrong, or does not go with --resume.
+    """
     from medfl_ray.data.sources import list_hospitals
     from medfl_ray.federation.baselines import check_baselines
     from medfl_ray.store.run_folder import RunFolder
@@ -99,6 +104,13 @@ def _train(folder: RunFolder, ray_address: str | None, dashboard: bool) -> RunOu
         return drive(folder.run, policies, folder.path, display.update, ray_address, dashboard)
 
 
+def finish_run(folder: RunFolder, outcome: RunOutcome) -> None:
+    """Write model and report of a completed run, say where they are, and set the exit code of one that is not."""
+    if outcome.completed:
+        _write_products(folder)
+    _say_goodbye(folder, outcome)
+
+
 def _write_products(folder: RunFolder) -> None:
     if folder.run.output.export:
         from medfl_ray.export.onnx_export import export_run
@@ -125,8 +137,13 @@ def _say_goodbye(folder: RunFolder, outcome: RunOutcome) -> None:
     else:
         typer.echo(f"continue with: medfl-ray run --resume {path}")
     if outcome.absent:
-        typer.echo(f"WARNING: never took part: {', '.join(outcome.absent)}; receipts.jsonl and the report say why")
+        typer.echo(f"WARNING: never took part: {_some(outcome.absent)}; receipts.jsonl and the report say why")
     if stopped:
         raise typer.Exit(130)
     if not outcome.completed:
         raise QuorumLost(outcome.reason)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:SHOWN_NAMES])
+    return shown if len(names) <= SHOWN_NAMES else f"{shown} and {len(names) - SHOWN_NAMES} more"

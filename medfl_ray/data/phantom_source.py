@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -54,10 +55,16 @@ def phantom_hospital_names(phantom: PhantomConfig) -> tuple[str, ...]:
     Raises:
       ConfigError: the preset does not exist.
     """
+    return _names(phantom.preset, phantom.num_hospitals, phantom.seed)
+
+
+@lru_cache(maxsize=8)
+def _names(preset_name: str, num_hospitals: int, seed: int) -> tuple[str, ...]:
+    """Thousands of hospitals are named once per process, not once per hospital that is opened."""
     from medfl_ray.data.phantoms.profiles import hospital_profile
 
-    preset = load_preset(phantom.preset)
-    return tuple(hospital_profile(preset, i, phantom.seed).name for i in range(phantom.num_hospitals))
+    preset = load_preset(preset_name)
+    return tuple(hospital_profile(preset, i, seed).name for i in range(num_hospitals))
 
 
 def split_phantoms(

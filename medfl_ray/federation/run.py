@@ -38,6 +38,9 @@ class RunStore(RunKeeper, Protocol):
     def trained_so_far(self) -> set[str]:
         """Return the hospitals that delivered an update in the rounds kept so far."""
 
+    def asked_so_far(self) -> set[str]:
+        """Return the hospitals that were asked in the rounds kept so far."""
+
     def resume(self) -> PublishedRound | None:
         """Return the last good checkpoint, or None for a new run."""
 
@@ -85,7 +88,7 @@ class RunParts:
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How a run ended; `absent` are hospitals that never delivered an update."""
+    """How a run ended; `absent` are hospitals that could not start, or were asked and never delivered an update."""
 
     rounds_done: int
     completed: bool
@@ -148,9 +151,14 @@ def run_federation(parts: RunParts) -> RunOutcome:
         rounds_done=state.round,
         completed=completed,
         reason=reason,
-        absent=tuple(sorted({p.hospital for p in parts.policies} - trained)),
+        absent=tuple(sorted({p.hospital for p in parts.policies} - trained - never_asked(parts, context))),
         weights_checksum=params.checksum(released_weights(state.server_state, state.weights)),
     )
+
+
+def never_asked(parts: RunParts, context: RoundContext) -> set[str]:
+    """Return the hospitals that were present and that no round has drawn."""
+    return set(context.available) - parts.store.asked_so_far()
 
 
 def start_central(parts: RunParts, plan: CentralPlan | None, num_parameters: int) -> HospitalLevel | None:

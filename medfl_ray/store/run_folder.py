@@ -132,6 +132,10 @@ class RunFolder:
         """Return the hospitals that delivered an update in the rounds kept so far."""
         return {hospital for result in self.results() for hospital in result.receipt.trained}
 
+    def asked_so_far(self) -> set[str]:
+        """Return the hospitals that were asked in the rounds kept so far."""
+        return {hospital for result in self.results() for hospital in result.receipt.asked}
+
     def save_checkpoint(self, state: Any, result: RoundResult) -> None:
         """Make a published round durable; `state` has round, weights and server_state."""
         checkpoint = Checkpoint(state.round, state.weights, state.server_state, result)

@@ -75,6 +75,9 @@ class PhantomPreset(Section):
     """One kind of examination: sequences, labels, lesions and the first hospitals."""
 
     name: str = Field(description="Name of the preset.")
+    figure: Literal["head", "ball"] = Field(
+        "head", description="A head with a tumour, or for simulations a ball in noise, rendered in under a millisecond."
+    )
     task: Literal["segmentation", "classification"] = Field(
         "segmentation", description="Label volume, or one class per slice."
     )
@@ -94,7 +97,10 @@ class PhantomPreset(Section):
             raise ValueError(
                 f"preset labels are {sorted(self.labels)}; expected 1 (whole tumour) or 1 and 2 (core, oedema)"
             )
-        if (self.task == "classification") != (self.spatial_dims == 2):
+        if self.figure == "ball":
+            if self.task != "segmentation" or len(self.channels) != 1 or len(self.labels) != 1:
+                raise ValueError("a preset of balls is a segmentation with one channel and one label")
+        elif (self.task == "classification") != (self.spatial_dims == 2):
             raise ValueError("a preset is a 3D segmentation or a 2D classification")
         if not self.channels or len(set(self.channels)) != len(self.channels):
             raise ValueError(f"preset channels are {list(self.channels)}; expected each sequence once")

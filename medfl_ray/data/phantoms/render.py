@@ -61,6 +61,8 @@ def render_phantom(
     """
     chosen = load_preset(preset)
     profile = hospital_profile(chosen, hospital_index, seed)
+    if chosen.figure == "ball":
+        return _render_ball(chosen, profile, (hospital_index, patient_index), size_voxels, seed)
     entropy = [seed & (2**64 - 1), hospital_index, patient_index]
     streams = [np.random.default_rng(s) for s in np.random.SeedSequence(entropy).spawn(3)]
     anatomy, placement = _anatomies(profile, size_voxels, labelmaps, int(streams[0].integers(2**31)))
@@ -79,6 +81,23 @@ def render_phantom(
     truth = _labels(maps.whole, maps.core, chosen, 0.5, 0.5)
     label = _annotate(maps, grid, profile, chosen)
     return Phantom(image, label, truth, grid.affine, name, chosen.channels, dict(chosen.labels))
+
+
+def _render_ball(
+    preset: PhantomPreset, profile: HospitalProfile, who: tuple[int, int], size_voxels: int, seed: int
+) -> Phantom:
+    """Render a disc or ball in noise, whose contrast is the hospital's: little to learn, and nearly free to make."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed & (2**64 - 1), *who], spawn_key=(2,)))
+    shape = (size_voxels,) * preset.spatial_dims
+    centre = rng.uniform(0.25, 0.75, len(shape)) * size_voxels
+    radius = rng.uniform(0.1, 0.25) * size_voxels * profile.size_factor
+    axes = np.meshgrid(*(np.arange(edge, dtype=np.float32) for edge in shape), indexing="ij", sparse=True)
+    inside = sum((axis - middle) ** 2 for axis, middle in zip(axes, centre, strict=True)) <= radius**2
+    image = rng.standard_normal(shape, dtype=np.float32) / np.float32(profile.snr / 10) + profile.contrast * inside
+    label = inside.astype(np.uint8)
+    affine = np.eye(4)
+    name = f"P{who[0]:03d}-{who[1]:04d}"
+    return Phantom(image[None].astype(np.float32), label, label, affine, name, preset.channels, dict(preset.labels))
 
 
 def _anatomies(
