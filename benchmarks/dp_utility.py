@@ -23,7 +23,9 @@ from runs import ROOT, hippocampus_folder, mean_of, run
 SEEDS = (1, 2, 3)
 LABELMAP_PLACES = ("data/labelmaps", "../shared/data/brain_labelmaps_synthseg")
 PRETRAINING, CONFIG = "hippocampus_pretrain.yaml", "hippocampus_dp_pretrained.yaml"
-NO_DP = ("privacy.enable_dp=false",)
+# Without noise a smaller server step screened better (0.826 against 0.821): DP is compared with the best, not itself.
+NO_DP = ("privacy.enable_dp=false", "aggregation.server_learning_rate=0.01")
+ONE_SEED = ("pretrained", "nodp_full")
 SETTINGS: dict[str, tuple[str, ...]] = {
     "nodp": NO_DP,
     "eps8": ("privacy.epsilon=8",),
@@ -87,7 +89,7 @@ def measure(options: Options) -> list[dict]:
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
     for seed in SEEDS[:1] if options.quick else SEEDS:
         for name, overrides in SETTINGS.items():
-            if (name, seed) in {(row["setting"], row["seed"]) for row in rows} or (name == "pretrained" and seed > 1):
+            if (name, seed) in {(row["setting"], row["seed"]) for row in rows} or (name in ONE_SEED and seed > 1):
                 continue
             common = (
                 f"data.directory={scoring}",

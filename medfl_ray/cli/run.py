@@ -129,7 +129,8 @@ def _say_goodbye(folder: RunFolder, outcome: RunOutcome) -> None:
         typer.echo(f"\n{outcome.reason}.")
     if outcome.completed:
         typer.echo(f"results   {path}")
-        typer.echo(f"report    {path / 'report.html'}")
+        if folder.run.output.report:
+            typer.echo(f"report    {path / 'report.html'}")
         typer.echo("next:")
         typer.echo(f"  medfl-ray evaluate {path} --data DIR     score the model on a folder of labelled images")
         typer.echo(f"  medfl-ray export {path}                  write model.onnx again, with its parity check")
