@@ -41,13 +41,17 @@ class Grouped(nn.Module):
 
     def __init__(self, layer: nn.Module, num_members: int) -> None:
         super().__init__()
-        self.num_members = num_members
         # A plain attribute inside a tuple: the original's parameters must not be registered here as well.
         self._original = (layer,)
         for name in ("weight", "bias"):
             parameter = getattr(layer, name, None)
             repeated = None if parameter is None else _repeat(parameter, num_members)
             self.register_parameter(name, repeated)
+
+    @property
+    def num_members(self) -> int:
+        """Number N, read from the weights: see `repeat_weights`."""
+        return len(self.weight)
 
     @property
     def original(self) -> Any:
@@ -66,6 +70,8 @@ class GroupedConv(Grouped):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve [K * N, C, *S]."""
         layer, kind = self.original, type(self.original)
+        if _is_pointwise(layer):
+            return self._mix_channels(x)
         samples = x.reshape(len(x) // self.num_members, -1, *x.shape[2:])
         weight = self.weight.flatten(0, 1)
         bias = None if self.bias is None else self.bias.flatten()
@@ -76,6 +82,14 @@ class GroupedConv(Grouped):
         else:
             out = CONVOLUTIONS[kind](samples, weight, bias, layer.stride, layer.padding, layer.dilation, groups)
         return out.reshape(len(x), -1, *out.shape[2:])
+
+    def _mix_channels(self, x: Tensor) -> Tensor:
+        """Convolve with a kernel of one voxel: a product of small matrices, quicker than a convolution's set-up."""
+        samples = x.reshape(len(x) // self.num_members, self.num_members, x.shape[1], -1)
+        out = torch.matmul(self.weight.flatten(2), samples)
+        if self.bias is not None:
+            out = out + self.bias[..., None]
+        return out.reshape(len(x), -1, *x.shape[2:])
 
 
 class GroupedNorm(Grouped):
@@ -151,10 +165,12 @@ def group(network: nn.Module, num_members: int) -> nn.Module:
     return members
 
 
-def repeat_weights(network: nn.Module, members: nn.Module) -> None:
-    """Give every member the weights of a network, in place."""
+def repeat_weights(network: nn.Module, members: nn.Module, num_members: int | None = None) -> None:
+    """Give every member the weights of a network, in place; with a number, change how many members there are."""
     with torch.no_grad():
         for source, target in zip(network.parameters(), members.parameters(), strict=True):
+            if num_members is not None and len(target) != num_members:
+                target.data = source.new_empty((num_members, *source.shape))
             target.copy_(source.expand_as(target))
 
 
@@ -166,6 +182,16 @@ def stack(images: list[Tensor]) -> Tensor:
 def unstack(outputs: Tensor, num_members: int) -> tuple[Tensor, ...]:
     """Return each member's outputs [K, L, *S] from those of a batch [K * N, L, *S]."""
     return torch.unbind(outputs.reshape(-1, num_members, *outputs.shape[1:]), dim=1)
+
+
+def _is_pointwise(layer: Any) -> bool:
+    """Whether a layer is a plain convolution that sees one voxel at a time."""
+
+    def is_all(values: tuple[int, ...] | str, number: int) -> bool:
+        return set(values) == {number}
+
+    plain = type(layer) in CONVOLUTIONS and layer.groups == 1
+    return plain and is_all(layer.kernel_size, 1) and is_all(layer.stride, 1) and is_all(layer.padding, 0)
 
 
 def _repeat(parameter: nn.Parameter, num_members: int) -> nn.Parameter:

@@ -7,8 +7,7 @@ know it leaves alone. Shapes: N samples, C channels, S voxels per axis.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from itertools import product
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from medfl_ray.models.networks import replace_submodule
 
 MAX_POOLS = {nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 LINEAR_MODES = ("linear", "bilinear", "trilinear")
+FEW_VOXELS = 64  # So small an image is interpolated by one matrix instead of one per axis.
 
 
 def quicken(network: nn.Module) -> nn.Module:
@@ -51,28 +51,37 @@ class HalvingMaxPool(nn.Module):
 
 
 class _HalvingMax(torch.autograd.Function):
-    """The maximum of strided views, without an index per voxel."""
+    """The maximum over pairs, axis by axis, without an index per voxel.
+
+    Pairs of the last axis meet first and the first of two equal ones wins, so that the winner of a block is the
+    first largest voxel in the order in which a window is read.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, spatial_dims: int) -> Tensor:
-        views = _corners(x, spatial_dims)
-        out = torch.maximum(views[0], views[1])
-        for view in views[2:]:
-            torch.maximum(out, view, out=out)
-        ctx.save_for_backward(x, out)
+        ctx.save_for_backward(x)
         ctx.spatial_dims = spatial_dims
+        out = _even(x, spatial_dims)
+        for axis in range(-spatial_dims, 0):  # the largest steps first: whole rows are compared
+            out = torch.maximum(*_pair(out, axis))
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        x, out = ctx.saved_tensors
-        result = torch.zeros_like(x)
-        left = gradients[0].clone()
-        for source, target in zip(_corners(x, ctx.spatial_dims), _corners(result, ctx.spatial_dims), strict=True):
-            here = source == out
-            target.copy_(left * here)
-            left.masked_fill_(here, 0.0)  # a voxel that is equally large comes too late
-        return result, None
+        (x,) = ctx.saved_tensors
+        dims = ctx.spatial_dims
+        levels = [_even(x, dims)]
+        for axis in range(-1, -dims, -1):
+            levels.append(torch.maximum(*_pair(levels[-1], axis)))
+        gradient = gradients[0]
+        for axis, level in zip(range(-dims, 0), reversed(levels), strict=True):
+            last = axis == -1
+            result = torch.zeros_like(x) if last and level is not x else torch.empty_like(level)
+            first, second = _pair(_even(result, dims) if last else result, axis)
+            torch.mul(gradient, torch.ge(*_pair(level, axis)), out=first)
+            torch.sub(gradient, first, out=second)
+            gradient = result
+        return gradient, None
 
 
 class LinearUpsample(nn.Module):
@@ -91,6 +100,10 @@ class LinearUpsample(nn.Module):
             return out
         factors = original.scale_factor
         scales = factors if isinstance(factors, Sequence) else (factors,) * (x.ndim - 2)
+        if _size(x.shape[2:]) <= FEW_VOXELS:
+            whole = _interpolation_of_all(tuple(x.shape[2:]), tuple(scales), bool(original.align_corners), x.dtype)
+            shape = [round(size * scale) for size, scale in zip(x.shape[2:], scales, strict=True)]
+            return torch.matmul(x.flatten(2), whole.T).unflatten(2, shape)
         for axis, scale in enumerate(scales, start=2):
             matrix = _interpolation(x.shape[axis], float(scale), bool(original.align_corners), x.dtype)
             x = torch.matmul(x, matrix.T) if axis == x.ndim - 1 else _along(x, matrix, axis)
@@ -115,15 +128,30 @@ def _interpolation(size: int, scale: float, align_corners: bool, dtype: torch.dt
         return columns[0].T.to(dtype).contiguous()
 
 
-def _corners(x: Tensor, spatial_dims: int) -> list[Tensor]:
-    """Return the 2**D views of every second voxel, in the order in which a window is read."""
-    ends = [2 * (size // 2) for size in x.shape[2:]]
-    offsets = product((0, 1), repeat=spatial_dims)
-    views = []
-    for some in offsets:
-        index: tuple[Any, ...] = tuple(slice(offset, end, 2) for offset, end in zip(some, ends, strict=True))
-        views.append(x[(..., *index)])
-    return views
+def _even(x: Tensor, spatial_dims: int) -> Tensor:
+    """Leave out the last voxel of odd axes; the tensor itself where there are none."""
+    if not any(size % 2 for size in x.shape[-spatial_dims:]):
+        return x
+    return x[(..., *(slice(2 * (size // 2)) for size in x.shape[-spatial_dims:]))]
+
+
+def _pair(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return views of every first and every second voxel along an even axis."""
+    first, second = x.unflatten(axis, (-1, 2)).unbind(axis)
+    return first, second
+
+
+@lru_cache(maxsize=64)
+def _interpolation_of_all(
+    sizes: tuple[int, ...], scales: tuple[float, ...], align_corners: bool, dtype: torch.dtype
+) -> Tensor:
+    """Return the matrix of the interpolation along all axes, for flattened images."""
+    matrices = [
+        _interpolation(size, float(scale), align_corners, torch.float64)
+        for size, scale in zip(sizes, scales, strict=True)
+    ]
+    with torch.no_grad(), torch.inference_mode(mode=False):
+        return reduce(torch.kron, matrices).to(dtype).contiguous()
 
 
 def _halves(pool: Any) -> bool:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from medfl_ray.errors import ModelError
 from medfl_ray.models.grouped import group, repeat_weights, why_not_grouped
 from medfl_ray.params import Vector, load_into
+from medfl_ray.training.batches import patient_batches
+from medfl_ray.training.group_forming import form_groups
 from medfl_ray.training.local_data import LocalData
 from medfl_ray.training.losses import loss_of_each
 from medfl_ray.training.optimizers import make_optimizer
@@ -47,7 +49,7 @@ class ManyHospitals:
         self._trainer = trainer
         self._group_size = group_size
         self._term = term
-        self._members: dict[int, nn.Module] = {}
+        self._members: nn.Module | None = None
         self.why_in_turn = "" if group_size > 1 else "training.hospitals_per_group is 1"
         if not self.why_in_turn:
             self.why_in_turn = why_not_together(trainer)
@@ -66,9 +68,9 @@ class ManyHospitals:
         together = [i for i, task in enumerate(tasks) if self.group_size > 1 and task.job.mechanism is None]
         for position in sorted(set(range(len(tasks))) - set(together)):
             yield position, self._trainer.train(weights, tasks[position].data, tasks[position].job)
-        together.sort(key=lambda i: (tasks[i].job.num_steps, tasks[i].data.num_train_patients))
-        for start in range(0, len(together), self._group_size):
-            some = together[start : start + self._group_size]
+        sizes = [(tasks[i].job.num_steps, tasks[i].data.num_train_patients) for i in together]
+        for positions in form_groups(sizes, self._group_size, self._trainer.training.batch_size):
+            some = [together[position] for position in positions]
             outcomes = self._train_group(weights, [tasks[i] for i in some])
             yield from zip(some, outcomes, strict=True)
 
@@ -83,9 +85,7 @@ class ManyHospitals:
         losses = torch.zeros(max(steps), count, dtype=torch.float64)
         final = np.empty((count, trainer.layout.size), dtype=np.float32)
         with ExitStack() as stack:
-            draws = [
-                trainer.batches(task.data, stack.enter_context(trainer.random_numbers(task.job))) for task in tasks
-            ]
+            draws = [self._batches(task, stack.enter_context(trainer.random_numbers(task.job))) for task in tasks]
             for step in range(max(steps)):
                 batches = [next(draw) if step < todo else [] for draw, todo in zip(draws, steps, strict=True)]
                 own = self._losses(members, batches)
@@ -103,13 +103,11 @@ class ManyHospitals:
 
     def _losses(self, members: nn.Module, batches: Sequence[Sequence[Patient]]) -> Tensor:
         """Return each hospital's mean loss over its own patients, [N]; 0 for one that has none left."""
-        most = max(len(batch) for batch in batches)
-        example = next(batch[0] for batch in batches if batch)
-        images, targets = (
-            _pad([[patient[i] for patient in batch] for batch in batches], most, example[i]) for i in (0, 1)
-        )
-        num_patches = example[0].shape[0]
-        count = len(batches)
+        most, count = max(len(batch) for batch in batches), len(batches)
+        images, targets = (_pad(batches, most, i) for i in (0, 1))
+        self._trainer.check_labels(targets)
+        images, targets = images.to(self._trainer.device), targets.to(self._trainer.device)
+        num_patches = images.shape[2]
         weight = torch.tensor(
             [[1 / len(batch) if place < len(batch) else 0.0 for batch in batches] for place in range(most)],
             device=images.device,
@@ -135,11 +133,17 @@ class ManyHospitals:
         num_steps = task.job.num_steps
         return LocalOutcome(delta, num_steps, float(losses[:num_steps].mean()))
 
+    def _batches(self, task: HospitalTask, rng: np.random.Generator) -> Iterator[list[Patient]]:
+        """Yield the patients of one step after another, drawn as the trainer would draw them."""
+        training, data = self._trainer.training, task.data
+        for batch in patient_batches(data.num_train_patients, training.batch_size, rng, training.patient_order):
+            yield [data.train_patches(int(index), training.patches_per_patient, rng) for index in batch]
+
     def _load_members(self, count: int) -> nn.Module:
-        if count not in self._members:
-            self._members[count] = group(self._trainer.network, count)
-        repeat_weights(self._trainer.network, self._members[count])
-        return self._members[count].train()
+        if self._members is None:
+            self._members = group(self._trainer.network, count)
+        repeat_weights(self._trainer.network, self._members, count)
+        return self._members.train()
 
 
 def why_not_together(trainer: Trainer) -> str:
@@ -163,7 +167,8 @@ def proximal_term(mu: float) -> GradientTerm:
     return term
 
 
-def _pad(rows: Sequence[Sequence[Tensor]], most: int, example: Tensor) -> Tensor:
-    """Stack tensors [K, ...] of N batches into [B, N, K, ...], with zeros where a batch is shorter."""
-    nothing = torch.zeros_like(example)
-    return torch.stack([torch.stack([row[i] if i < len(row) else nothing for row in rows]) for i in range(most)])
+def _pad(batches: Sequence[Sequence[Patient]], most: int, which: int) -> Tensor:
+    """Stack images or targets [K, ...] of N batches into [B, N, K, ...], with zeros where a batch is shorter."""
+    nothing = torch.zeros_like(next(batch[0] for batch in batches if batch)[which])
+    rows = [batch[place][which] if place < len(batch) else nothing for place in range(most) for batch in batches]
+    return torch.stack(rows).unflatten(0, (most, len(batches)))

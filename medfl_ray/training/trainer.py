@@ -221,13 +221,21 @@ class Trainer:
 
     def _draw(self, data: LocalData, index: int, rng: np.random.Generator) -> Patient:
         images, targets = data.train_patches(index, self.training.patches_per_patient, rng)
+        self.check_labels(targets)
+        return images.to(self.device), targets.to(self.device)
+
+    def check_labels(self, targets: Tensor) -> None:
+        """Refuse targets that the network has no output channel for.
+
+        Raises:
+          LabelError: with the values.
+        """
         largest = int(targets.max())
         if largest >= self._out_channels:
             raise LabelError(
                 f"a label has value {largest} and the network {self._out_channels} output channels; "
                 f"set model.out_channels to {largest + 1} or more, or correct the label"
             )
-        return images.to(self.device), targets.to(self.device)
 
     def _set_gradients(self, flat: Tensor) -> None:
         for parameter, piece in zip(self._space.parameters, self._space.widen(flat), strict=True):
