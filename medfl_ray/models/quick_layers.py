@@ -102,8 +102,8 @@ class LinearUpsample(nn.Module):
         scales = factors if isinstance(factors, Sequence) else (factors,) * (x.ndim - 2)
         if _size(x.shape[2:]) <= FEW_VOXELS:
             whole = _interpolation_of_all(tuple(x.shape[2:]), tuple(scales), bool(original.align_corners), x.dtype)
-            shape = [round(size * scale) for size, scale in zip(x.shape[2:], scales, strict=True)]
-            return torch.matmul(x.flatten(2), whole.T).unflatten(2, shape)
+            shape = [int(size * scale) for size, scale in zip(x.shape[2:], scales, strict=True)]
+            return torch.matmul(x.flatten(2), whole.T).view(*x.shape[:2], *shape)
         for axis, scale in enumerate(scales, start=2):
             matrix = _interpolation(x.shape[axis], float(scale), bool(original.align_corners), x.dtype)
             x = torch.matmul(x, matrix.T) if axis == x.ndim - 1 else _along(x, matrix, axis)
@@ -132,13 +132,14 @@ def _even(x: Tensor, spatial_dims: int) -> Tensor:
     """Leave out the last voxel of odd axes; the tensor itself where there are none."""
     if not any(size % 2 for size in x.shape[-spatial_dims:]):
         return x
-    return x[(..., *(slice(2 * (size // 2)) for size in x.shape[-spatial_dims:]))]
+    index: tuple[Any, ...] = tuple(slice(2 * (size // 2)) for size in x.shape[-spatial_dims:])
+    return x[(..., *index)]
 
 
 def _pair(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Return views of every first and every second voxel along an even axis."""
-    first, second = x.unflatten(axis, (-1, 2)).unbind(axis)
-    return first, second
+    """Return views of every first and every second voxel along an even axis, counted from the end."""
+    after: tuple[Any, ...] = (slice(None),) * (-1 - axis)
+    return x[(..., slice(0, None, 2), *after)], x[(..., slice(1, None, 2), *after)]
 
 
 @lru_cache(maxsize=64)

@@ -67,22 +67,44 @@ class PatientGradientSum:
         return noised / (mechanism.sample_rate * mechanism.num_patients)
 
 
+class PrivateStep:
+    """What a private step of one hospital is made of: its own secret sample, its own sum and its own noise."""
+
+    def __init__(self, mechanism: Mechanism, num_parameters: int, num_patients: int) -> None:
+        """Take the P trained parameters and the actual number of patients, which stays inside the hospital."""
+        self._sampler = PoissonSampler(mechanism.sample_rate)
+        self._num_patients = num_patients
+        self._total = PatientGradientSum(num_parameters, mechanism)
+
+    def draw(self) -> npt.NDArray[np.intp]:
+        """Draw the patients of the next step, [B]; each is to be added once."""
+        return self._sampler.draw(self._num_patients)
+
+    def add(self, gradient: Iterable[torch.Tensor]) -> None:
+        """Add the gradient of one drawn patient; see `PatientGradientSum.add`."""
+        self._total.add(gradient)
+
+    def release(self) -> torch.Tensor:
+        """Return the noised mean, float64 of shape [P]; see `PatientGradientSum.release`."""
+        return self._total.release()
+
+
 def private_steps(
     mechanism: Mechanism, num_parameters: int, num_patients: int, gradients: PatientGradients
 ) -> Iterator[torch.Tensor]:
     """Yield what one private step after another releases, each float64 of shape [P]; without end.
 
-    Training and the audit both run this function, so that what is audited is what trains.
+    Training and the audit both run this function, so that what is audited is what trains; hospitals that train
+    as one group take the same `PrivateStep`, each its own.
 
     Args:
       num_patients: the actual number that the sampler draws from; it stays inside the hospital.
     """
-    sampler = PoissonSampler(mechanism.sample_rate)
-    total = PatientGradientSum(num_parameters, mechanism)
+    step = PrivateStep(mechanism, num_parameters, num_patients)
     while True:
-        for gradient in gradients(sampler.draw(num_patients)):
-            total.add(gradient)
-        yield total.release()
+        for gradient in gradients(step.draw()):
+            step.add(gradient)
+        yield step.release()
 
 
 def gradient_norm(tensors: Iterable[torch.Tensor]) -> float:

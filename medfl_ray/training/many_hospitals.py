@@ -18,15 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from medfl_ray.config import TrainingConfig
 from medfl_ray.errors import ModelError
 from medfl_ray.models.grouped import group, repeat_weights, why_not_grouped
 from medfl_ray.params import Vector, load_into
 from medfl_ray.training.batches import patient_batches
+from medfl_ray.training.coupling import check_patients_apart
 from medfl_ray.training.group_forming import form_groups
 from medfl_ray.training.local_data import LocalData
 from medfl_ray.training.losses import loss_of_each
 from medfl_ray.training.optimizers import make_optimizer
-from medfl_ray.training.patient_gradients import Patient, forward
+from medfl_ray.training.patient_gradients import InGroups, Patient, forward
+from medfl_ray.training.private_hospitals import Private, PrivateHospitals
 from medfl_ray.training.trainer import LocalJob, LocalOutcome, Trainer
 
 GradientTerm = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
@@ -50,6 +53,7 @@ class ManyHospitals:
         self._group_size = group_size
         self._term = term
         self._members: nn.Module | None = None
+        self._patients_apart = False
         self.why_in_turn = "" if group_size > 1 else "training.hospitals_per_group is 1"
         if not self.why_in_turn:
             self.why_in_turn = why_not_together(trainer)
@@ -65,57 +69,62 @@ class ManyHospitals:
         Raises:
           ModelError, LabelError: what training raises; hospitals that were yielded before are done.
         """
-        together = [i for i, task in enumerate(tasks) if self.group_size > 1 and task.job.mechanism is None]
+        together = [i for i, task in enumerate(tasks) if self._goes_together(task)]
         for position in sorted(set(range(len(tasks))) - set(together)):
             yield position, self._trainer.train(weights, tasks[position].data, tasks[position].job)
-        sizes = [(tasks[i].job.num_steps, tasks[i].data.num_train_patients) for i in together]
-        for positions in form_groups(sizes, self._group_size, self._trainer.training.batch_size):
-            some = [together[position] for position in positions]
-            outcomes = self._train_group(weights, [tasks[i] for i in some])
-            yield from zip(some, outcomes, strict=True)
+        for private in (False, True):
+            kind = [i for i in together if (tasks[i].job.mechanism is not None) == private]
+            # Whom a private hospital draws is its secret; its groups follow from the number of steps alone.
+            sizes = [(tasks[i].job.num_steps, 0 if private else tasks[i].data.num_train_patients) for i in kind]
+            for positions in form_groups(sizes, self._group_size, self._trainer.training.batch_size):
+                some = [kind[position] for position in positions]
+                outcomes = self._train_group(weights, [tasks[i] for i in some])
+                yield from zip(some, outcomes, strict=True)
+
+    def _goes_together(self, task: HospitalTask) -> bool:
+        if self.group_size == 1 or task.job.num_steps < 1:
+            return False
+        return task.job.mechanism is None or self._trainer.training.patient_gradients != "single"
 
     def _train_group(self, weights: Vector, tasks: Sequence[HospitalTask]) -> list[LocalOutcome]:
-        trainer, count = self._trainer, len(tasks)
+        trainer = self._trainer
         load_into(trainer.network, weights)
-        members = self._load_members(count)
-        parameters = list(members.parameters())
-        start = [parameter.detach() for parameter in trainer.network.parameters()]
-        optimizer = make_optimizer(trainer.training, parameters, tasks[0].job.learning_rate)
         steps = [task.job.num_steps for task in tasks]
-        losses = torch.zeros(max(steps), count, dtype=torch.float64)
-        final = np.empty((count, trainer.layout.size), dtype=np.float32)
+        start = [parameter.detach() for parameter in trainer.network.parameters()]
+        final = np.empty((len(tasks), trainer.layout.size), dtype=np.float32)
         with ExitStack() as stack:
-            draws = [self._batches(task, stack.enter_context(trainer.random_numbers(task.job))) for task in tasks]
+            group_of = self._private_group if tasks[0].job.mechanism is not None else self._plain_group
+            hospitals = group_of(tasks, [stack.enter_context(trainer.random_numbers(task.job)) for task in tasks])
+            parameters = hospitals.parameters
+            optimizer = make_optimizer(trainer.training, parameters, tasks[0].job.learning_rate)
             for step in range(max(steps)):
-                batches = [next(draw) if step < todo else [] for draw, todo in zip(draws, steps, strict=True)]
-                own = self._losses(members, batches)
-                gradients = torch.autograd.grad(own.sum(), parameters)
+                gradients = hospitals.gradients([step < todo for todo in steps])
                 self._set_gradients(parameters, gradients, start)
                 optimizer.step()
-                losses[step] = own.detach()
                 done = [i for i, todo in enumerate(steps) if todo == step + 1]
                 if done:
                     final[done] = torch.cat([p.detach()[done].flatten(1) for p in parameters], 1).numpy(force=True)
         return [
-            self._outcome(row, weights, task, losses[:, i])
-            for i, (row, task) in enumerate(zip(final, tasks, strict=True))
+            _outcome(row, weights, task, losses)
+            for row, task, losses in zip(final, tasks, hospitals.losses, strict=True)
         ]
 
-    def _losses(self, members: nn.Module, batches: Sequence[Sequence[Patient]]) -> Tensor:
-        """Return each hospital's mean loss over its own patients, [N]; 0 for one that has none left."""
-        most, count = max(len(batch) for batch in batches), len(batches)
-        images, targets = (_pad(batches, most, i) for i in (0, 1))
-        self._trainer.check_labels(targets)
-        images, targets = images.to(self._trainer.device), targets.to(self._trainer.device)
-        num_patches = images.shape[2]
-        weight = torch.tensor(
-            [[1 / len(batch) if place < len(batch) else 0.0 for batch in batches] for place in range(most)],
-            device=images.device,
-        )
-        logits = forward(members, images.transpose(2, 1).flatten(0, 2), self._trainer.training.mixed_precision)
-        logits = logits.view(most, num_patches, count, *logits.shape[1:]).transpose(1, 2).flatten(0, 1)
-        each = loss_of_each(self._trainer.loss)(logits, targets.flatten(0, 1))
-        return (each.view(most, count) * weight).sum(0)
+    def _plain_group(self, tasks: Sequence[HospitalTask], rngs: Sequence[np.random.Generator]) -> PlainHospitals:
+        draws = [_batches(self._trainer.training, task.data, rng) for task, rng in zip(tasks, rngs, strict=True)]
+        return PlainHospitals(self._trainer, self._load_members(len(tasks)), draws)
+
+    def _private_group(self, tasks: Sequence[HospitalTask], rngs: Sequence[np.random.Generator]) -> PrivateHospitals:
+        trainer = self._trainer
+        hospitals: list[Private] = []
+        for task, rng in zip(tasks, rngs, strict=True):
+            trainer.refuse_unfit(task.job)
+            assert task.job.mechanism is not None
+            hospitals.append((task.data, task.job.mechanism, rng))
+        if not self._patients_apart:
+            engine = InGroups(trainer.network, trainer.loss, trainer.training.mixed_precision, self._group_size)
+            check_patients_apart(engine, trainer.make_up_patient)
+            self._patients_apart = True
+        return PrivateHospitals(trainer, self._load_members(1), self._group_size, hospitals)
 
     def _set_gradients(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], start: Sequence[Tensor]
@@ -126,24 +135,46 @@ class ManyHospitals:
         for parameter, addition in zip(parameters, extra, strict=False):
             parameter.grad = parameter.grad + addition if parameter.grad is not None else addition
 
-    def _outcome(self, row: Vector, weights: Vector, task: HospitalTask, losses: Tensor) -> LocalOutcome:
-        delta = row - weights
-        if not np.isfinite(delta).all():
-            raise ModelError("training diverged: the weights are no longer finite; lower training.learning_rate")
-        num_steps = task.job.num_steps
-        return LocalOutcome(delta, num_steps, float(losses[:num_steps].mean()))
-
-    def _batches(self, task: HospitalTask, rng: np.random.Generator) -> Iterator[list[Patient]]:
-        """Yield the patients of one step after another, drawn as the trainer would draw them."""
-        training, data = self._trainer.training, task.data
-        for batch in patient_batches(data.num_train_patients, training.batch_size, rng, training.patient_order):
-            yield [data.train_patches(int(index), training.patches_per_patient, rng) for index in batch]
-
     def _load_members(self, count: int) -> nn.Module:
         if self._members is None:
             self._members = group(self._trainer.network, count)
         repeat_weights(self._trainer.network, self._members, count)
         return self._members.train()
+
+
+class PlainHospitals:
+    """Current weights of N hospitals and the gradient of each of their steps, without DP."""
+
+    def __init__(self, trainer: Trainer, members: nn.Module, draws: Sequence[Iterator[list[Patient]]]) -> None:
+        """Take the batches of each hospital, without end."""
+        self._trainer, self._members, self._draws = trainer, members, draws
+        self.parameters: list[nn.Parameter] = list(members.parameters())
+        self.losses: list[list[float]] = [[] for _ in draws]
+
+    def gradients(self, active: Sequence[bool]) -> Sequence[Tensor]:
+        """Return the gradients of one step, each [N, ...]; zeros for a hospital that is not active."""
+        own = self._losses([next(draw) if works else [] for draw, works in zip(self._draws, active, strict=True)])
+        gradients = torch.autograd.grad(own.sum(), self.parameters)
+        for losses, loss, works in zip(self.losses, own.tolist(), active, strict=True):
+            if works:
+                losses.append(loss)
+        return gradients
+
+    def _losses(self, batches: Sequence[Sequence[Patient]]) -> Tensor:
+        """Return each hospital's mean loss over its own patients, [N]; 0 for one that has none left."""
+        most, count = max(len(batch) for batch in batches), len(batches)
+        images, targets = (_pad(batches, most, i) for i in (0, 1))
+        self._trainer.check_labels(targets)
+        images, targets = images.to(self._trainer.device), targets.to(self._trainer.device)
+        num_patches = images.shape[2]
+        weight = torch.tensor(
+            [[1 / len(batch) if place < len(batch) else 0.0 for batch in batches] for place in range(most)],
+            device=images.device,
+        )
+        logits = forward(self._members, images.transpose(2, 1).flatten(0, 2), self._trainer.training.mixed_precision)
+        logits = logits.view(most, num_patches, count, *logits.shape[1:]).transpose(1, 2).flatten(0, 1)
+        each = loss_of_each(self._trainer.loss)(logits, targets.flatten(0, 1))
+        return (each.view(most, count) * weight).sum(0)
 
 
 def why_not_together(trainer: Trainer) -> str:
@@ -167,8 +198,21 @@ def proximal_term(mu: float) -> GradientTerm:
     return term
 
 
+def _batches(training: TrainingConfig, data: LocalData, rng: np.random.Generator) -> Iterator[list[Patient]]:
+    """Yield the patients of one step after another, drawn as the trainer would draw them."""
+    for batch in patient_batches(data.num_train_patients, training.batch_size, rng, training.patient_order):
+        yield [data.train_patches(int(index), training.patches_per_patient, rng) for index in batch]
+
+
+def _outcome(row: Vector, weights: Vector, task: HospitalTask, losses: Sequence[float]) -> LocalOutcome:
+    delta = row - weights
+    if not np.isfinite(delta).all():
+        raise ModelError("training diverged: the weights are no longer finite; lower training.learning_rate")
+    return LocalOutcome(delta, task.job.num_steps, float(np.mean(losses)) if losses else float("nan"))
+
+
 def _pad(batches: Sequence[Sequence[Patient]], most: int, which: int) -> Tensor:
     """Stack images or targets [K, ...] of N batches into [B, N, K, ...], with zeros where a batch is shorter."""
     nothing = torch.zeros_like(next(batch[0] for batch in batches if batch)[which])
     rows = [batch[place][which] if place < len(batch) else nothing for place in range(most) for batch in batches]
-    return torch.stack(rows).unflatten(0, (most, len(batches)))
+    return torch.stack(rows).view(most, len(batches), *nothing.shape)

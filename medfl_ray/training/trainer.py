@@ -14,13 +14,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from medfl_ray.config import ModelConfig, TrainingConfig
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.errors import ConfigError, LabelError, ModelError, NotFitForDP
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
+from medfl_ray.models.volume_layers import quick_twin
 from medfl_ray.params import Layout, Vector, flatten, layout_of, load_into
 from medfl_ray.privacy.dpsgd import private_steps
 from medfl_ray.training.batches import patient_batches
@@ -29,7 +30,7 @@ from medfl_ray.training.engine_choice import choose_group_size, engine_of, make_
 from medfl_ray.training.evaluation import PatientScore, average_cases, dice_per_label
 from medfl_ray.training.inference import classify, segment
 from medfl_ray.training.local_data import LocalData
-from medfl_ray.training.losses import make_loss
+from medfl_ray.training.losses import loss_of_each, make_loss
 from medfl_ray.training.optimizers import make_optimizer
 from medfl_ray.training.patient_gradients import Gradient, GradientEngine, Patient, forward
 from medfl_ray.training.trained_space import freeze_the_rest
@@ -83,8 +84,10 @@ class Trainer:
         self._build = (model, spatial_dims, in_channels, out_channels, False, patch_size)
         self.network = build_network(model, spatial_dims, in_channels, out_channels, for_dp, patch_size).to(self.device)
         self._space = freeze_the_rest(
-            self.network, training.trainable, training.low_rank, self._make_up_patient()[0][:1]
+            self.network, training.trainable, training.low_rank, self.make_up_patient()[0][:1]
         )
+        # Has the network's own parameters; what is not plain training uses the network itself.
+        self._twin = quick_twin(self.network, on_cpu=self.device.type == "cpu")
         self.loss = make_loss(training.loss, task)
         self.layout: Layout = layout_of(self.network)
 
@@ -102,10 +105,10 @@ class Trainer:
           LabelError: a target exceeds the network's output channels.
           ModelError: training diverged.
         """
-        if job.mechanism is not None and not self._for_dp:
-            raise NotFitForDP("the trainer was built without the DP checks; build it with for_dp=True")
+        self.refuse_unfit(job)
         load_into(self.network, weights)
         self.network.train()
+        self._twin.train()
         optimizer = make_optimizer(self.training, self._space.parameters, job.learning_rate)
         losses: list[float] = []
         with self.random_numbers(job) as rng:
@@ -122,6 +125,15 @@ class Trainer:
         if not np.isfinite(delta).all():
             raise ModelError("training diverged: the weights are no longer finite; lower training.learning_rate")
         return LocalOutcome(delta, job.num_steps, float(np.mean(losses)) if losses else float("nan"))
+
+    def refuse_unfit(self, job: LocalJob) -> None:
+        """Refuse a private job of a trainer whose network was not checked for DP.
+
+        Raises:
+          NotFitForDP: that is so.
+        """
+        if job.mechanism is not None and not self._for_dp:
+            raise NotFitForDP("the trainer was built without the DP checks; build it with for_dp=True")
 
     def evaluate(self, weights: Vector, data: LocalData) -> list[PatientScore]:
         """Score the held-out patients, in the order of their first case; cases of one patient are averaged."""
@@ -143,7 +155,7 @@ class Trainer:
         self._load_for_inference(weights)
         with torch.inference_mode():
             return [
-                self._patient_losses([(images.to(self.device), targets.to(self.device))]).item()
+                self._patient_losses(self.network, [(self._put(images), self._put(targets))]).item()
                 for images, targets in patients
             ]
 
@@ -156,7 +168,7 @@ class Trainer:
         """Leave in .grad, step by step, the gradient of the mean loss over a batch of patients."""
         for patients in self.batches(data, rng):
             self.network.zero_grad(set_to_none=True)
-            loss = self._patient_losses(patients).mean()
+            loss = self._patient_losses(self._twin, patients).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             self._space.restrict_gradients()
             losses.append(self._finite(loss.item()))
@@ -201,28 +213,39 @@ class Trainer:
                 self.network,
                 self.loss,
                 training.mixed_precision,
-                self._make_up_patient,
+                self.make_up_patient,
                 training.patient_group_size,
             )
             self._engine = engine_of(self._group_size, self.network, self.loss, training.mixed_precision)
-            check_patients_apart(self._engine, self._make_up_patient)
+            check_patients_apart(self._engine, self.make_up_patient)
         return self._engine
 
-    def _make_up_patient(self) -> Patient:
+    def make_up_patient(self) -> Patient:
+        """Return random patches of the shape that training has, of a patient who does not exist."""
         shape = (self.training.patches_per_patient, self._in_channels, *self._patch_size)
         return make_patient_like(shape, self._out_channels, self._task == "classification", self.device)
 
-    def _patient_losses(self, patients: Sequence[Patient]) -> Tensor:
+    def _patient_losses(self, network: nn.Module, patients: Sequence[Patient]) -> Tensor:
         """Return the loss of each patient, [N], from one forward pass over all their patches."""
         images = torch.cat([images for images, _ in patients])
-        logits = forward(self.network, images, self.training.mixed_precision)
-        own_logits = torch.split(logits, [len(images) for images, _ in patients])
+        logits = forward(network, images, self.training.mixed_precision)
+        counts = [len(images) for images, _ in patients]
+        if len(set(counts)) == 1:
+            targets = torch.stack([targets for _, targets in patients])
+            return loss_of_each(self.loss)(logits.unflatten(0, (len(patients), -1)), targets)
+        own_logits = torch.split(logits, counts)
         return torch.stack([self.loss(own, targets) for own, (_, targets) in zip(own_logits, patients, strict=True)])
 
     def _draw(self, data: LocalData, index: int, rng: np.random.Generator) -> Patient:
         images, targets = data.train_patches(index, self.training.patches_per_patient, rng)
         self.check_labels(targets)
-        return images.to(self.device), targets.to(self.device)
+        return self._put(images), self._put(targets)
+
+    def _put(self, drawn: Tensor) -> Tensor:
+        """Copy to the device; to a GPU from pinned memory, beside what it is computing."""
+        if self.device.type != "cuda" or drawn.is_cuda:
+            return drawn.to(self.device)
+        return drawn.pin_memory().to(self.device, non_blocking=True)
 
     def check_labels(self, targets: Tensor) -> None:
         """Refuse targets that the network has no output channel for.

@@ -10,7 +10,6 @@ from numpy.random import Generator
 from medfl_ray.config import ModelConfig, TrainingConfig
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.errors import LabelError
-from medfl_ray.messages import Mechanism
 from medfl_ray.params import norm
 from medfl_ray.training.losses import EACH, LOSSES
 from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals, proximal_term
@@ -130,19 +129,6 @@ def test_a_proximal_step_is_the_hand_computed_one() -> None:
     (_, both), *_ = ManyHospitals(trainer, 2).train(weights, todo)
     (_, held), *_ = ManyHospitals(trainer, 2, proximal_term(mu)).train(weights, todo)
     np.testing.assert_allclose(held.delta, both.delta - rate * mu * (moved - weights), atol=2e-6)
-
-
-def test_private_hospitals_train_in_turn() -> None:
-    settings = TrainingConfig(batch_size=2, device="cpu", learning_rate=0.05)
-    model = ModelConfig(type="unet2d", features=(4, 8))
-    trainer = Trainer(model, settings, "segmentation", 2, 1, 2, (EDGE, EDGE), True)
-    weights = trainer.initial_weights(0)
-    mechanism = Mechanism(
-        noise_multiplier=1.0, sample_rate=0.5, max_grad_norm=1.0, num_steps=1, num_patients=4, delta=1e-5
-    )
-    private = HospitalTask(NoisePatients(0, 4), LocalJob(1, 0.05, mechanism, (0,)))
-    found = dict(ManyHospitals(trainer, 4).train(weights, [private, private]))
-    assert norm(found[0].delta - found[1].delta) > 0.01  # each its own noise
 
 
 def test_a_label_beyond_the_network_is_refused() -> None:
