@@ -1,15 +1,111 @@
-"""How many virtual hospitals are trained at once."""
+"""How many hospitals are trained at once: measured once on made-up images, or why they are trained in turn.
+
+The choice concerns time alone: a hospital learns the same in a group of any size.
+"""
 
 from __future__ import annotations
 
-from medfl_ray.training.many_hospitals import why_not_together
-from medfl_ray.training.trainer import Trainer
+import time
+from dataclasses import dataclass
 
-USUAL = 8
+import numpy as np
+from torch import Tensor
+
+from medfl_ray.data.cases import PreparedCase
+from medfl_ray.params import flatten
+from medfl_ray.training.heap import LARGE_PATIENT_VOXELS
+from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals, why_not_together
+from medfl_ray.training.trainer import LocalJob, Trainer
+
+CANDIDATES = (4, 8, 12, 16)
+MEASURING_S = 3.0
+# A group takes more memory than a hospital alone, and a larger one more than a smaller one.
+LEAST_GAIN = 0.95
+LEAST_GAIN_OF_MORE = 0.97
+REPEATS = 2
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class GroupChoice:
+    """Hospitals that are trained at once, at least 1, and in one sentence why."""
+
+    size: int
+    reason: str
 
 
 def choose_hospitals_per_group(trainer: Trainer) -> int:
-    """Return the configured number, else the usual one, and 1 for networks that cannot be grouped."""
-    if why_not_together(trainer):
-        return 1
-    return trainer.training.hospitals_per_group or USUAL
+    """Return how many hospitals are trained at once; see `explain_hospitals_per_group`."""
+    return explain_hospitals_per_group(trainer).size
+
+
+def explain_hospitals_per_group(trainer: Trainer) -> GroupChoice:
+    """Choose how many hospitals are trained at once, within about 3 s.
+
+    The network comes first: one that cannot be grouped is trained in turn whatever is configured. Then
+    training.hospitals_per_group, where it is set; then patients so large that a group gains nothing; then time.
+    The trainer's network is left with other weights, as after any training.
+    """
+    why = why_not_together(trainer)
+    if why:
+        return GroupChoice(1, f"Hospitals are trained one after the other: {why}.")
+    configured = trainer.training.hospitals_per_group
+    if configured is not None:
+        return GroupChoice(configured, f"Hospitals are trained in groups of {configured}, as configured.")
+    patient = trainer.make_up_patient()
+    if not patient[0].is_cuda and patient[0][:, 0].numel() >= LARGE_PATIENT_VOXELS:
+        return GroupChoice(
+            1,
+            "Hospitals are trained one after the other: a patient has "
+            f"{patient[0][:, 0].numel()} voxels, and from {LARGE_PATIENT_VOXELS} on a group only takes memory.",
+        )
+    return _measure(trainer)
+
+
+def _measure(trainer: Trainer) -> GroupChoice:
+    """Compare the time per hospital of larger and larger groups with that of one after the other."""
+    start = time.perf_counter()
+    data = MadeUpHospital(trainer)
+    _seconds(trainer, data, 1, 1)  # what only the first pass costs is not to count
+    alone = min(_seconds(trainer, data, 1, 2) for _ in range(REPEATS)) / 2
+    best, best_s = 1, alone
+    for size in CANDIDATES:
+        if (time.perf_counter() - start) + alone * size > MEASURING_S:
+            break
+        seconds = min(_seconds(trainer, data, size, size) for _ in range(REPEATS)) / size
+        if seconds < (LEAST_GAIN if best == 1 else LEAST_GAIN_OF_MORE) * best_s:
+            best, best_s = size, seconds
+        elif seconds > best_s / LEAST_GAIN and best > 1:
+            break
+    if best == 1:
+        return GroupChoice(1, "Hospitals are trained one after the other: no group was 5 % faster on this machine.")
+    return GroupChoice(best, f"Hospitals are trained in groups of {best}, {alone / best_s:.1f} times as fast as alone.")
+
+
+def _seconds(trainer: Trainer, data: MadeUpHospital, group_size: int, count: int) -> float:
+    """Return what it takes to train some hospitals: processor time, or on a GPU what the clock says."""
+    many = ManyHospitals(trainer, group_size)
+    clock = time.process_time if trainer.device.type == "cpu" else time.perf_counter
+    weights = flatten(trainer.network)
+    tasks = [HospitalTask(data, LocalJob(STEPS, 1e-6, None, (0, 0, i))) for i in range(count)]
+    start = clock()
+    for _ in many.train(weights, tasks):
+        pass
+    return clock() - start
+
+
+class MadeUpHospital:
+    """As many patients as a batch takes, of random voxels."""
+
+    holdout: tuple[PreparedCase, ...] = ()
+    labels: dict[int, str] = {}  # noqa: RUF012 - empty for good
+
+    def __init__(self, trainer: Trainer) -> None:
+        """Make up one patient of the shape that training has, who stands for all."""
+        images, targets = trainer.make_up_patient()
+        self._patient = images.cpu(), targets.cpu()
+        self.num_train_patients = trainer.training.batch_size
+
+    def train_patches(self, patient_index: int, num_patches: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Return the patient."""
+        return self._patient

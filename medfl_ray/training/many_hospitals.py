@@ -23,12 +23,11 @@ from medfl_ray.errors import ModelError
 from medfl_ray.models.grouped import group, repeat_weights, why_not_grouped
 from medfl_ray.params import Vector, load_into
 from medfl_ray.training.batches import patient_batches
-from medfl_ray.training.coupling import check_patients_apart
 from medfl_ray.training.group_forming import form_groups
 from medfl_ray.training.local_data import LocalData
 from medfl_ray.training.losses import loss_of_each
 from medfl_ray.training.optimizers import make_optimizer
-from medfl_ray.training.patient_gradients import InGroups, Patient, forward
+from medfl_ray.training.patient_gradients import Patient, forward
 from medfl_ray.training.private_hospitals import Private, PrivateHospitals
 from medfl_ray.training.trainer import LocalJob, LocalOutcome, Trainer
 
@@ -53,7 +52,6 @@ class ManyHospitals:
         self._group_size = group_size
         self._term = term
         self._members: nn.Module | None = None
-        self._patients_apart = False
         self.why_in_turn = "" if group_size > 1 else "training.hospitals_per_group is 1"
         if not self.why_in_turn:
             self.why_in_turn = why_not_together(trainer)
@@ -67,7 +65,7 @@ class ManyHospitals:
         """Yield (position in `tasks`, outcome) of every hospital, in no particular order.
 
         Raises:
-          ModelError, LabelError: what training raises; hospitals that were yielded before are done.
+          ModelError, LabelError, NotFitForDP: what training raises; hospitals that were yielded before are done.
         """
         together = [i for i, task in enumerate(tasks) if self._goes_together(task)]
         for position in sorted(set(range(len(tasks))) - set(together)):
@@ -84,7 +82,8 @@ class ManyHospitals:
     def _goes_together(self, task: HospitalTask) -> bool:
         if self.group_size == 1 or task.job.num_steps < 1:
             return False
-        return task.job.mechanism is None or self._trainer.training.patient_gradients != "single"
+        # Asked for the size, the trainer has also proven that its network keeps patients apart.
+        return task.job.mechanism is None or self._trainer.group_size() > 1
 
     def _train_group(self, weights: Vector, tasks: Sequence[HospitalTask]) -> list[LocalOutcome]:
         trainer = self._trainer
@@ -120,11 +119,7 @@ class ManyHospitals:
             trainer.refuse_unfit(task.job)
             assert task.job.mechanism is not None
             hospitals.append((task.data, task.job.mechanism, rng))
-        if not self._patients_apart:
-            engine = InGroups(trainer.network, trainer.loss, trainer.training.mixed_precision, self._group_size)
-            check_patients_apart(engine, trainer.make_up_patient)
-            self._patients_apart = True
-        return PrivateHospitals(trainer, self._load_members(1), self._group_size, hospitals)
+        return PrivateHospitals(trainer, self._load_members(1), trainer.group_size(), hospitals)
 
     def _set_gradients(
         self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], start: Sequence[Tensor]

@@ -22,6 +22,7 @@ from medfl_ray.training.trainer import LocalJob, Trainer
 
 EDGE = 16
 RATE = 0.05
+SETTINGS = {"batch_size": 2, "momentum": 0.0, "device": "cpu", "patient_group_size": 4}
 
 
 class FixedPatients:
@@ -40,7 +41,7 @@ class FixedPatients:
 
 
 def make_trainer(for_dp: bool = True, **training: object) -> Trainer:
-    settings = TrainingConfig(**{"batch_size": 2, "momentum": 0.0, "device": "cpu", **training})  # type: ignore[arg-type]
+    settings = TrainingConfig(**{**SETTINGS, **training})  # type: ignore[arg-type]
     return Trainer(ModelConfig(type="unet2d", features=(4, 8)), settings, "segmentation", 2, 1, 2, (EDGE,) * 2, for_dp)
 
 
@@ -167,7 +168,7 @@ def test_patients_are_proven_apart_before_the_first_group(monkeypatch: pytest.Mo
     def refuse(engine: object, make_patient: object) -> None:
         raise NotFitForDP("mixed")
 
-    monkeypatch.setattr(many_hospitals, "check_patients_apart", refuse)
+    monkeypatch.setattr("medfl_ray.training.trainer.check_patients_apart", refuse)
     trainer = make_trainer()
     with pytest.raises(NotFitForDP, match="mixed"):
         list(ManyHospitals(trainer, 4).train(trainer.initial_weights(0), [private_task(0, 2, 1)]))

@@ -1,0 +1,121 @@
+"""How many hospitals are trained at once, and how they are divided."""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+
+from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.training import hospital_groups
+from medfl_ray.training.group_forming import STEP_COST, form_groups
+from medfl_ray.training.hospital_groups import choose_hospitals_per_group, explain_hospitals_per_group
+from medfl_ray.training.trainer import Trainer
+
+
+def make_trainer(name: str = "unet2d", dims: int = 2, edge: int = 16, **training: object) -> Trainer:
+    settings = TrainingConfig(**{"batch_size": 2, "device": "cpu", **training})  # type: ignore[arg-type]
+    model = ModelConfig(type=name, features=(4, 8), spatial_dims=dims)  # type: ignore[arg-type]
+    return Trainer(model, settings, "segmentation", dims, 1, 2, (edge,) * dims, False)
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> float:
+        raise AssertionError("measured without need")
+
+    monkeypatch.setattr(hospital_groups, "_seconds", refuse)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, per_hospital: dict[int, float]) -> list[int]:
+    tried: list[int] = []
+
+    def seconds(trainer: object, data: object, group_size: int, count: int) -> float:
+        tried.append(group_size)
+        return per_hospital[group_size] * count
+
+    monkeypatch.setattr(hospital_groups, "_seconds", seconds)
+    return tried
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_what_is_configured_is_not_measured() -> None:
+    choice = explain_hospitals_per_group(make_trainer(hospitals_per_group=5))
+    assert choice.size == 5
+    assert "configured" in choice.reason
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_a_network_that_cannot_be_grouped_is_trained_in_turn_whatever_is_configured() -> None:
+    trainer = make_trainer("unetr", edge=32, hospitals_per_group=5)
+    choice = explain_hospitals_per_group(trainer)
+    assert choice.size == choose_hospitals_per_group(trainer) == 1
+    assert "has no grouped form" in choice.reason or "have no grouped form" in choice.reason
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_large_patients_are_never_grouped() -> None:
+    choice = explain_hospitals_per_group(make_trainer("unet3d", 3, 64))
+    assert choice.size == 1
+    assert "voxels" in choice.reason
+
+
+def test_the_fastest_size_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = pretend(monkeypatch, {1: 1e-3, 4: 6e-4, 8: 4e-4, 12: 5e-4, 16: 1e-5})
+    choice = explain_hospitals_per_group(make_trainer())
+    assert choice.size == 8
+    assert "2.5 times" in choice.reason
+    assert max(tried) == 12  # larger ones are not tried once they get slower
+
+
+def test_a_small_gain_is_not_worth_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, dict.fromkeys((1, 4, 8, 12, 16), 0.97e-3) | {1: 1e-3})
+    assert explain_hospitals_per_group(make_trainer()).size == 1
+
+
+def test_the_measurement_is_short_and_chooses_a_candidate() -> None:
+    start = time.process_time()
+    assert choose_hospitals_per_group(make_trainer()) in (1, *hospital_groups.CANDIDATES)
+    assert time.process_time() - start < 2 * hospital_groups.MEASURING_S
+
+
+def test_slow_training_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = pretend(monkeypatch, {1: 2.0, 4: 0.1})
+    assert explain_hospitals_per_group(make_trainer()).size == 1
+    assert set(tried) == {1}
+
+
+def work(groups: list[list[int]], sizes: list[tuple[int, int]], batch_size: int) -> int:
+    """Steps and padded samples of groups whose hospitals make one pass over their patients."""
+    return sum(
+        STEP_COST * max(sizes[i][0] for i in group) + len(group) * max(sizes[i][1] for i in group) for group in groups
+    )
+
+
+def test_groups_hold_every_hospital_once_and_are_not_too_large() -> None:
+    sizes = [(-(-n // 8), n) for n in (8 + i * 7919 % 25 for i in range(100))]
+    groups = form_groups(sizes, 8, 8)
+    assert sorted(itertools.chain(*groups)) == list(range(100))
+    assert max(map(len, groups)) == 8
+    assert work(groups, sizes, 8) < 1.03 * (sum(n for _, n in sizes) + STEP_COST * sum(s for s, _ in sizes) / 8) * 1.1
+
+
+def test_no_cut_of_the_sorted_hospitals_is_better() -> None:
+    sizes = [(-(-n // 8), n) for n in (8, 9, 31, 16, 8, 17, 30)]
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i])
+    found = form_groups(sizes, 3, 8)
+    every_way = []
+    for cuts in itertools.product((False, True), repeat=len(order) - 1):
+        groups = [[order[0]]]
+        for position, cut in zip(order[1:], cuts, strict=True):
+            if cut:
+                groups.append([])
+            groups[-1].append(position)
+        if max(map(len, groups)) <= 3:
+            every_way.append(work(groups, sizes, 8))
+    assert work(found, sizes, 8) == min(every_way)
+
+
+def test_nobody_forms_no_group() -> None:
+    assert form_groups([], 8, 4) == []
