@@ -70,7 +70,7 @@ def _measure(trainer: Trainer) -> GroupChoice:
     alone = min(_seconds(trainer, data, 1, 2) for _ in range(REPEATS)) / 2
     best, best_s = 1, alone
     for size in CANDIDATES:
-        if (time.perf_counter() - start) + alone * size > MEASURING_S:
+        if (time.perf_counter() - start) + REPEATS * best_s * size > MEASURING_S:
             break
         seconds = min(_seconds(trainer, data, size, size) for _ in range(REPEATS)) / size
         if seconds < (LEAST_GAIN if best == 1 else LEAST_GAIN_OF_MORE) * best_s:

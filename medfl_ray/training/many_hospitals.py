@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from medfl_ray.config import TrainingConfig
 from medfl_ray.errors import ModelError
 from medfl_ray.models.grouped import group, repeat_weights, why_not_grouped
+from medfl_ray.models.quick_layers import quicken
 from medfl_ray.params import Vector, load_into
 from medfl_ray.training.batches import patient_batches
 from medfl_ray.training.group_forming import form_groups
@@ -133,6 +134,8 @@ class ManyHospitals:
     def _load_members(self, count: int) -> nn.Module:
         if self._members is None:
             self._members = group(self._trainer.network, count)
+            if self._trainer.device.type == "cpu":
+                quicken(self._members)
         repeat_weights(self._trainer.network, self._members, count)
         return self._members.train()
 

@@ -83,6 +83,25 @@ def test_every_network_gives_what_each_hospital_gets_alone(name: str, dims: int,
     assert_same(dict(many.train(weights, todo)), alone(trainer, weights, todo))
 
 
+class ClassifiedPatients(NoisePatients):
+    """Patients of random images with one class each."""
+
+    def train_patches(self, patient_index: int, num_patches: int, rng: Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        images, _ = super().train_patches(patient_index, num_patches, rng)
+        return images, torch.full((num_patches,), patient_index % 2)
+
+
+def test_a_classifier_gives_what_each_hospital_gets_alone() -> None:
+    settings = TrainingConfig(batch_size=3, momentum=0.0, device="cpu", loss="cross_entropy", patches_per_patient=2)
+    model = ModelConfig(type="densenet", features=(4, 8))
+    trainer = Trainer(model, settings, "classification", 2, 1, 2, (EDGE, EDGE), False)
+    weights = trainer.initial_weights(0)
+    todo = [HospitalTask(ClassifiedPatients(i, n), LocalJob(2, 0.05, None, (0, 1, i))) for i, n in enumerate((4, 2, 3))]
+    many = ManyHospitals(trainer, 3)
+    assert not many.why_in_turn
+    assert_same(dict(many.train(weights, todo)), alone(trainer, weights, todo))
+
+
 @pytest.mark.parametrize(
     "training",
     [
