@@ -8,9 +8,9 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -40,27 +40,34 @@ class Goal:
 
 @dataclass(frozen=True)
 class Options:
-    """How a benchmark was called."""
+    """How a benchmark was called; `own` are the options that only this benchmark has."""
 
     quick: bool
     json: Path | None
     out: Path
+    own: argparse.Namespace = field(default_factory=argparse.Namespace)
 
 
 @contextmanager
-def benchmark(description: str, arguments: Sequence[str] | None = None) -> Iterator[Options]:
+def benchmark(
+    description: str,
+    arguments: Sequence[str] | None = None,
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> Iterator[Options]:
     """Parse --quick, --json FILE and --out DIR; without --out, what is written goes to a folder that is removed."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a few minutes instead of the full measurement")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one flat JSON object")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep runs and pictures in this folder")
+    if add_options is not None:
+        add_options(parser)
     given = parser.parse_args(arguments)
     if given.out is not None:
         given.out.mkdir(parents=True, exist_ok=True)
-        yield Options(given.quick, given.json, given.out)
+        yield Options(given.quick, given.json, given.out, given)
         return
     with tempfile.TemporaryDirectory(prefix="medfl-benchmark-") as scratch:
-        yield Options(given.quick, given.json, Path(scratch))
+        yield Options(given.quick, given.json, Path(scratch), given)
 
 
 def report(options: Options, figures: Mapping[str, float], goals: Sequence[Goal] = ()) -> None:
