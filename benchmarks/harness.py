@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+STANDARD_OUTPUT = Path("-")
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -57,7 +59,14 @@ def benchmark(
     """Parse --quick, --json FILE and --out DIR; without --out, what is written goes to a folder that is removed."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a few minutes instead of the full measurement")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as one flat JSON object")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=STANDARD_OUTPUT,
+        metavar="FILE",
+        help="write the figures as one flat JSON object; without FILE to the standard output, the table to the other",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep runs and pictures in this folder")
     if add_options is not None:
         add_options(parser)
@@ -72,13 +81,19 @@ def benchmark(
 
 def report(options: Options, figures: Mapping[str, float], goals: Sequence[Goal] = ()) -> None:
     """Print the machine and the table of figures and goals, and write the JSON file if one was asked for."""
-    print(describe_machine())
+    alone = options.json == STANDARD_OUTPUT
+    readers = sys.stderr if alone else sys.stdout
+    print(describe_machine(), file=readers)
     if options.quick:
-        print("quick: a smaller measurement; its figures are no result")
-    print(table(figures, goals))
+        print("quick: a smaller measurement; its figures are no result", file=readers)
+    print(table(figures, goals), file=readers)
     if options.json is not None:
         finite = {name: value if value == value else None for name, value in figures.items()}
-        options.json.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(finite, indent=2, allow_nan=False) + "\n"
+        if alone:
+            print(text, end="")
+        else:
+            options.json.write_text(text, encoding="utf-8")
 
 
 def table(figures: Mapping[str, float], goals: Sequence[Goal] = ()) -> str:
@@ -90,7 +105,7 @@ def table(figures: Mapping[str, float], goals: Sequence[Goal] = ()) -> str:
         goal = by_name.get(name)
         verdict = "" if goal is None else f"{goal!s:<16} {'holds' if goal.holds(value) else 'FALLS SHORT'}"
         lines.append(f"  {name:<{width}}  {value:>12.5g}  {verdict}".rstrip())
-    for name in by_name.keys() - figures.keys():
+    for name in (name for name in by_name if name not in figures):
         lines.append(f"  {name:<{width}}  {'-':>12}  {by_name[name]!s:<16} not measured")
     return "\n".join(lines)
 

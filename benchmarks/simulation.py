@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import Options, benchmark, describe_machine, report
+from harness import STANDARD_OUTPUT, Options, benchmark, describe_machine, report
 from simulation_results import NAMES, Run, figures_of, goals_here, page, weights_errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,7 +163,7 @@ def write(options: Options, peers: Path, runs: Sequence[Run], notes: Sequence[st
     errors = weights_errors(in_order, options.out, lambda case: initial_weights(peers, case))
     text = page(in_order, errors, goals_here(cpu_flags()), describe_machine(), notes)
     targets = [options.out / "simulation.md"]
-    if options.json is not None:
+    if options.json not in (None, STANDARD_OUTPUT):
         targets.append(options.json.with_suffix(".md"))
     for target in targets:
         target.write_text(text, encoding="utf-8")
