@@ -83,6 +83,15 @@ class Assignment:
         return tuple(turn.hospital for group in self.groups for turn in group)
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """Hospitals whose held-out patients are scored; the first `num_pictures` also draw pictures."""
+
+    round: int
+    hospitals: tuple[str, ...]
+    num_pictures: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Finished:
     """What an assignment came to: one sum, or the single updates, and who failed."""
@@ -120,6 +129,7 @@ class VirtualHospitals:
         self._data: OrderedDict[str, Any] = OrderedDict()
         self._trainer: Trainer | None = None
         self._many: ManyHospitals | None = None
+        self._group_reason = ""
         self._seconds = {"data": 0.0, "sum": 0.0, "train": 0.0}
 
     def process_id(self) -> int:
@@ -149,9 +159,9 @@ class VirtualHospitals:
             hospitals_per_group=many.group_size,
         )
 
-    def why_in_turn(self) -> str:
-        """Return why hospitals are not trained in groups, empty if they are."""
-        return self._many.why_in_turn if self._many is not None else ""
+    def why_so_many(self) -> str:
+        """Say how many hospitals are trained at once and why, in a sentence."""
+        return self._group_reason
 
     def train(self, assignment: Assignment, weights: Vector) -> Finished:
         """Train the groups one after the other from the same weights."""
@@ -175,16 +185,14 @@ class VirtualHospitals:
         self._seconds["train"] = time.perf_counter() - started - self._seconds["data"] - self._seconds["sum"]
         return Finished(summed, tuple(updates), tuple(failures), self._seconds)
 
-    def evaluate(
-        self, round: int, hospitals: Sequence[str], weights: Vector, num_pictures: int
-    ) -> list[SiteEvaluation | ClientFailure]:
-        """Score the weights on the held-out patients of hospitals; the first `num_pictures` also draw pictures."""
-        where = Assignment(round, 0, 0.0, None, False, 1, ())
+    def evaluate(self, scoring: Scoring, weights: Vector) -> list[SiteEvaluation | ClientFailure]:
+        """Score the weights on the held-out patients of hospitals."""
+        where = Assignment(scoring.round, 0, 0.0, None, False, 1, ())
         answers: list[SiteEvaluation | ClientFailure] = []
-        for position, hospital in enumerate(hospitals):
-            turn = Turn(hospital, 0, 0, 0)
-            work = partial(self._evaluate, round, hospital, weights, position < num_pictures)
-            answer = self._guarded(where, turn, work)
+        for position, hospital in enumerate(scoring.hospitals):
+            pictured = position < scoring.num_pictures
+            work = partial(self._evaluate, scoring.round, hospital, weights, pictured)
+            answer = self._guarded(where, Turn(hospital, 0, 0, 0), work)
             if isinstance(answer, ClientFailure):
                 answer = answer.model_copy(update={"stage": "evaluate", "left_host": False})
             answers.append(answer)
@@ -324,13 +332,16 @@ class VirtualHospitals:
 
     def _many_hospitals(self, group_size: int | None = None) -> ManyHospitals:
         """Return what trains groups of a size, the size measured here where none is given."""
-        from medfl_ray.training.hospital_groups import choose_hospitals_per_group
+        from medfl_ray.training.hospital_groups import explain_hospitals_per_group
         from medfl_ray.training.many_hospitals import ManyHospitals
 
         assert self._trainer is not None
         if self._many is None:
-            if group_size is None:
-                group_size = 1 if self._run.federation.exact else choose_hospitals_per_group(self._trainer)
+            if self._run.federation.exact:
+                group_size, self._group_reason = 1, "Hospitals are trained one after the other: federation.exact is on."
+            elif group_size is None:
+                choice = explain_hospitals_per_group(self._trainer)
+                group_size, self._group_reason = choice.size, choice.reason
             self._many = ManyHospitals(self._trainer, group_size)
         return self._many
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
 from actors.cluster import simulation_environment
-from actors.virtual_hospitals import Assignment, Finished, OpenData, Turn, VirtualHospitals
+from actors.dealing import TRIES, Dealer, Lost
+from actors.virtual_hospitals import Assignment, Finished, OpenData, Scoring, Turn, VirtualHospitals
 from medfl_ray.config import Declared, RunConfig
 from medfl_ray.errors import ConfigError, PrivacyError
 from medfl_ray.federation.local_pool import deadline_failure, start_failure
@@ -34,9 +34,9 @@ from medfl_ray.messages import (
 from medfl_ray.params import Vector
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.simulated_ledgers import SimulatedLedgers
+from medfl_ray.training.group_forming import form_groups
 
 TASKS_PER_ACTOR = 16
-TASKS_UNDER_WAY = 2
 PICTURED_HOSPITALS = 2
 STRICTEST: tuple[Declared, ...] = ("private", "public", "synthetic")
 
@@ -71,6 +71,7 @@ class VirtualPool:
         self.notes: list[str] = []
         declared = min((policy.declared for policy in policies), key=STRICTEST.index)
         self._actors = start_actors(run, declared, open_data, len(policies))
+        self._dealer = Dealer(self._actors)
 
     @property
     def num_actors(self) -> int:
@@ -87,9 +88,7 @@ class VirtualPool:
         if isinstance(answer, ClientFailure):
             return [answer.model_copy(update={"hospital": name}) for name in self._policies]
         self._group_size = answer.hospitals_per_group or 1
-        why = ray.get(self._actors[0].why_in_turn.remote())
-        if why and not self._run.federation.exact:
-            self.notes.append(f"note: hospitals are trained one after the other: {why}")
+        self.notes.append(f"note: {ray.get(self._actors[0].why_so_many.remote())}")
         return [answer.model_copy(update=_public(policy)) for policy in self._policies.values()]
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
@@ -153,24 +152,16 @@ class VirtualPool:
         started = time.perf_counter()
         shared = ray.put(weights)
         pictured = PICTURED_HOSPITALS if pictures else 0
-        pieces = [list(hospitals[start::8]) for start in range(min(8, len(hospitals)))]
-        pending = {
-            self._actors[number % len(self._actors)].evaluate.remote(
-                round, piece, shared, pictured if number == 0 else 0
-            ): piece
-            for number, piece in enumerate(pieces)
-        }
-        while pending:
-            ready, _ = ray.wait(list(pending), num_returns=1)
-            piece = pending.pop(ready[0])
-            try:
-                yield from ray.get(ready[0])
-            except RayError as error:
-                why = f"its process ended during the evaluation ({type(error).__name__})"
-                for name in piece:
-                    yield ClientFailure(
-                        hospital=name, round=round, attempt=0, stage="evaluate", reason=why, left_host=False
-                    )
+        pieces = [tuple(hospitals[start::8]) for start in range(min(8, len(hospitals)))]
+        scorings = [Scoring(round, piece, 0 if number else pictured) for number, piece in enumerate(pieces)]
+        for scoring, answers in self._dealer.deal("evaluate", scorings, shared):
+            if not isinstance(answers, Lost):
+                yield from answers
+                continue
+            for name in scoring.hospitals:
+                yield ClientFailure(
+                    hospital=name, round=round, attempt=0, stage="evaluate", reason=answers.reason, left_host=False
+                )
         self.seconds["evaluate"] = time.perf_counter() - started
 
     def train_alone(self, plans: Mapping[str, AlonePlan], weights: Vector) -> Iterator[AloneResult | ClientFailure]:
@@ -224,47 +215,29 @@ class VirtualPool:
             )
             for name in sorted(hospitals)
         ]
-        turns.sort(key=lambda turn: (turn.num_steps, turn.num_patients), reverse=True)
         size = self._group_size
-        groups = [tuple(turns[start : start + size]) for start in range(0, len(turns), size)]
-        per_task = -(-len(groups) // (TASKS_PER_ACTOR * len(self._actors)))
+        sizes = [(turn.num_steps, turn.num_patients) for turn in turns]
+        formed = form_groups(sizes, size, self._run.training.batch_size)[::-1]
+        groups = [tuple(turns[position] for position in group) for group in formed]
+        per_task = max(1, -(-len(groups) // (TASKS_PER_ACTOR * len(self._actors))))
         common = (plan.round, plan.attempt, plan.learning_rate, plan.clip_norm, plan.clip_norm is not None, size)
         return [
             Assignment(*common, tuple(groups[start : start + per_task])) for start in range(0, len(groups), per_task)
         ]
 
     def _run_assignments(self, plan: RoundPlan, assignments: Sequence[Assignment], weights: Any) -> Iterator[Finished]:
-        """Keep two assignments at every actor; what an actor that died had, is done again where that is free."""
-        waiting = deque((assignment, 0) for assignment in assignments)
-        pending: dict[Any, tuple[Assignment, int, int]] = {}
-        ends = None if plan.deadline_s is None else time.monotonic() + plan.deadline_s
-
-        def submit(number: int) -> None:
-            if waiting:
-                assignment, tried = waiting.popleft()
-                pending[self._actors[number].train.remote(assignment, weights)] = (assignment, number, tried)
-
-        for _ in range(TASKS_UNDER_WAY):
-            for number in range(len(self._actors)):
-                submit(number)
-        while pending:
-            timeout = None if ends is None else max(0.0, ends - time.monotonic())
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=timeout)
-            if not ready:
-                break
-            assignment, number, tried = pending.pop(ready[0])
-            finished = _take(ready[0])
-            if isinstance(finished, str) and not tried and not plan.mechanisms:
-                waiting.append((assignment, tried + 1))  # without noise a second training gives the same bits
-            elif isinstance(finished, str):
-                yield _lost(plan, assignment, finished)
+        """Have them trained; without noise a second training gives the same bits, with noise nobody paid for it."""
+        tries = 1 if plan.mechanisms else TRIES
+        for assignment, result in self._dealer.deal(
+            "train", assignments, weights, tries=tries, timeout_s=plan.deadline_s
+        ):
+            if not isinstance(result, Lost):
+                yield result
+            elif result.late:
+                yield Finished(None, (), tuple(deadline_failure(name, plan) for name in assignment.hospitals), {})
             else:
-                yield finished
-            submit(number)
-        late = [assignment for assignment, _, _ in pending.values()] + [assignment for assignment, _ in waiting]
-        names = [name for assignment in late for name in assignment.hospitals]
-        if names:
-            yield Finished(None, (), tuple(deadline_failure(name, plan) for name in names), {})
+                failures = tuple(_failure(plan, name, "train", result.reason) for name in assignment.hospitals)
+                yield Finished(None, (), failures, {})
 
 
 def check_simulation(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
@@ -310,23 +283,6 @@ def _public(policy: SitePolicy) -> dict[str, Any]:
         "data_set": policy.data_set,
         "num_patients": policy.num_patients,
     }
-
-
-def _take(reference: Any) -> Finished | str:
-    try:
-        finished: Finished = ray.get(reference)
-    except RayActorError:
-        return "the process that trained it ended; Ray restarts it for the next round"
-    except RayTaskError as error:
-        return f"{type(error.cause).__name__} in the process that trained it; its own log has the details"
-    except RayError as error:
-        return f"Ray lost the answer ({type(error).__name__})"
-    return finished
-
-
-def _lost(plan: RoundPlan, assignment: Assignment, reason: str) -> Finished:
-    failures = tuple(_failure(plan, name, "train", reason) for name in assignment.hospitals)
-    return Finished(None, (), failures, {})
 
 
 def _failure(plan: RoundPlan, name: str, stage: Any, reason: str) -> ClientFailure:

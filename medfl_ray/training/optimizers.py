@@ -13,6 +13,8 @@ from medfl_ray.config import TrainingConfig
 def make_optimizer(training: TrainingConfig, parameters: Iterable[nn.Parameter], learning_rate: float) -> Optimizer:
     """Return a fresh optimizer; `momentum` is the momentum of sgd and beta1 of adam and adamw."""
     if training.optimizer == "sgd":
-        return SGD(parameters, learning_rate, momentum=training.momentum, weight_decay=training.weight_decay)
+        return SGD(
+            parameters, learning_rate, momentum=training.momentum, weight_decay=training.weight_decay, foreach=True
+        )
     adaptive = Adam if training.optimizer == "adam" else AdamW
     return adaptive(parameters, learning_rate, betas=(training.momentum, 0.999), weight_decay=training.weight_decay)

@@ -6,6 +6,7 @@ Shapes: N patients, K patches of a patient, C channels, S voxels per axis.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from medfl_ray.models.grouped import group, repeat_weights, stack, unstack
 from medfl_ray.training.heap import LARGE_PATIENT_VOXELS, release_freed_memory
 from medfl_ray.training.losses import PatientLoss
+from medfl_ray.training.mixed_precision import mixed
 
 Patient = tuple[Tensor, Tensor]
 """Images [K, C, *S] and targets [K, *S] or [K] of one patient."""
@@ -82,6 +84,6 @@ def trained_parameters(network: nn.Module) -> list[nn.Parameter]:
 
 def forward(network: nn.Module, images: Tensor, mixed_precision: bool) -> Tensor:
     """Return logits, float32 or wider; only the network itself runs in bfloat16 where mixed precision is on."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=mixed_precision):
+    with mixed(images.device.type) if mixed_precision else nullcontext():
         logits: Tensor = network(images)
     return logits if logits.dtype == torch.float64 else logits.float()

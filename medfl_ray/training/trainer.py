@@ -232,7 +232,7 @@ class Trainer:
         counts = [len(images) for images, _ in patients]
         if len(set(counts)) == 1:
             targets = torch.stack([targets for _, targets in patients])
-            return loss_of_each(self.loss)(logits.unflatten(0, (len(patients), -1)), targets)
+            return loss_of_each(self.loss)(logits.reshape(len(patients), -1, *logits.shape[1:]), targets)
         own_logits = torch.split(logits, counts)
         return torch.stack([self.loss(own, targets) for own, (_, targets) in zip(own_logits, patients, strict=True)])
 

@@ -11,7 +11,10 @@ from medfl_ray.config import ModelConfig, TrainingConfig
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.errors import ConfigError, LabelError, ModelError, NotFitForDP
 from medfl_ray.messages import Mechanism
+from medfl_ray.models.catalogue import build_network
+from medfl_ray.params import flatten, load_into
 from medfl_ray.training.evaluation import summarise
+from medfl_ray.training.patient_gradients import forward
 from medfl_ray.training.trainer import LocalJob, Trainer, choose_device
 
 PATCH = (16, 16)
@@ -184,3 +187,74 @@ def test_missing_device_is_said() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="does not have"):
             choose_device("cuda")
+
+
+def test_mixed_precision_stays_near_float32_and_keeps_the_weights_in_float32():
+    data, outcomes = Volumes(), {}
+    for mixed in (False, True):
+        training = TrainingConfig(batch_size=2, loss="cross_entropy", device="cpu", mixed_precision=mixed)
+        model = ModelConfig(type="basic_unet", features=(8, 8, 8, 8, 8))
+        trainer = Trainer(model, training, "segmentation", 3, 1, 2, (32, 32, 32), False)
+        weights = trainer.initial_weights(3)
+        outcomes[mixed] = trainer.train(weights, data, LocalJob(2, 0.05, None, (1, 1, 0)))
+        assert {parameter.dtype for parameter in trainer.network.parameters()} == {torch.float32}
+        assert outcomes[mixed].delta.dtype == np.float32
+    full, rough = outcomes[False].delta, outcomes[True].delta
+    assert 0 < np.linalg.norm(rough - full) < 0.05 * np.linalg.norm(full)
+
+
+def test_volumes_are_trained_as_a_plain_loop_does():
+    data = Volumes()
+    training = TrainingConfig(
+        batch_size=2, loss="cross_entropy", device="cpu", patient_order="listed", optimizer="sgd", momentum=0.0
+    )
+    model = ModelConfig(type="basic_unet", features=(8, 8, 8, 8, 8))
+    trainer = Trainer(model, training, "segmentation", 3, 1, 2, (32, 32, 32), False)
+    weights = trainer.initial_weights(3)
+    found = trainer.train(weights, data, LocalJob(2, 0.05, None, (1, 1, 0))).delta
+    network = build_network(model, 3, 1, 2, False, (32, 32, 32))
+    load_into(network, weights)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05)
+    for start in (0, 2):
+        images, targets = (torch.cat(parts) for parts in zip(*data.patients[start : start + 2], strict=True))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), targets).backward()
+        optimizer.step()
+    expected = flatten(network) - weights
+    assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected)
+    assert trainer.predict(weights + found, Volumes.case()).shape == (32, 32, 32)
+
+
+class Volumes:
+    """Four patients, each one volume with a bright half."""
+
+    labels = {1: "half"}  # noqa: RUF012
+    holdout: tuple[PreparedCase, ...] = ()
+    num_train_patients = 4
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(5)
+        truth = torch.zeros(1, 32, 32, 32, dtype=torch.int64)
+        truth[:, 16:] = 1
+        self.patients = [(truth[:, None] + torch.randn(1, 1, 32, 32, 32, generator=generator), truth) for _ in range(4)]
+
+    @staticmethod
+    def case() -> PreparedCase:
+        image = np.zeros((1, 32, 32, 32), dtype=np.float32)
+        return PreparedCase("p", "c", image, None, np.eye(4), (1.0, 1.0, 1.0))
+
+    def train_patches(self, patient_index: int, num_patches: int, rng: Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.patients[patient_index]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_gradient_of_narrow_images_in_bfloat16_is_near_the_one_in_float32(transposed):
+    """The lowest level of a U-Net, where oneDNN leaves parts of a bfloat16 gradient unwritten."""
+    kind = torch.nn.ConvTranspose3d if transposed else torch.nn.Conv3d
+    layer, images = kind(8, 8, 3, padding=1), torch.randn(2, 8, 2, 2, 2, requires_grad=True)
+    gradients = []
+    for mixed_precision in (False, True, True, True):
+        loss = forward(layer, images, mixed_precision).square().mean()
+        gradients.append(torch.autograd.grad(loss, layer.weight)[0].float())
+    for rough in gradients[1:]:
+        assert (rough - gradients[0]).norm() < 0.02 * gradients[0].norm()

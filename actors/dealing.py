@@ -1,0 +1,107 @@
+"""Work dealt to a few actors that may die: two pieces at each, the next to whoever is done first.
+
+A piece whose actor died is dealt again where that is free, once that actor or another can take it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+UNDER_WAY = 2
+TRIES = 3
+
+Piece = TypeVar("Piece")
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Why a piece of work has no result; `late` where the deadline came first."""
+
+    reason: str
+    late: bool = False
+
+
+GONE = Lost("the process that did it ended; Ray starts it again")
+
+
+class Dealer:
+    """Deals work to actors that have a method `process_id`, and knows which of them are starting again."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        """Take the handles of the actors, which Ray restarts when they die."""
+        self._actors = dict(enumerate(actors))
+        self._away: dict[Any, int] = {}
+        """Questions, each to an actor that died, whose answer says that it is back."""
+
+    def deal(
+        self, method: str, pieces: Iterable[Piece], *common: Any, tries: int = TRIES, timeout_s: float | None = None
+    ) -> Iterator[tuple[Piece, Any]]:
+        """Yield (piece, what `method(piece, *common)` returned, or `Lost`) as they are done, every piece once.
+
+        Args:
+          tries: how often a piece is dealt at most; 1 where doing it again is not free.
+          timeout_s: seconds after which what has not come is lost; its actors are started again.
+        """
+        ends = None if timeout_s is None else time.monotonic() + timeout_s
+        waiting = deque((piece, 0) for piece in pieces)
+        sent: dict[Any, tuple[Piece, int, int]] = {}
+        while sent or (waiting and self._actors):
+            for actor in self._free(sent):
+                if waiting:
+                    piece, tried = waiting.popleft()
+                    sent[getattr(self._actors[actor], method).remote(piece, *common)] = piece, tried + 1, actor
+            left = None if ends is None else max(0.0, ends - time.monotonic())
+            ready, _ = ray.wait([*sent, *self._away], num_returns=1, timeout=left)
+            if not ready:
+                break
+            if ready[0] in self._away:
+                self._welcome(ready[0])
+                continue
+            piece, tried, actor = sent.pop(ready[0])
+            result = self._result(ready[0], actor)
+            if result is GONE and tried < tries:
+                waiting.append((piece, tried))
+            else:
+                yield piece, result
+        for actor in {actor for _, _, actor in sent.values()}:
+            ray.kill(self._actors[actor], no_restart=False)  # the next round must not wait for what is late
+            self._ask_back(actor)
+        reason = Lost("late", late=True) if self._actors else Lost("no process is left that could do it")
+        for piece in [piece for piece, _, _ in sent.values()] + [piece for piece, _ in waiting]:
+            yield piece, reason
+
+    def _free(self, sent: Mapping[Any, tuple[Any, int, int]]) -> list[int]:
+        """List the actors that can take a piece, once for each piece; everybody's first comes before the seconds."""
+        held = Counter(actor for _, _, actor in sent.values())
+        away = set(self._away.values())
+        return [a for level in range(UNDER_WAY) for a in self._actors if a not in away and held[a] <= level]
+
+    def _result(self, answer: Any, actor: int) -> Any:
+        try:
+            return ray.get(answer)
+        except RayActorError:
+            self._ask_back(actor)
+            return GONE
+        except RayTaskError as error:
+            return Lost(f"{type(error.cause).__name__} in the process that did it; its own log has the details")
+        except RayError as error:
+            return Lost(f"Ray lost the answer ({type(error).__name__})")
+
+    def _ask_back(self, actor: int) -> None:
+        if actor in self._actors and actor not in self._away.values():
+            self._away[self._actors[actor].process_id.options(max_task_retries=-1).remote()] = actor
+
+    def _welcome(self, answer: Any) -> None:
+        """Deal to an actor again that is back; one that Ray has given up is dealt nothing any more."""
+        actor = self._away.pop(answer)
+        try:
+            ray.get(answer)
+        except RayError:
+            del self._actors[actor]

@@ -1,0 +1,91 @@
+"""The quick twin: the network's own parameters, values and gradients, with channels side by side in memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from medfl_ray.config import ModelConfig
+from medfl_ray.models.catalogue import CATALOGUE, build_network
+from medfl_ray.models.volume_layers import ChannelsLastGroupNorm, quick_twin, suits_volumes
+
+FEATURES = {"segresnet": (8, 16), "swin_unetr": (12,), "densenet": (8, 16), "unetr": (8, 16)}
+
+
+def make_network(name, spatial_dims=3, norm="group"):
+    torch.manual_seed(0)
+    model = ModelConfig(type=name, features=FEATURES.get(name, (8, 16, 16)), norm=norm)
+    return build_network(model, spatial_dims, 1, 2, False, (32,) * spatial_dims)
+
+
+def gradients(network, images, parameters, mixed_precision=False):
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision):
+        out = network(images)
+    out = out.float()
+    loss = (out * torch.linspace(-1, 1, out[0].numel()).view(out[0].shape).cos()).square().mean()
+    return torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, parameters)]), out.detach()
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", [name for name, entry in CATALOGUE.items() if 3 in entry.spatial_dims])
+def test_the_twin_computes_what_the_network_does(name):
+    network = make_network(name)
+    images = torch.randn(2, 1, 32, 32, 32)
+    expected, logits = gradients(network, images, list(network.parameters()))
+    twin = quick_twin(network, on_cpu=True)
+    own = [value.data_ptr() for value in network.parameters()]
+    assert [value.data_ptr() for value in twin.parameters()] == own
+    assert [key for key, _ in twin.named_parameters()] == [key for key, _ in network.named_parameters()]
+    found, twin_logits = gradients(twin, images, list(network.parameters()))
+    assert relative(twin_logits, logits) < 1e-5
+    # Both are as exact as float32 is; a voxel within that of a rectifier's kink may still fall on its other side.
+    assert relative(found, expected) < 5e-4
+    again, _ = gradients(network, images, list(network.parameters()))
+    assert relative(again, expected) < 5e-4
+
+
+def test_convolutional_networks_for_volumes_have_their_channels_side_by_side():
+    twin = quick_twin(make_network("basic_unet"), on_cpu=True)
+    assert any(isinstance(module, ChannelsLastGroupNorm) for module in twin.modules())
+    seen = []
+    norm = next(module for module in twin.modules() if isinstance(module, ChannelsLastGroupNorm))
+    norm.register_forward_hook(
+        lambda _module, inputs, _out: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last_3d))
+    )
+    twin(torch.randn(2, 1, 32, 32, 32))  # of a single sample the strides do not tell
+    assert seen == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "spatial_dims", "norm"), [("basic_unet", 2, "group"), ("unetr", 3, "group"), ("basic_unet", 3, "instance")]
+)
+def test_other_networks_keep_their_order(name, spatial_dims, norm):
+    network = make_network(name, spatial_dims, norm)
+    assert not suits_volumes(network)
+    twin = quick_twin(network, on_cpu=True)
+    assert not any(isinstance(module, ChannelsLastGroupNorm) for module in twin.modules())
+
+
+def test_on_a_gpu_the_network_is_its_own_twin():
+    network = make_network("basic_unet")
+    assert quick_twin(network, on_cpu=False) is network
+
+
+def test_group_norm_in_bfloat16_is_near_the_one_in_float32():
+    layer = torch.nn.GroupNorm(4, 16)
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 2.0)
+    quick = ChannelsLastGroupNorm(layer)
+    images = (3 + torch.randn(2, 16, 6, 5, 4)).contiguous(memory_format=torch.channels_last_3d)
+    change = torch.randn_like(images)
+    answers = []
+    for norm, kind in ((layer, torch.float32), (quick, torch.float32), (quick, torch.bfloat16)):
+        x = images.to(kind, copy=True).requires_grad_()
+        answers.append(torch.autograd.grad(norm(x), [x, layer.weight, layer.bias], change.to(kind)))
+    for expected, found, rough in zip(*answers, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        assert relative(rough.float(), expected) < 2e-2
