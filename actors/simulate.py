@@ -28,7 +28,7 @@ from medfl_ray.store.simulated_ledgers import Account, SimulatedLedgers
 from medfl_ray.store.state_folders import state_root
 
 if TYPE_CHECKING:
-    from actors.virtual_hospitals import OpenData
+    from actors.virtual_work import OpenData
     from actors.virtual_pool import VirtualPool
 
 Emit = Callable[[Event], None]

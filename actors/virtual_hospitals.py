@@ -9,22 +9,23 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import structlog
 
 from actors.hospital import configure_logs, make_pictures
-from medfl_ray.aggregation.fixed_point import PartialSum, add_update, empty_sum
+from actors.virtual_work import Assignment, Finished, OpenData, Scoring, TimedData, Turn, VirtualData
+from medfl_ray.aggregation.fixed_point import PartialSum, add_updates, empty_sum
 from medfl_ray.config import Declared, RunConfig
-from medfl_ray.errors import MedflError
+from medfl_ray.errors import MedflError, UpdateRejected
 from medfl_ray.federation.labels import labelled
 from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.federation.planning import aggregation_weight
 from medfl_ray.federation.ports import SummedUpdates, TrainedHospital
-from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, Mechanism, SiteEvaluation
+from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, SiteEvaluation
 from medfl_ray.params import Vector
 from medfl_ray.privacy.hospital_level import clip_update
 from medfl_ray.site_policy import SitePolicy
@@ -36,70 +37,7 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 log = structlog.get_logger()
 OPEN_HOSPITALS = 4096
-
-
-class VirtualData(Protocol):
-    """One hospital's data as `medfl_ray.training.local_data.LocalData`, and what names its network's channels."""
-
-    @property
-    def channels(self) -> Sequence[str]: ...
-    @property
-    def labels(self) -> Mapping[int, str]: ...
-
-
-OpenData = Callable[[RunConfig, str], Any]
-"""(run, name of a hospital) to its data; importable, or picklable as it is."""
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one hospital of a group does in a round; `index` is its place in the run."""
-
-    hospital: str
-    index: int
-    num_patients: int
-    num_steps: int
-    mechanism: Mechanism | None = None
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Groups of at most `group_size` hospitals for one process, and what their round has in common.
-
-    With `streamed` every update comes back on its own, for rules that need each of them.
-    """
-
-    round: int
-    attempt: int
-    learning_rate: float
-    clip_norm: float | None
-    streamed: bool
-    group_size: int
-    groups: tuple[tuple[Turn, ...], ...]
-
-    @property
-    def hospitals(self) -> tuple[str, ...]:
-        """Names of all hospitals of the groups."""
-        return tuple(turn.hospital for group in self.groups for turn in group)
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Hospitals whose held-out patients are scored; the first `num_pictures` also draw pictures."""
-
-    round: int
-    hospitals: tuple[str, ...]
-    num_pictures: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """What an assignment came to: one sum, or the single updates, and who failed."""
-
-    total: SummedUpdates | None
-    updates: tuple[ClientUpdate, ...]
-    failures: tuple[ClientFailure, ...]
-    seconds: Mapping[str, float]
+SCREENED = {"stage": "screen"}
 
 
 class VirtualHospitals:
@@ -172,12 +110,12 @@ class VirtualHospitals:
         trained: list[TrainedHospital] = []
         total = empty_sum(weights.size)
         for group in assignment.groups:
-            for turn, outcome in self._train_group(assignment, group, weights, failures):
-                if assignment.streamed:
-                    updates.append(self._update(assignment, turn, outcome))
-                else:
-                    total = self._add(total, turn, outcome)
-                    trained.append(TrainedHospital(turn.hospital, outcome.num_steps, self._metrics(outcome)))
+            done = list(self._train_group(assignment, group, weights, failures))
+            if assignment.streamed:
+                updates += [self._update(assignment, turn, outcome) for turn, outcome in done]
+            else:
+                total, added = self._add(assignment, total, done, failures)
+                trained += added
         summed = None
         if trained:
             checksum = self._layout_checksum()
@@ -267,11 +205,34 @@ class VirtualHospitals:
         job = LocalJob(turn.num_steps, assignment.learning_rate, turn.mechanism, seed_key)
         return HospitalTask(TimedData(data, self._seconds), job)
 
-    def _add(self, total: PartialSum, turn: Turn, outcome: LocalOutcome) -> PartialSum:
+    def _add(
+        self,
+        assignment: Assignment,
+        total: PartialSum,
+        done: Sequence[tuple[Turn, LocalOutcome]],
+        failures: list[ClientFailure],
+    ) -> tuple[PartialSum, list[TrainedHospital]]:
+        """Add a group's updates to the sum; one that cannot be added is refused with its reason."""
         started = time.perf_counter()
-        total = add_update(total, outcome.delta, aggregation_weight(self._run, turn.num_patients))
+        added: list[tuple[Turn, LocalOutcome]] = []
+        try:
+            total = self._with(total, done)
+            added += done
+        except UpdateRejected:
+            for one in done:
+                try:
+                    total = self._with(total, [one])
+                    added.append(one)
+                except UpdateRejected as error:
+                    failures.append(self._failure(assignment, one[0], str(error)).model_copy(update=SCREENED))
         self._seconds["sum"] += time.perf_counter() - started
-        return total
+        return total, [TrainedHospital(turn.hospital, out.num_steps, self._metrics(out)) for turn, out in added]
+
+    def _with(self, total: PartialSum, done: Sequence[tuple[Turn, LocalOutcome]]) -> PartialSum:
+        if not done:
+            return total
+        weights = [aggregation_weight(self._run, turn.num_patients) for turn, _ in done]
+        return add_updates(total, np.stack([outcome.delta for _, outcome in done]), weights)
 
     def _update(self, assignment: Assignment, turn: Turn, outcome: LocalOutcome) -> ClientUpdate:
         delta, within = outcome.delta, None
@@ -367,21 +328,3 @@ class VirtualHospitals:
         return ClientFailure(
             hospital=turn.hospital, round=where.round, attempt=where.attempt, stage="train", reason=reason
         )
-
-
-class TimedData:
-    """A hospital's data, with the time that drawing patches takes added to a total."""
-
-    def __init__(self, data: Any, seconds: dict[str, float]) -> None:
-        self._data, self._seconds = data, seconds
-        self.num_train_patients: int = data.num_train_patients
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._data, name)
-
-    def train_patches(self, patient_index: int, num_patches: int, rng: Any) -> Any:
-        """Draw patches of one patient; see `LocalData`."""
-        started = time.perf_counter()
-        drawn = self._data.train_patches(patient_index, num_patches, rng)
-        self._seconds["data"] += time.perf_counter() - started
-        return drawn

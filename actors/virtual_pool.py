@@ -17,7 +17,8 @@ from ray.exceptions import RayError
 
 from actors.cluster import simulation_environment
 from actors.dealing import TRIES, Dealer, Lost
-from actors.virtual_hospitals import Assignment, Finished, OpenData, Scoring, Turn, VirtualHospitals
+from actors.virtual_hospitals import VirtualHospitals
+from actors.virtual_work import Assignment, Finished, OpenData, Scoring, Turn
 from medfl_ray.config import Declared, RunConfig
 from medfl_ray.errors import ConfigError, PrivacyError
 from medfl_ray.federation.local_pool import deadline_failure, start_failure

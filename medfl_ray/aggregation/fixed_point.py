@@ -7,6 +7,9 @@ which is exact and associative: the same bits whatever the number of actors, whi
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +21,11 @@ from medfl_ray.params import Vector
 FRACTION_BITS = 36
 _SCALE = float(2**FRACTION_BITS)
 _LIMIT = float(2**62)
+_QUICK_LIMIT = float(2**51)
+_QUICK_WEIGHT = 2**29  # products of float32 and smaller integers are exact in float64
+_ROUNDER = 1.5 * 2**52
+_ROUNDER_BITS = int(np.float64(_ROUNDER).view(np.int64))
+BLOCK = 32768
 
 IntVector = npt.NDArray[np.int64]
 
@@ -43,19 +51,58 @@ def add_update(partial: PartialSum, update: Vector, weight: int) -> PartialSum:
     Raises:
       UpdateRejected: the update has the wrong shape, is not finite, or is so large that the sum would overflow.
     """
-    if update.shape != partial.total.shape:
-        raise UpdateRejected(f"the update has shape {update.shape}; the round needs {partial.total.shape}")
-    largest = float(np.max(np.abs(update), initial=0.0)) * weight * _SCALE
-    magnitude = partial.magnitude + largest
-    if not np.isfinite(largest) or magnitude >= _LIMIT:
-        raise UpdateRejected(
-            "the update holds values that are not finite or too large to be summed; nothing of it was used"
-        )
-    scaled = update.astype(np.float64)
-    scaled *= weight * _SCALE
-    np.rint(scaled, out=scaled)
-    np.add(partial.total, scaled.astype(np.int64), out=partial.total)
-    return PartialSum(partial.total, partial.weight + weight, partial.num_updates + 1, magnitude)
+    return add_updates(partial, update[None], [weight])
+
+
+def add_updates(partial: PartialSum, updates: Vector, weights: Sequence[int]) -> PartialSum:
+    """Add several weighted updates, [K, P], to the same bits as one by one; quickest for K from 8 to 16.
+
+    Raises:
+      UpdateRejected: as of `add_update`, for any of them; then none of them is in the sum.
+    """
+    if updates.shape != (len(weights), partial.total.size):
+        raise UpdateRejected(f"the update has shape {updates.shape[1:]}; the round needs {partial.total.shape}")
+    scales = [float(weight * _SCALE) for weight in weights]
+    norms = _add_at_once(partial.total, updates, scales)
+    largest = max(map(operator.mul, norms, scales), default=0.0)
+    magnitude = partial.magnitude + sum(map(operator.mul, norms, scales))
+    sound = math.isfinite(magnitude) and magnitude < _LIMIT
+    if not sound or largest >= _QUICK_LIMIT or max(weights, default=0) >= _QUICK_WEIGHT:
+        _add_at_once(partial.total, updates, scales, take_back=True)  # integers: nothing of it is left
+        if not sound:
+            raise UpdateRejected(
+                "the update holds values that are not finite or too large to be summed; nothing of it was used"
+            )
+        for update, scale in zip(updates, scales, strict=True):
+            np.add(partial.total, np.rint(update.astype(np.float64) * scale).astype(np.int64), out=partial.total)
+    return PartialSum(partial.total, partial.weight + sum(weights), partial.num_updates + len(weights), magnitude)
+
+
+def _add_at_once(total: IntVector, updates: Vector, scales: Sequence[float], take_back: bool = False) -> list[float]:
+    """Add rounded scale * update for each of K updates to `total`, and return their Euclidean norms.
+
+    A float64 of 2**52 or more has no bits for fractions, so adding _ROUNDER rounds, and leaves the integer in the
+    low bits. Right where each |scale * x| < 2**51 and each product is exact; elsewhere the caller takes it back.
+    Blocks that the processor's cache holds, and no new memory, make most of the speed.
+    """
+    rounded = np.empty(min(BLOCK, total.size))
+    add = np.subtract if take_back else np.add
+    # What the rounders themselves add up to in a 64-bit register.
+    offset = np.int64((len(scales) * _ROUNDER_BITS + 2**63) % 2**64 - 2**63)
+    squares = [0.0] * len(scales)
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what overflows
+        for start in range(0, total.size, BLOCK):
+            part = total[start : start + BLOCK]
+            own = rounded[: part.size]
+            for number, scale in enumerate(scales):
+                block = updates[number, start : start + BLOCK]
+                squares[number] += float(np.dot(block, block))
+                np.copyto(own, block)
+                np.multiply(own, scale, out=own)
+                np.add(own, _ROUNDER, out=own)
+                add(part, own.view(np.int64), out=part)
+            (np.add if take_back else np.subtract)(part, offset, out=part)
+    return [math.sqrt(square) if square >= 0 else math.nan for square in squares]
 
 
 def merge_sums(first: PartialSum, second: PartialSum) -> PartialSum:

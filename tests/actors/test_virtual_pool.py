@@ -47,7 +47,7 @@ def balls(**changes):
         "output": {"report": False, "export": False},
     }
     for section, values in changes.items():
-        raw[section] = {**raw[section], **values}
+        raw[section] = {**raw.get(section, {}), **values}
     return RunConfig.model_validate(raw)
 
 
@@ -106,6 +106,23 @@ def test_one_that_cannot_open_its_data_is_left_out_and_the_others_go_on(ray_clus
     assert [(f.hospital, f.reason) for f in receipt.failures if f.stage == "train"] == [
         ("hospital-002", "its archive is closed today")
     ]
+    assert len(receipt.trained) == 5
+
+
+def blinding_for_one(run, hospital):
+    data = open_hospital_data(run, (hospital,))
+    if hospital == "hospital-004":
+        draw = data.train_patches
+        data.train_patches = lambda *which: (draw(*which)[0] * float("nan"), draw(*which)[1])
+    return data
+
+
+@pytest.mark.ci
+def test_an_update_that_is_no_number_is_refused_and_the_others_of_its_group_are_kept(ray_cluster, tmp_path):
+    _, folder = simulated(balls(federation={"rounds": 1}), tmp_path, open_data=blinding_for_one)
+    receipt = folder.results()[0].receipt
+    refused = [f for f in receipt.failures if f.stage in ("train", "screen")]
+    assert [failure.hospital for failure in refused] == ["hospital-004"]
     assert len(receipt.trained) == 5
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medfl_ray.aggregation.fixed_point import add_update, empty_sum, merge_sums, weighted_mean
+from medfl_ray.aggregation.fixed_point import BLOCK, add_update, add_updates, empty_sum, merge_sums, weighted_mean
 from medfl_ray.errors import UpdateRejected
 
 
@@ -63,3 +63,35 @@ def test_wrong_shape_and_empty_sum_are_refused():
         weighted_mean(empty_sum(3))
     with pytest.raises(UpdateRejected, match="shapes"):
         merge_sums(empty_sum(3), empty_sum(4))
+
+
+@pytest.mark.parametrize("largest", [1e-9, 1.0, 3e4, 1e5])
+@pytest.mark.parametrize("size", [5, BLOCK + 17])
+def test_every_update_is_rounded_once_whether_it_comes_alone_or_with_others(size, largest):
+    rng = np.random.default_rng(1)
+    updates = (rng.uniform(-1, 1, (6, size)) * largest / np.sqrt(size)).astype(np.float32)
+    updates[0, :3] = 2.5 * 2.0**-36, 3.5 * 2.0**-36, -0.5 * 2.0**-36  # halfway between two sums
+    weights = [1, 2, 3, 500, 7, 1]
+    expected = sum(
+        np.rint(update.astype(np.float64) * (weight * 2.0**36)).astype(np.int64)
+        for update, weight in zip(updates, weights, strict=True)
+    )
+    together = add_updates(empty_sum(size), updates, weights)
+    alone = empty_sum(size)
+    for update, weight in zip(updates, weights, strict=True):
+        alone = add_update(alone, update, weight)
+    assert (together.total == expected).all()
+    assert (alone.total == expected).all()
+    assert (together.weight, together.num_updates) == (514, 6)
+    assert together.magnitude == pytest.approx(alone.magnitude)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_one_bad_update_of_several_leaves_the_sum_unchanged(bad):
+    updates = np.ones((3, BLOCK + 5), np.float32)
+    updates[1, -1] = bad
+    total = add_update(empty_sum(BLOCK + 5), np.full(BLOCK + 5, 0.25, np.float32), 2)
+    before = total.total.copy()
+    with pytest.raises(UpdateRejected, match="not finite or too large"):
+        add_updates(total, updates, [1, 2, 3])
+    assert (total.total == before).all()

@@ -1,0 +1,94 @@
+"""What goes to and from virtual hospitals: who trains in which group, who is scored, and what came of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from medfl_ray.config import RunConfig
+from medfl_ray.federation.ports import SummedUpdates
+from medfl_ray.messages import ClientFailure, ClientUpdate, Mechanism
+
+
+class VirtualData(Protocol):
+    """One hospital's data as `medfl_ray.training.local_data.LocalData`, and what names its network's channels."""
+
+    @property
+    def channels(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> Mapping[int, str]: ...
+
+
+OpenData = Callable[[RunConfig, str], Any]
+"""(run, name of a hospital) to its data; importable, or picklable as it is."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one hospital of a group does in a round; `index` is its place in the run."""
+
+    hospital: str
+    index: int
+    num_patients: int
+    num_steps: int
+    mechanism: Mechanism | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Groups of at most `group_size` hospitals for one process, and what their round has in common.
+
+    With `streamed` every update comes back on its own, for rules that need each of them.
+    """
+
+    round: int
+    attempt: int
+    learning_rate: float
+    clip_norm: float | None
+    streamed: bool
+    group_size: int
+    groups: tuple[tuple[Turn, ...], ...]
+
+    @property
+    def hospitals(self) -> tuple[str, ...]:
+        """Names of all hospitals of the groups."""
+        return tuple(turn.hospital for group in self.groups for turn in group)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Hospitals whose held-out patients are scored; the first `num_pictures` also draw pictures."""
+
+    round: int
+    hospitals: tuple[str, ...]
+    num_pictures: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """What an assignment came to: one sum, or the single updates, and who failed."""
+
+    total: SummedUpdates | None
+    updates: tuple[ClientUpdate, ...]
+    failures: tuple[ClientFailure, ...]
+    seconds: Mapping[str, float]
+
+
+class TimedData:
+    """A hospital's data, with the time that drawing patches takes added to a total."""
+
+    def __init__(self, data: Any, seconds: dict[str, float]) -> None:
+        self._data, self._seconds = data, seconds
+        self.num_train_patients: int = data.num_train_patients
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+    def train_patches(self, patient_index: int, num_patches: int, rng: Any) -> Any:
+        """Draw patches of one patient; see `LocalData`."""
+        started = time.perf_counter()
+        drawn = self._data.train_patches(patient_index, num_patches, rng)
+        self._seconds["data"] += time.perf_counter() - started
+        return drawn
