@@ -28,8 +28,8 @@ from medfl_ray.store.simulated_ledgers import Account, SimulatedLedgers
 from medfl_ray.store.state_folders import state_root
 
 if TYPE_CHECKING:
-    from actors.virtual_work import OpenData
     from actors.virtual_pool import VirtualPool
+    from actors.virtual_work import OpenData
 
 Emit = Callable[[Event], None]
 Select = Callable[[int], Sequence[str]]
