@@ -146,7 +146,7 @@ WRONG_ARGUMENTS = {
     "override without a value": (["run", "config.yaml", "--set", "rounds"], ["'rounds'", "section.key=value"]),
     "override through a value": (["run", "config.yaml", "--set", "name.first=a"], ["'name'", "not a section"]),
     "override that is not YAML": (["run", "config.yaml", "--set", "name=[a"], ["'name'", "quote it"]),
-    "unknown pool": (["run", "config.yaml", "--pool", "cloud"], ["federation.pool", "'ray' or 'local'"]),
+    "unknown pool": (["run", "config.yaml", "--pool", "cloud"], ["federation.pool", "'ray', 'local' or 'virtual'"]),
     "unknown baseline": (["run", "config.yaml", "--baseline", "best"], ["federation.baselines", "'best'"]),
     "no actor": (["run", "config.yaml", "--actors", "0"], ["federation.num_actors", "greater than 0"]),
     "evaluate what is no run": (["evaluate", "empty", "--data", "patients"], ["'empty'", "not the folder of a run"]),
