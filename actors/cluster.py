@@ -120,6 +120,8 @@ def simulation_environment() -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(2**32),
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
         "MALLOC_TOP_PAD_": str(2**26),
+        # Groups of many sizes and short batches have thousands of convolution shapes; oneDNN keeps 1024 prepared.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(2**12),
     }
 
 

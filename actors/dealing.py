@@ -1,5 +1,7 @@
 """Work dealt to a few actors that may die: two pieces at each, the next to whoever is done first.
 
+Towards the end each holds one only, so that nobody waits for an actor that has two.
+
 A piece whose actor died is dealt again where that is free, once that actor or another can take it.
 """
 
@@ -53,7 +55,7 @@ class Dealer:
         waiting = deque((piece, 0) for piece in pieces)
         sent: dict[Any, tuple[Piece, int, int]] = {}
         while sent or (waiting and self._actors):
-            for actor in self._free(sent):
+            for actor in self._free(sent, len(waiting)):
                 if waiting:
                     piece, tried = waiting.popleft()
                     sent[getattr(self._actors[actor], method).remote(piece, *common)] = piece, tried + 1, actor
@@ -77,11 +79,14 @@ class Dealer:
         for piece in [piece for piece, _, _ in sent.values()] + [piece for piece, _ in waiting]:
             yield piece, reason
 
-    def _free(self, sent: Mapping[Any, tuple[Any, int, int]]) -> list[int]:
+    def _free(self, sent: Mapping[Any, tuple[Any, int, int]], num_waiting: int) -> list[int]:
         """List the actors that can take a piece, once for each piece; everybody's first comes before the seconds."""
         held = Counter(actor for _, _, actor in sent.values())
-        away = set(self._away.values())
-        return [a for level in range(UNDER_WAY) for a in self._actors if a not in away and held[a] <= level]
+        present = [actor for actor in self._actors if actor not in self._away.values()]
+        first = [actor for actor in present if held[actor] == 0]
+        if num_waiting - len(first) <= len(present):
+            return first
+        return first + [actor for level in range(1, UNDER_WAY) for actor in present if held[actor] <= level]
 
     def _result(self, answer: Any, actor: int) -> Any:
         try:

@@ -146,11 +146,9 @@ class Simulation:
         )
 
     def _first_weights(self, in_channels: int, out_channels: int) -> tuple[Layout, Vector]:
-        """Build the network once, for the warm-up and the run alike."""
-        from actors.coordinator import initial_weights
-
+        """Have the network built once, for the warm-up and the run alike."""
         if self._network is None:
-            layout, weights = initial_weights(self._run)(in_channels, out_channels)
+            layout, weights = self.pool.first_weights(in_channels, out_channels)
             if self._initial is not None and self._initial.shape != (layout.size,):
                 raise ConfigError(f"the first weights have shape {self._initial.shape}; the network has {layout.size}")
             self._network = layout, weights if self._initial is None else self._initial

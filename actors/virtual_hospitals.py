@@ -10,6 +10,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,7 +27,7 @@ from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.federation.planning import aggregation_weight
 from medfl_ray.federation.ports import SummedUpdates, TrainedHospital
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, SiteEvaluation
-from medfl_ray.params import Vector
+from medfl_ray.params import Layout, Vector
 from medfl_ray.privacy.hospital_level import clip_update
 from medfl_ray.site_policy import SitePolicy
 
@@ -73,6 +74,20 @@ class VirtualHospitals:
     def process_id(self) -> int:
         """Return the process's id, for tools that watch or end it."""
         return os.getpid()
+
+    def prepare(self, hospital: str) -> None:
+        """Build the network that all hospitals have, from the data of one; what is wrong with them, `describe` says."""
+        with suppress(MedflError):
+            self._trainer_for(self._opened(hospital))
+
+    def first_weights(self, in_channels: int, out_channels: int) -> tuple[Layout, Vector] | MedflError:
+        """Return layout and first weights [P] of the run's network, or why there are none."""
+        from actors.coordinator import initial_weights
+
+        try:
+            return initial_weights(self._run)(in_channels, out_channels)
+        except MedflError as error:
+            return error
 
     def describe(self, hospital: str, policy: SitePolicy) -> HospitalInfo | ClientFailure:
         """Open one hospital and say what is public about it; the others of the run have the same network."""

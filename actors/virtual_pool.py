@@ -20,7 +20,7 @@ from actors.dealing import TRIES, Dealer, Lost
 from actors.virtual_hospitals import VirtualHospitals
 from actors.virtual_work import Assignment, Finished, OpenData, Scoring, Turn
 from medfl_ray.config import Declared, RunConfig
-from medfl_ray.errors import ConfigError, PrivacyError
+from medfl_ray.errors import ConfigError, FederationError, MedflError, PrivacyError
 from medfl_ray.federation.local_pool import deadline_failure, start_failure
 from medfl_ray.federation.planning import check_limits
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Answer
@@ -32,7 +32,7 @@ from medfl_ray.messages import (
     RoundPlan,
     SiteEvaluation,
 )
-from medfl_ray.params import Vector
+from medfl_ray.params import Layout, Vector
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.simulated_ledgers import SimulatedLedgers
 from medfl_ray.training.group_forming import form_groups
@@ -82,6 +82,9 @@ class VirtualPool:
     def describe(self) -> Sequence[HospitalInfo | ClientFailure]:
         """Let the first hospital's data say what network the run has; the others are taken at their policies' word."""
         first = next(iter(self._policies))
+        # All at once, and before the group size is measured; an actor that fails here says so when it is asked to work.
+        prepared = [actor.prepare.remote(first) for actor in self._actors]
+        ray.wait(prepared, num_returns=len(prepared))
         try:
             answer = ray.get(self._actors[0].describe.remote(first, self._policies[first]))
         except RayError as error:
@@ -91,6 +94,21 @@ class VirtualPool:
         self._group_size = answer.hospitals_per_group or 1
         self.notes.append(f"note: {ray.get(self._actors[0].why_so_many.remote())}")
         return [answer.model_copy(update=_public(policy)) for policy in self._policies.values()]
+
+    def first_weights(self, in_channels: int, out_channels: int) -> tuple[Layout, Vector]:
+        """Return layout and first weights [P], built in an actor: this process needs no PyTorch.
+
+        Raises:
+          MedflError: as building them raises; FederationError where the actor died.
+        """
+        try:
+            answer = ray.get(self._actors[0].first_weights.remote(in_channels, out_channels))
+        except RayError as error:
+            raise FederationError(f"the network could not be built ({type(error).__name__} in its process)") from None
+        if isinstance(answer, MedflError):
+            raise answer
+        layout, weights = answer
+        return layout, weights
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
         """Charge the whole cohort in one durable write."""

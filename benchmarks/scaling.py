@@ -31,8 +31,8 @@ GOALS = (
     Goal("aggregate_vs_readonly", at_most=4.0),
     Goal("rss_slope_mb_per_round", at_most=0.5),
 )
-SMALL = (8, 16, 32, 64)
-WIDTHS = {"0.1M": (8, 16, 32, 64), "1M": (24, 48, 96, 192), "10M": (76, 152, 304, 608), "30M": (132, 264, 528, 1056)}
+SMALL = (12, 24, 48, 96)
+WIDTHS = {"0.1M": SMALL, "1M": (40, 80, 160, 320), "10M": (124, 248, 496, 992), "30M": (216, 432, 864, 1728)}
 COUNTS = (10, 100, 300, 1000, 3000, 10_000)
 FIT_FROM = 100
 ACTORS = (1, 2, 4)
@@ -262,11 +262,11 @@ def draw(points: Sequence[Point], target: Path) -> None:
     for ax, part in zip(axes, ("hospitals", "parameters", "actors"), strict=True):
         some = [point for point in points if point.part == part]
         ax.plot([getattr(point, f"num_{part}") for point in some], [point.round_s for point in some], "o-")
-        ax.set(xlabel=part, ylabel="seconds a round", ylim=(0, None) if part == "actors" else None)
+        ax.set(xlabel=part, ylabel="seconds a round")
         if part != "actors":
             ax.set(xscale="log", yscale="log")
         else:
-            ax.set_xticks(ACTORS)
+            ax.set(xticks=ACTORS, ylim=(0, None))
         ax.grid(alpha=0.3)
     figure.savefig(target, dpi=110)
 

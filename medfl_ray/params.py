@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,32 +58,36 @@ def layout_of(network: torch.nn.Module) -> Layout:
     return Layout(tuple(state), tuple(tuple(t.shape) for t in state.values()))
 
 
-def flatten(network: torch.nn.Module) -> Vector:
-    """Copy a network's state into a new float32 vector of shape [P]."""
+def tensors_of(network: torch.nn.Module) -> tuple[torch.Tensor, ...]:
+    """Return a network's own parameters and buffers, in the order of its layout."""
+    return tuple(network.state_dict(keep_vars=True).values())
+
+
+def flatten(network: torch.nn.Module | Sequence[torch.Tensor]) -> Vector:
+    """Copy the state of a network, or its `tensors_of`, into a new float32 vector of shape [P]."""
     import torch
 
+    tensors = tensors_of(network) if isinstance(network, torch.nn.Module) else network
     with torch.no_grad():
-        parts = [t.detach().to("cpu", torch.float32).reshape(-1) for t in network.state_dict().values()]
-        return torch.cat(parts).numpy().copy()
+        return torch.cat([t.detach().to("cpu", torch.float32).reshape(-1) for t in tensors]).numpy().copy()
 
 
-def load_into(network: torch.nn.Module, vector: Vector) -> None:
-    """Copy a vector of shape [P] into a network, in place.
+def load_into(network: torch.nn.Module | Sequence[torch.Tensor], vector: Vector) -> None:
+    """Copy a vector of shape [P] into a network, or into its `tensors_of`, in place.
 
     Raises:
       UpdateRejected: the vector's length is not the network's.
     """
     import torch
 
-    layout = layout_of(network)
-    if vector.shape != (layout.size,):
-        raise UpdateRejected(f"the weights have shape {vector.shape}; this network needs ({layout.size},)")
-    source = torch.from_numpy(np.array(vector, dtype=np.float32))
-    position = 0
+    tensors = tensors_of(network) if isinstance(network, torch.nn.Module) else network
+    sizes = [tensor.numel() for tensor in tensors]
+    if vector.shape != (sum(sizes),):
+        raise UpdateRejected(f"the weights have shape {vector.shape}; this network needs ({sum(sizes)},)")
+    parts = torch.from_numpy(np.array(vector, dtype=np.float32)).split_with_sizes(sizes)
     with torch.no_grad():
-        for tensor in network.state_dict().values():
-            tensor.copy_(source[position : position + tensor.numel()].view(tensor.shape))
-            position += tensor.numel()
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
 
 
 def checksum(vector: Vector) -> str:

@@ -196,5 +196,6 @@ def _is_pointwise(layer: Any) -> bool:
 
 def _repeat(parameter: nn.Parameter, num_members: int) -> nn.Parameter:
     """Return the parameter once per member; a frozen one stays frozen."""
-    repeated = parameter.detach().expand(num_members, *parameter.shape).clone()
+    # In plain order, whatever the original's is: a grouped convolution would turn other weights at each pass.
+    repeated = parameter.detach().expand(num_members, *parameter.shape).clone(memory_format=torch.contiguous_format)
     return nn.Parameter(repeated, requires_grad=parameter.requires_grad)

@@ -66,13 +66,12 @@ def _measure(trainer: Trainer) -> GroupChoice:
     """Compare the time per hospital of larger and larger groups with that of one after the other."""
     start = time.perf_counter()
     data = MadeUpHospital(trainer)
-    _seconds(trainer, data, 1, 1)  # what only the first pass costs is not to count
-    alone = min(_seconds(trainer, data, 1, 2) for _ in range(REPEATS)) / 2
+    alone = _seconds_each(trainer, data, 1)
     best, best_s = 1, alone
     for size in CANDIDATES:
-        if (time.perf_counter() - start) + REPEATS * best_s * size > MEASURING_S:
+        if (time.perf_counter() - start) + (REPEATS + 1) * best_s * size > MEASURING_S:
             break
-        seconds = min(_seconds(trainer, data, size, size) for _ in range(REPEATS)) / size
+        seconds = _seconds_each(trainer, data, size)
         if seconds < (LEAST_GAIN if best == 1 else LEAST_GAIN_OF_MORE) * best_s:
             best, best_s = size, seconds
         elif seconds > best_s / LEAST_GAIN and best > 1:
@@ -82,16 +81,22 @@ def _measure(trainer: Trainer) -> GroupChoice:
     return GroupChoice(best, f"Hospitals are trained in groups of {best}, {alone / best_s:.1f} times as fast as alone.")
 
 
-def _seconds(trainer: Trainer, data: MadeUpHospital, group_size: int, count: int) -> float:
-    """Return what it takes to train some hospitals: processor time, or on a GPU what the clock says."""
-    many = ManyHospitals(trainer, group_size)
+def _seconds_each(trainer: Trainer, data: MadeUpHospital, size: int) -> float:
+    """Return seconds a hospital of a group: of this process alone on the CPU, of the clock where a GPU works.
+
+    The group trains once before it counts: what its first pass costs, no later one does.
+    """
     clock = time.process_time if trainer.device.type == "cpu" else time.perf_counter
     weights = flatten(trainer.network)
-    tasks = [HospitalTask(data, LocalJob(STEPS, 1e-6, None, (0, 0, i))) for i in range(count)]
-    start = clock()
-    for _ in many.train(weights, tasks):
-        pass
-    return clock() - start
+    many = ManyHospitals(trainer, size)
+    tasks = [HospitalTask(data, LocalJob(STEPS, 1e-6, None, (0, 0, i))) for i in range(size)]
+    seconds = []
+    for _ in range(1 + REPEATS):
+        start = clock()
+        for _ in many.train(weights, tasks):
+            pass
+        seconds.append((clock() - start) / size)
+    return min(seconds[1:])
 
 
 class MadeUpHospital:

@@ -21,8 +21,8 @@ from medfl_ray.data.cases import PreparedCase
 from medfl_ray.errors import ConfigError, LabelError, ModelError, NotFitForDP
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
-from medfl_ray.models.volume_layers import quick_twin
-from medfl_ray.params import Layout, Vector, flatten, layout_of, load_into
+from medfl_ray.models.channels_last import quick_twin
+from medfl_ray.params import Layout, Vector, flatten, layout_of, load_into, tensors_of
 from medfl_ray.privacy.dpsgd import private_steps
 from medfl_ray.training.batches import patient_batches
 from medfl_ray.training.coupling import check_patients_apart
@@ -90,6 +90,8 @@ class Trainer:
         self._twin = quick_twin(self.network, on_cpu=self.device.type == "cpu")
         self.loss = make_loss(training.loss, task)
         self.layout: Layout = layout_of(self.network)
+        # Walking through a network's modules takes longer than a small hospital can afford at every step.
+        self._tensors = tensors_of(self.network)
 
     def initial_weights(self, seed: int) -> Vector:
         """Return fresh weights [P], the same for the same seed on every machine of a kind."""
@@ -106,9 +108,8 @@ class Trainer:
           ModelError: training diverged.
         """
         self.refuse_unfit(job)
-        load_into(self.network, weights)
-        self.network.train()
-        self._twin.train()
+        load_into(self._tensors, weights)
+        self._be_training(True)
         optimizer = make_optimizer(self.training, self._space.parameters, job.learning_rate)
         losses: list[float] = []
         with self.random_numbers(job) as rng:
@@ -120,8 +121,8 @@ class Trainer:
             for _ in range(job.num_steps):
                 next(steps)
                 optimizer.step()
-        self.network.zero_grad(set_to_none=True)
-        delta = flatten(self.network) - np.asarray(weights, dtype=np.float32)
+        self._drop_gradients()
+        delta = flatten(self._tensors) - np.asarray(weights, dtype=np.float32)
         if not np.isfinite(delta).all():
             raise ModelError("training diverged: the weights are no longer finite; lower training.learning_rate")
         return LocalOutcome(delta, job.num_steps, float(np.mean(losses)) if losses else float("nan"))
@@ -167,7 +168,7 @@ class Trainer:
     def _plain_steps(self, data: LocalData, losses: list[float], rng: np.random.Generator) -> Iterator[None]:
         """Leave in .grad, step by step, the gradient of the mean loss over a batch of patients."""
         for patients in self.batches(data, rng):
-            self.network.zero_grad(set_to_none=True)
+            self._drop_gradients()
             loss = self._patient_losses(self._twin, patients).mean()
             loss.backward()  # type: ignore[no-untyped-call]
             self._space.restrict_gradients()
@@ -282,20 +283,37 @@ class Trainer:
             return classify(self.network, torch.tensor(case.image, device=self.device), self._patch_size).cpu()
 
     def _load_for_inference(self, weights: Vector) -> None:
-        load_into(self.network, weights)
-        self.network.eval()
+        load_into(self._tensors, weights)
+        self._be_training(False)
+
+    def _be_training(self, mode: bool) -> None:
+        for network in (self.network, self._twin):
+            if network.training != mode:
+                network.train(mode)
+
+    def _drop_gradients(self) -> None:
+        for tensor in self._tensors:
+            tensor.grad = None
 
     @contextmanager
     def random_numbers(self, job: LocalJob) -> Iterator[np.random.Generator]:
         """Seed torch for the job (dropout) and give it back as it was; yield the generator of everything else."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            if job.mechanism is not None:
-                torch.manual_seed(secrets.randbelow(SEED_RANGE))
-                yield np.random.default_rng()
-            else:
-                seeds = np.random.SeedSequence([value % SEED_RANGE for value in job.seed_key])
-                torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
-                yield np.random.default_rng(seeds)
+        generators = [torch.default_generator]  # torch.manual_seed and fork_rng do the same at a millisecond a hospital
+        if self.device.type == "cuda":
+            generators.append(torch.cuda.default_generators[self.device.index or 0])
+        before = [generator.get_state() for generator in generators]
+        if job.mechanism is not None:
+            seed, rng = secrets.randbelow(SEED_RANGE), np.random.default_rng()
+        else:
+            seeds = np.random.SeedSequence([value % SEED_RANGE for value in job.seed_key])
+            seed, rng = int(seeds.generate_state(1, np.uint64)[0] >> 1), np.random.default_rng(seeds)
+        try:
+            for generator in generators:
+                generator.manual_seed(seed)
+            yield rng
+        finally:
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
 
     @staticmethod
     def _finite(loss: float) -> float:

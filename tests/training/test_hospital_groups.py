@@ -25,17 +25,17 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> float:
         raise AssertionError("measured without need")
 
-    monkeypatch.setattr(hospital_groups, "_seconds", refuse)
+    monkeypatch.setattr(hospital_groups, "_seconds_each", refuse)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, per_hospital: dict[int, float]) -> list[int]:
     tried: list[int] = []
 
-    def seconds(trainer: object, data: object, group_size: int, count: int) -> float:
-        tried.append(group_size)
-        return per_hospital[group_size] * count
+    def seconds(trainer: object, data: object, size: int) -> float:
+        tried.append(size)
+        return per_hospital[size]
 
-    monkeypatch.setattr(hospital_groups, "_seconds", seconds)
+    monkeypatch.setattr(hospital_groups, "_seconds_each", seconds)
     return tried
 
 

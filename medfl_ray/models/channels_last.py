@@ -1,7 +1,7 @@
-"""A network for volumes whose channels lie side by side in memory, the order that a CPU convolves quickest.
+"""A network whose images lie in memory with their channels side by side, the order that a CPU convolves quickest.
 
 The twin shares the original's parameters, with their names and order, so whatever trains one trains the other.
-Shapes: N samples, C channels, S voxels per axis, V voxels of a volume, G groups of a norm.
+Shapes: N samples, C channels, S voxels per axis, V voxels of an image, G groups of a norm.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from medfl_ray.models.networks import replace_submodule
 from medfl_ray.models.quick_layers import quicken
 
-KNOWN = (nn.Conv3d, nn.ConvTranspose3d, nn.GroupNorm, nn.PReLU)
+ORDERS = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Order with channels side by side, by the number of axes of a batch."""
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+KNOWN = (*CONVOLUTIONS, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.GroupNorm, nn.PReLU)
 """Layers with parameters that keep the order of their input; others (attention, instance norm) would copy it."""
 
 
@@ -28,27 +31,28 @@ def quick_twin(network: nn.Module, on_cpu: bool) -> nn.Module:
         return network
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     twin = copy.deepcopy(network, shared)
-    if not suits_volumes(network):
+    if not keeps_order(network):
         return quicken(twin)
+    volumes = any(type(module) is nn.Conv3d for module in network.modules())
     for name, module in list(twin.named_modules()):
-        if type(module) is nn.GroupNorm and module.affine:
+        if volumes and type(module) is nn.GroupNorm and module.affine:  # on images PyTorch's own is as quick
             replace_submodule(twin, name, ChannelsLastGroupNorm(module))
     with torch.no_grad():
         for parameter in twin.parameters():
-            if parameter.ndim == 5:  # weights that lie as the images do need not be turned for each pass
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+            if parameter.ndim in ORDERS:  # weights that lie as the images do need not be turned for each pass
+                parameter.data = parameter.data.contiguous(memory_format=ORDERS[parameter.ndim])
     twin.register_forward_pre_hook(_put_channels_last)
     return twin
 
 
-def suits_volumes(network: nn.Module) -> bool:
-    """Tell whether a network is made of 3D convolutions and layers that keep the order of what they get."""
-    kinds = [type(module) for module in network.modules() if list(module.parameters(recurse=False))]
-    return nn.Conv3d in kinds and all(kind in KNOWN for kind in kinds)
+def keeps_order(network: nn.Module) -> bool:
+    """Tell whether a network is made of convolutions and layers that keep the order of what they get."""
+    kinds = {type(module) for module in network.modules() if list(module.parameters(recurse=False))}
+    return bool(kinds & {*CONVOLUTIONS}) and kinds <= {*KNOWN}
 
 
 class ChannelsLastGroupNorm(nn.Module):
-    """Group norm whose backward pass over volumes with channels side by side is a few products of small matrices."""
+    """Group norm whose backward pass over images with channels side by side is a few products of small matrices."""
 
     def __init__(self, original: nn.GroupNorm) -> None:
         super().__init__()
@@ -57,7 +61,7 @@ class ChannelsLastGroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [N, C, *S]."""
-        if x.dtype == torch.float64 or not x.is_contiguous(memory_format=torch.channels_last_3d):
+        if x.dtype == torch.float64 or x.ndim not in ORDERS or not x.is_contiguous(memory_format=ORDERS[x.ndim]):
             return nn.functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         out: Tensor = _GroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)  # type: ignore[no-untyped-call]
         return out
@@ -95,11 +99,11 @@ class _GroupNorm(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """See volumes [N, C, *S] as float32 rows [N, V, C]; nothing moves where channels lie side by side already."""
+    """See images [N, C, *S] as float32 rows [N, V, C]; nothing moves where channels lie side by side already."""
     return x.movedim(1, -1).flatten(1, -2).float()
 
 
 def _put_channels_last(_network: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Copy images into the order; the strides of a single channel would not tell that it is meant."""
     images, *others = arguments
-    return (torch.empty_like(images, memory_format=torch.channels_last_3d).copy_(images), *others)
+    return (torch.empty_like(images, memory_format=ORDERS[images.ndim]).copy_(images), *others)

@@ -8,7 +8,8 @@ import torch
 
 from medfl_ray.config import ModelConfig
 from medfl_ray.models.catalogue import CATALOGUE, build_network
-from medfl_ray.models.volume_layers import ChannelsLastGroupNorm, quick_twin, suits_volumes
+from medfl_ray.models.channels_last import ORDERS, ChannelsLastGroupNorm, keeps_order, quick_twin
+from medfl_ray.models.grouped import group
 
 FEATURES = {"segresnet": (8, 16), "swin_unetr": (12,), "densenet": (8, 16), "unetr": (8, 16)}
 
@@ -31,10 +32,12 @@ def relative(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("name", [name for name, entry in CATALOGUE.items() if 3 in entry.spatial_dims])
-def test_the_twin_computes_what_the_network_does(name):
-    network = make_network(name)
-    images = torch.randn(2, 1, 32, 32, 32)
+@pytest.mark.parametrize(
+    ("name", "spatial_dims"), [(name, dims) for name, entry in CATALOGUE.items() for dims in entry.spatial_dims]
+)
+def test_the_twin_computes_what_the_network_does(name, spatial_dims):
+    network = make_network(name, spatial_dims)
+    images = torch.randn(2, 1, *(32,) * spatial_dims)
     expected, logits = gradients(network, images, list(network.parameters()))
     twin = quick_twin(network, on_cpu=True)
     own = [value.data_ptr() for value in network.parameters()]
@@ -48,24 +51,36 @@ def test_the_twin_computes_what_the_network_does(name):
     assert relative(again, expected) < 5e-4
 
 
-def test_convolutional_networks_for_volumes_have_their_channels_side_by_side():
-    twin = quick_twin(make_network("basic_unet"), on_cpu=True)
-    assert any(isinstance(module, ChannelsLastGroupNorm) for module in twin.modules())
+@pytest.mark.parametrize(("spatial_dims", "kind"), [(2, torch.nn.GroupNorm), (3, ChannelsLastGroupNorm)])
+def test_convolutional_networks_have_their_channels_side_by_side(spatial_dims, kind):
+    twin = quick_twin(make_network("basic_unet", spatial_dims), on_cpu=True)
+    norms = [module for module in twin.modules() if "GroupNorm" in type(module).__name__]
+    assert norms
+    assert {type(norm) for norm in norms} == {kind}
     seen = []
-    norm = next(module for module in twin.modules() if isinstance(module, ChannelsLastGroupNorm))
-    norm.register_forward_hook(
-        lambda _module, inputs, _out: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last_3d))
-    )
-    twin(torch.randn(2, 1, 32, 32, 32))  # of a single sample the strides do not tell
-    assert seen == [True]
+    for norm in norms:
+        norm.register_forward_hook(
+            lambda _module, inputs, _out: seen.append(inputs[0].is_contiguous(memory_format=ORDERS[spatial_dims + 2]))
+        )
+    twin(torch.randn(2, 1, *(32,) * spatial_dims))  # of a single sample the strides do not tell
+    assert len(seen) == len(norms)
+    assert all(seen)
+
+
+def test_members_of_a_group_have_their_weights_in_plain_order_all_the_same():
+    network = make_network("basic_unet", 2)
+    quick_twin(network, on_cpu=True)
+    assert any(not weight.is_contiguous() for weight in network.parameters())
+    assert all(weight.is_contiguous() for weight in group(network, 3).parameters())
 
 
 @pytest.mark.parametrize(
-    ("name", "spatial_dims", "norm"), [("basic_unet", 2, "group"), ("unetr", 3, "group"), ("basic_unet", 3, "instance")]
+    ("name", "spatial_dims", "norm"),
+    [("basic_unet", 2, "instance"), ("unetr", 3, "group"), ("basic_unet", 3, "instance")],
 )
 def test_other_networks_keep_their_order(name, spatial_dims, norm):
     network = make_network(name, spatial_dims, norm)
-    assert not suits_volumes(network)
+    assert not keeps_order(network)
     twin = quick_twin(network, on_cpu=True)
     assert not any(isinstance(module, ChannelsLastGroupNorm) for module in twin.modules())
 
