@@ -35,7 +35,7 @@ from medfl_ray.messages import (
 from medfl_ray.params import Layout, Vector
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.simulated_ledgers import SimulatedLedgers
-from medfl_ray.training.group_forming import form_groups
+from medfl_ray.training.group_forming import form_groups, group_cost
 
 TASKS_PER_ACTOR = 16
 PICTURED_HOSPITALS = 2
@@ -236,7 +236,9 @@ class VirtualPool:
         ]
         size = self._group_size
         sizes = [(turn.num_steps, turn.num_patients) for turn in turns]
-        formed = form_groups(sizes, size, self._run.training.batch_size)[::-1]
+        batch = self._run.training.batch_size
+        formed = form_groups(sizes, size, batch)
+        formed.sort(key=lambda group: group_cost(sizes[group[-1]], len(group), batch), reverse=True)
         groups = [tuple(turns[position] for position in group) for group in formed]
         per_task = max(1, -(-len(groups) // (TASKS_PER_ACTOR * len(self._actors))))
         common = (plan.round, plan.attempt, plan.learning_rate, plan.clip_norm, plan.clip_norm is not None, size)

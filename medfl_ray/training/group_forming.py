@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+GROUP_SIZES = (1, 2, 4, 8, 12, 16)
 STEP_COST = 8
 """Calls of one step take about as long as this many samples of 32 x 32 voxels; larger samples leave less to gain."""
 
@@ -16,7 +17,8 @@ def form_groups(sizes: Sequence[tuple[int, int]], group_size: int, batch_size: i
     """Divide hospitals into groups of at most `group_size` with the least work, the smallest hospitals first.
 
     The hospitals are sorted by (steps, patients) and cut where that saves most: a few smaller groups cost less than
-    one in which many wait for the longest. Equal hospitals keep their order.
+    one in which many wait for the longest. Equal hospitals keep their order. Groups have few different sizes, for a
+    convolution of a new shape is prepared at length when it first comes.
 
     Args:
       sizes: steps of the round and number of patients of each hospital.
@@ -26,10 +28,11 @@ def form_groups(sizes: Sequence[tuple[int, int]], group_size: int, batch_size: i
     order = sorted(range(len(sizes)), key=lambda position: sizes[position])
     least, cuts = [0.0], [0]
     for end in range(1, len(order) + 1):
-        steps, patients = sizes[order[end - 1]]
-        samples = _samples(steps, patients, batch_size)
-        starts = range(max(0, end - group_size), end)
-        costs = [least[start] + STEP_COST * steps + samples * (end - start) for start in starts]
+        longest = sizes[order[end - 1]]
+        starts = [end - size for size in GROUP_SIZES if size <= min(end, group_size)]
+        if group_size <= end and group_size not in GROUP_SIZES:
+            starts.append(end - group_size)
+        costs = [least[start] + group_cost(longest, end - start, batch_size) for start in starts]
         best = min(range(len(costs)), key=costs.__getitem__)
         least.append(costs[best])
         cuts.append(starts[best])
@@ -38,6 +41,12 @@ def form_groups(sizes: Sequence[tuple[int, int]], group_size: int, batch_size: i
         groups.append(order[cuts[end] : end])
         end = cuts[end]
     return groups[::-1]
+
+
+def group_cost(longest: tuple[int, int], count: int, batch_size: int) -> float:
+    """Return what a group costs, in samples: of `count` hospitals, the longest with these steps and patients."""
+    steps, patients = longest
+    return float(STEP_COST * steps + _samples(steps, patients, batch_size) * count)
 
 
 def _samples(steps: int, patients: int, batch_size: int) -> int:
