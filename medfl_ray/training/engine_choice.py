@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from medfl_ray.models.channels_last import quick_twin
 from medfl_ray.models.grouped import why_not_grouped
 from medfl_ray.training.heap import LARGE_PATIENT_VOXELS
 from medfl_ray.training.losses import PatientLoss
@@ -46,8 +45,7 @@ def choose_engine(
 def engine_of(group_size: int, network: nn.Module, loss: PatientLoss, mixed_precision: bool) -> GradientEngine:
     """Return the engine for so many patients in one pass; 1 is patient by patient."""
     if group_size == 1:
-        on_cpu = all(parameter.device.type == "cpu" for parameter in network.parameters())
-        return OneAtATime(network, loss, mixed_precision, quick_twin(network, on_cpu))
+        return OneAtATime(network, loss, mixed_precision)
     return InGroups(network, loss, mixed_precision, group_size)
 
 
@@ -92,7 +90,7 @@ def _fastest(
     best, best_s = GROUP_SIZES[0], float("inf")
     start = time.perf_counter()
     if wanted == "auto":
-        single = engine_of(1, network, loss, mixed_precision)
+        single = OneAtATime(network, loss, mixed_precision)
         list(single(iter(patients[:1])))
         if time.perf_counter() - start > SLOW_PATIENT_S:
             return 1

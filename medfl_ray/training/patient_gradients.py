@@ -30,20 +30,14 @@ class OneAtATime:
     Memory is that of a single patient, and nothing of one patient is there when the next one comes.
     """
 
-    def __init__(
-        self, network: nn.Module, loss: PatientLoss, mixed_precision: bool = False, twin: nn.Module | None = None
-    ) -> None:
-        """Take a network, and if there is one its quick twin, which has the very same parameters."""
+    def __init__(self, network: nn.Module, loss: PatientLoss, mixed_precision: bool = False) -> None:
         self._network, self._loss, self._mixed_precision = network, loss, mixed_precision
         self._parameters = trained_parameters(network)
-        self._quick = network if twin is None else twin
 
     def __call__(self, patients: Iterator[Patient]) -> Iterator[tuple[Gradient, float]]:
         """Yield gradient and loss of each patient, in order."""
-        if self._quick.training != self._network.training:
-            self._quick.train(self._network.training)
         for images, targets in patients:
-            loss = self._loss(forward(self._quick, images, self._mixed_precision), targets)
+            loss = self._loss(forward(self._network, images, self._mixed_precision), targets)
             gradient, value = torch.autograd.grad(loss, self._parameters), loss.item()
             del loss
             if images[:, 0].numel() >= LARGE_PATIENT_VOXELS and not images.is_cuda:
