@@ -7,9 +7,11 @@ network where that is faster; what goes back is one sum over all of them and a f
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +23,7 @@ from actors.hospital import configure_logs, make_pictures
 from actors.virtual_work import Assignment, Finished, OpenData, Scoring, TimedData, Turn, VirtualData
 from medfl_ray.aggregation.fixed_point import PartialSum, add_updates, empty_sum
 from medfl_ray.config import Declared, RunConfig
+from medfl_ray.data.cache import MemoryBudget
 from medfl_ray.errors import MedflError, UpdateRejected
 from medfl_ray.federation.labels import labelled
 from medfl_ray.federation.local_pool import start_failure
@@ -32,12 +35,14 @@ from medfl_ray.privacy.hospital_level import clip_update
 from medfl_ray.site_policy import SitePolicy
 
 if TYPE_CHECKING:
+    from medfl_ray.training.evaluation import PatientScore
     from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals
     from medfl_ray.training.trainer import LocalOutcome, Trainer
 
 Answer = TypeVar("Answer")
 log = structlog.get_logger()
 OPEN_HOSPITALS = 4096
+SCORED_AT_ONCE = 16
 SCREENED = {"stage": "screen"}
 
 
@@ -45,13 +50,21 @@ class VirtualHospitals:
     """The hospitals that come to one process: they share its network, one at a time or in groups."""
 
     def __init__(
-        self, run: RunConfig, declared: Declared, open_data: OpenData | None = None, gpu_share: float = 0.0
+        self,
+        run: RunConfig,
+        declared: Declared,
+        open_data: OpenData | None = None,
+        gpu_share: float = 0.0,
+        cache_bytes: int | None = None,
+        looks_ahead: bool = False,
     ) -> None:
         """Import what training needs, so that it is there when the first hospitals come.
 
         Args:
           declared: the strictest declaration among the hospitals' data; all figures are labelled by it.
           gpu_share: share of the GPU's memory that this process may take.
+          cache_bytes: most memory for the hospitals' prepared images, None for no limit.
+          looks_ahead: whether the next group's images are prepared, in a thread, while a group trains.
         """
         import torch
 
@@ -66,6 +79,9 @@ class VirtualHospitals:
         self._declared = declared
         self._checksum: str | None = None
         self._data: OrderedDict[str, Any] = OrderedDict()
+        self._opening = threading.Lock()
+        self._budget = MemoryBudget(cache_bytes)
+        self._ahead = ThreadPoolExecutor(1, "ahead") if looks_ahead else None
         self._trainer: Trainer | None = None
         self._many: ManyHospitals | None = None
         self._group_reason = ""
@@ -124,7 +140,8 @@ class VirtualHospitals:
         failures: list[ClientFailure] = []
         trained: list[TrainedHospital] = []
         total = empty_sum(weights.size)
-        for group in assignment.groups:
+        for group, following in zip(assignment.groups, [*assignment.groups[1:], ()], strict=True):
+            self._look_ahead(following)
             done = list(self._train_group(assignment, group, weights, failures))
             if assignment.streamed:
                 updates += [self._update(assignment, turn, outcome) for turn, outcome in done]
@@ -139,24 +156,42 @@ class VirtualHospitals:
         return Finished(summed, tuple(updates), tuple(failures), self._seconds)
 
     def evaluate(self, scoring: Scoring, weights: Vector) -> list[SiteEvaluation | ClientFailure]:
-        """Score the weights on the held-out patients of hospitals."""
+        """Score the weights on the held-out patients of hospitals, a few hospitals' images in one pass."""
         where = Assignment(scoring.round, 0, 0.0, None, False, 1, ())
         answers: list[SiteEvaluation | ClientFailure] = []
-        for position, hospital in enumerate(scoring.hospitals):
-            pictured = position < scoring.num_pictures
-            work = partial(self._evaluate, scoring.round, hospital, weights, pictured)
-            answer = self._guarded(where, Turn(hospital, 0, 0, 0), work)
-            if isinstance(answer, ClientFailure):
-                answer = answer.model_copy(update={"stage": "evaluate", "left_host": False})
-            answers.append(answer)
+        for start in range(0, len(scoring.hospitals), SCORED_AT_ONCE):
+            some = scoring.hospitals[start : start + SCORED_AT_ONCE]
+            together = self._score_together(some, weights)
+            for position, hospital in enumerate(some, start):
+                pictured = position < scoring.num_pictures
+                work = partial(self._evaluate, scoring.round, hospital, weights, pictured, together.get(hospital))
+                answer = self._guarded(where, Turn(hospital, 0, 0, 0), work)
+                if isinstance(answer, ClientFailure):
+                    answer = answer.model_copy(update={"stage": "evaluate", "left_host": False})
+                answers.append(answer)
         return answers
 
-    def _evaluate(self, round: int, hospital: str, weights: Vector, with_pictures: bool) -> SiteEvaluation:
+    def _score_together(self, hospitals: Sequence[str], weights: Vector) -> dict[str, list[PatientScore]]:
+        """Score hospitals at once; none where one of them is at fault, whose own turn then says so."""
+        if self._run.federation.exact:
+            return {}
+        try:
+            data = [self._opened(hospital) for hospital in hospitals]
+            scores = self._trainer_for(data[0]).evaluate_together(weights, data)
+        except Exception:
+            log.exception("scoring_together_failed")
+            return {}
+        return dict(zip(hospitals, scores, strict=True))
+
+    def _evaluate(
+        self, round: int, hospital: str, weights: Vector, with_pictures: bool, scores: list[PatientScore] | None
+    ) -> SiteEvaluation:
         from medfl_ray.training.evaluation import summarise
 
         data = self._opened(hospital)
         trainer = self._trainer_for(data)
-        scores = trainer.evaluate(weights, data)
+        if scores is None:
+            scores = trainer.evaluate(weights, data)
         may_show = self._declared != "private"
         return SiteEvaluation(
             hospital=hospital,
@@ -269,24 +304,37 @@ class VirtualHospitals:
     def _metrics(self, outcome: LocalOutcome) -> dict[str, Any]:
         return labelled({"train_loss": outcome.mean_loss}, self._declared, self._run.privacy.enable_dp)
 
-    def _opened(self, hospital: str) -> Any:
-        """Return a hospital's data, the last ones used at hand and the others opened again."""
+    def _opened(self, hospital: str, ahead: bool = False) -> Any:
+        """Return a hospital's data, the last ones used at hand and the others opened again; timed unless ahead."""
         started = time.perf_counter()
-        if hospital in self._data:
-            self._data.move_to_end(hospital)
-        else:
-            self._data[hospital] = self._open(hospital)
-            if len(self._data) > OPEN_HOSPITALS:
-                self._data.popitem(last=False)
-        self._seconds["data"] += time.perf_counter() - started
-        return self._data[hospital]
+        with self._opening:
+            if hospital in self._data:
+                self._data.move_to_end(hospital)
+            else:
+                self._data[hospital] = self._open(hospital)
+                if len(self._data) > OPEN_HOSPITALS:
+                    self._data.popitem(last=False)
+            data = self._data[hospital]
+        if not ahead:
+            self._seconds["data"] += time.perf_counter() - started
+        return data
 
     def _open(self, hospital: str) -> Any:
         if self._open_data is not None:
             return self._open_data(self._run, hospital)
         from medfl_ray.data.sources import open_hospital_data
 
-        return open_hospital_data(self._run, (hospital,))
+        return open_hospital_data(self._run, (hospital,), self._budget)
+
+    def _look_ahead(self, group: Sequence[Turn]) -> None:
+        """Have a group's images prepared beside the training; what fails here fails again in its hospital's turn."""
+        if self._ahead is not None and self._open_data is None:
+            for turn in group:
+                self._ahead.submit(self._prepare_images, turn.hospital)
+
+    def _prepare_images(self, hospital: str) -> None:
+        with suppress(MedflError):
+            self._opened(hospital, ahead=True).decode_training()
 
     def _trainer_for(self, data: VirtualData) -> Trainer:
         """Return the one trainer of this process; the first hospital's data say how many channels there are."""

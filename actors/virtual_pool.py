@@ -39,6 +39,7 @@ from medfl_ray.training.group_forming import form_groups, group_cost
 
 TASKS_PER_ACTOR = 16
 PICTURED_HOSPITALS = 2
+CACHED_SHARE = 0.5
 STRICTEST: tuple[Declared, ...] = ("private", "public", "synthetic")
 
 
@@ -294,7 +295,17 @@ def start_actors(run: RunConfig, declared: Declared, open_data: OpenData | None,
         max_task_retries=0,
         runtime_env={"env_vars": simulation_environment()},
     )
-    return [remote.remote(run, declared, open_data, share) for _ in range(count)]
+    cache_bytes = cache_of_each(run, count, resources.get("memory"))
+    # On a core of its own a thread that prepares images would only take turns with the training.
+    looks_ahead = bool(gpus) or cores >= 2 * count
+    return [remote.remote(run, declared, open_data, share, cache_bytes, looks_ahead) for _ in range(count)]
+
+
+def cache_of_each(run: RunConfig, num_actors: int, memory_bytes: float | None) -> int | None:
+    """Return the bytes that one actor's prepared images may take: data.cache_mb, or its part of half the memory."""
+    if run.data.cache_mb is not None:
+        return run.data.cache_mb * 2**20
+    return None if memory_bytes is None else int(memory_bytes * CACHED_SHARE / num_actors)
 
 
 def _public(policy: SitePolicy) -> dict[str, Any]:

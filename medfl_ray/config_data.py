@@ -106,6 +106,11 @@ class DataConfig(Section):
     cache: Literal["memory", "disk", "none"] = Field(
         "memory", description="Where prepared volumes are kept, so that each is decoded once."
     )
+    cache_mb: Positive | None = Field(
+        None,
+        description="Most memory in MB for prepared volumes per process, the longest unused dropped first; without it "
+        "no limit, in a simulation half of the machine's memory over all processes.",
+    )
 
     @model_validator(mode="before")
     @classmethod

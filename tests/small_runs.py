@@ -1,4 +1,4 @@
-"""A federation of phantoms that trains in about a second."""
+"""Federations of phantoms that train in about a second."""
 
 from medfl_ray.config import RunConfig
 from medfl_ray.config_files import parse_run_config
@@ -17,3 +17,30 @@ def small_run(**sections) -> RunConfig:
     for section, values in sections.items():
         raw[section] = {**raw[section], **values} if isinstance(values, dict) and section in raw else values
     return parse_run_config(raw)
+
+
+def balls(**changes):
+    """Return a simulation of six hospitals with unequal steps and a small network; changes go into its sections."""
+    raw = {
+        "name": "virtual",
+        "data": {
+            "phantom": {
+                "preset": "balls",
+                "num_hospitals": 6,
+                "patients_per_hospital": 8,
+                "size_voxels": 16,
+                "seed": 3,
+            },
+            "name": "balls",
+            "spatial_dims": 2,
+            "holdout_fraction": 0.25,
+        },
+        "model": {"type": "unet2d", "features": [4, 8]},
+        "training": {"batch_size": 3, "patch_size_voxels": 16, "learning_rate": 0.05, "hospitals_per_group": 2},
+        "federation": {"rounds": 2, "local_epochs": 1, "pool": "virtual", "seed": 5},
+        "privacy": {"enable_dp": False},
+        "output": {"report": False, "export": False},
+    }
+    for section, values in changes.items():
+        raw[section] = {**raw.get(section, {}), **values}
+    return RunConfig.model_validate(raw)

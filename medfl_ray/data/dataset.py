@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from medfl_ray.config import DataConfig, Declared, TrainingConfig
-from medfl_ray.data.cache import Loader, PreparedCases
+from medfl_ray.data.cache import Loader, MemoryBudget, PreparedCases
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.data.patches import augment, draw_patch, foreground_voxels
 from medfl_ray.data.preprocess import Preprocessing
@@ -50,15 +51,24 @@ class PatchSampling:
 class HospitalData:
     """Training patches drawn from whole patients, and prepared held-out cases."""
 
-    def __init__(self, hospitals: Sequence[HospitalCases], sampling: PatchSampling, data: DataConfig) -> None:
+    def __init__(
+        self,
+        hospitals: Sequence[HospitalCases],
+        sampling: PatchSampling,
+        data: DataConfig,
+        budget: MemoryBudget | None = None,
+    ) -> None:
+        """Take the memory that all data of this process share; data.cache_mb for these alone if None."""
         self._hospitals = tuple(hospitals)
+        budget = budget or MemoryBudget(None if data.cache_mb is None else data.cache_mb * 2**20)
         self._sampling = sampling
         patients = [patient for hospital in hospitals for patient in hospital.train]
-        self._cases = PreparedCases([loader for patient in patients for loader in patient], data.cache)
+        self._cases = PreparedCases([loader for patient in patients for loader in patient], data.cache, budget)
         ends = np.cumsum([0, *(len(patient) for patient in patients)])
         self._cases_of_patient = [range(a, b) for a, b in pairwise(ends)]
-        self._holdout = PreparedCases([loader for hospital in hospitals for loader in hospital.holdout], data.cache)
-        self._foreground: dict[int, tuple[npt.NDArray[np.int64], ...]] = {}
+        held_out = [loader for hospital in hospitals for loader in hospital.holdout]
+        self._holdout = PreparedCases(held_out, data.cache, budget)
+        self._foreground: WeakKeyDictionary[PreparedCase, tuple[npt.NDArray[np.int64], ...]] = WeakKeyDictionary()
         # Left-right is the first axis of a RAS volume and the last one (columns) of a picture.
         self._mirror_axis = 0 if len(sampling.patch_size) == 3 else 1
 
@@ -100,8 +110,12 @@ class HospitalData:
 
     def decode(self, num_workers: int) -> None:
         """Prepare every case now, with threads, where a cache keeps them."""
-        self._cases.decode_all(num_workers)
+        self.decode_training(num_workers)
         self._holdout.decode_all(num_workers)
+
+    def decode_training(self, num_workers: int = 1) -> None:
+        """Prepare the training cases now, with threads, where a cache keeps them."""
+        self._cases.decode_all(num_workers)
 
     def check_cases(self) -> None:
         """Prepare every case once, whether a cache keeps it or not.
@@ -143,7 +157,7 @@ class HospitalData:
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         position = positions[int(rng.integers(len(positions)))]
         case = self._cases[position]
-        return self._cut(case, self._centres(position, case), rng)
+        return self._cut(case, self._centres(case), rng)
 
     def _cut(
         self, case: PreparedCase, centres: tuple[npt.NDArray[np.int64], ...], rng: np.random.Generator
@@ -152,9 +166,9 @@ class HospitalData:
         patch = draw_patch(case, centres, sampling.patch_size, sampling.foreground_fraction, rng)
         return augment(*patch, self._mirror_axis, rng) if sampling.augment else patch
 
-    def _centres(self, position: int, case: PreparedCase) -> tuple[npt.NDArray[np.int64], ...]:
+    def _centres(self, case: PreparedCase) -> tuple[npt.NDArray[np.int64], ...]:
         if not isinstance(case.label, np.ndarray):
             return ()
-        if position not in self._foreground:
-            self._foreground[position] = foreground_voxels(case.label)
-        return self._foreground[position]
+        if case not in self._foreground:
+            self._foreground[case] = foreground_voxels(case.label)
+        return self._foreground[case]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from medfl_ray.config import DataConfig, Declared, HospitalConfig, RunConfig
 from medfl_ray.config_files import parse_model
+from medfl_ray.data.cache import MemoryBudget
 from medfl_ray.data.cases import Case, CaseIndex
 from medfl_ray.data.dataset import HospitalCases, HospitalData, PatchSampling
 from medfl_ray.data.layouts import discover_cases
@@ -47,10 +48,13 @@ def list_hospitals(run: RunConfig) -> list[SitePolicy]:
     return [_hospital_policy(run, hospital) for hospital in run.data.hospitals]
 
 
-def open_hospital_data(run: RunConfig, hospital_ids: tuple[str, ...]) -> HospitalData:
+def open_hospital_data(
+    run: RunConfig, hospital_ids: tuple[str, ...], budget: MemoryBudget | None = None
+) -> HospitalData:
     """Open one hospital's data, or the union of several inside one trust domain.
 
-    Nothing is decoded before it is needed, unless training.num_workers asks for it.
+    Nothing is decoded before it is needed, unless training.num_workers asks for it. Prepared volumes count towards
+    `budget`, which several hospitals of one process may share.
 
     Raises:
       ConfigError: a hospital is not in the run, or its folder does not exist.
@@ -60,7 +64,7 @@ def open_hospital_data(run: RunConfig, hospital_ids: tuple[str, ...]) -> Hospita
     if not opened:
         raise ConfigError("no hospital was asked for; expected at least one of the run's")
     _check_one_network(opened)
-    data = HospitalData(opened, PatchSampling.from_config(run.training, run.patch_size), run.data)
+    data = HospitalData(opened, PatchSampling.from_config(run.training, run.patch_size), run.data, budget)
     data.decode(_num_workers(run, hospital_ids))
     return data
 

@@ -28,7 +28,7 @@ from medfl_ray.training.batches import patient_batches
 from medfl_ray.training.coupling import check_patients_apart
 from medfl_ray.training.engine_choice import choose_group_size, engine_of, make_patient_like
 from medfl_ray.training.evaluation import PatientScore, average_cases, dice_per_label
-from medfl_ray.training.inference import classify, segment
+from medfl_ray.training.inference import batches_of_one_size, classify, segment
 from medfl_ray.training.local_data import LocalData
 from medfl_ray.training.losses import loss_of_each, make_loss
 from medfl_ray.training.optimizers import make_optimizer
@@ -151,6 +151,21 @@ class Trainer:
                 per_patient.setdefault(case.patient_id, []).append(self._score(case, labels))
         return [average_cases(scores) for scores in per_patient.values()]
 
+    def evaluate_together(self, weights: Vector, hospitals: Sequence[LocalData]) -> list[list[PatientScore]]:
+        """Score the held-out patients of several hospitals, images of one size in one pass; as `evaluate` of each."""
+        self._load_for_inference(weights)
+        cases = [
+            (owner, case) for owner, data in enumerate(hospitals) for case in data.holdout if case.label is not None
+        ]
+        scores: dict[int, PatientScore] = {}
+        for batch in batches_of_one_size([case for _, case in cases]):
+            scored = self._score_batch([cases[i][1] for i in batch], [hospitals[cases[i][0]].labels for i in batch])
+            scores.update(zip(batch, scored, strict=True))
+        per_patient: list[dict[str, list[PatientScore]]] = [{} for _ in hospitals]
+        for i, (owner, case) in enumerate(cases):
+            per_patient[owner].setdefault(case.patient_id, []).append(scores[i])
+        return [[average_cases(own) for own in patients.values()] for patients in per_patient]
+
     def losses(self, weights: Vector, patients: Iterable[Patient]) -> list[float]:
         """Return the loss of each patient's patches under given weights; nothing is trained."""
         self._load_for_inference(weights)
@@ -266,21 +281,39 @@ class Trainer:
             parameter.grad = piece.to(self.device, torch.float32).clone()
 
     def _score(self, case: PreparedCase, labels: Mapping[int, str]) -> PatientScore:
+        return self._score_batch([case], [labels])[0]
+
+    def _score_batch(self, cases: Sequence[PreparedCase], labels: Sequence[Mapping[int, str]]) -> list[PatientScore]:
+        """Score cases whose images have one size, each with its own names of labels."""
+        truths = [np.asarray(case.label) for case in cases]
         if self._task == "segmentation":
-            return PatientScore(dice=dice_per_label(self._predict_loaded(case), np.asarray(case.label), labels))
-        probabilities = self._probabilities(case)
-        return PatientScore(probabilities=tuple(probabilities.tolist()), truth=int(np.asarray(case.label)))
+            return [
+                PatientScore(dice=dice_per_label(prediction, truth, names))
+                for prediction, truth, names in zip(self._segment(cases), truths, labels, strict=True)
+            ]
+        return [
+            PatientScore(probabilities=tuple(own.tolist()), truth=int(truth))
+            for own, truth in zip(self._probabilities(cases), truths, strict=True)
+        ]
 
     def _predict_loaded(self, case: PreparedCase) -> npt.NDArray[np.uint8]:
         if self._task == "classification":
-            return np.asarray(self._probabilities(case).argmax().item(), dtype=np.uint8)
-        with torch.inference_mode():
-            logits = segment(self.network, torch.tensor(case.image, device=self.device), self._patch_size)
-            return logits.argmax(dim=0).to("cpu", torch.uint8).numpy()
+            return np.asarray(self._probabilities([case])[0].argmax().item(), dtype=np.uint8)
+        return self._segment([case])[0]
 
-    def _probabilities(self, case: PreparedCase) -> Tensor:
+    def _segment(self, cases: Sequence[PreparedCase]) -> npt.NDArray[np.uint8]:
+        """Return the predicted labels [N, *S] of cases of one size."""
         with torch.inference_mode():
-            return classify(self.network, torch.tensor(case.image, device=self.device), self._patch_size).cpu()
+            logits = segment(self.network, self._stack(cases), self._patch_size)
+            return np.asarray(logits.argmax(1).to("cpu", torch.uint8).numpy(), dtype=np.uint8)
+
+    def _probabilities(self, cases: Sequence[PreparedCase]) -> Tensor:
+        """Return the class probabilities [N, L] of cases of one size."""
+        with torch.inference_mode():
+            return classify(self.network, self._stack(cases), self._patch_size).cpu()
+
+    def _stack(self, cases: Sequence[PreparedCase]) -> Tensor:
+        return self._put(torch.from_numpy(np.stack([case.image for case in cases])))
 
     def _load_for_inference(self, weights: Vector) -> None:
         load_into(self._tensors, weights)

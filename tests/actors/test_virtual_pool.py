@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from small_runs import balls
 
 from actors.coordinator import hospital_specs, local_pool, run_in_process
 from actors.simulate import Simulation, open_ledgers, simulate, where_time_went
 from actors.virtual_pool import VirtualPool
-from medfl_ray.config import RunConfig
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import ConfigError, DataError
 from medfl_ray.federation.planning import mechanisms
@@ -22,33 +22,6 @@ from medfl_ray.privacy.accountant import Segment, epsilon_spent
 from medfl_ray.store.run_folder import RunFolder
 
 pytestmark = pytest.mark.timeout(300)
-
-
-def balls(**changes):
-    """Six hospitals with unequal steps and a small network."""
-    raw = {
-        "name": "virtual",
-        "data": {
-            "phantom": {
-                "preset": "balls",
-                "num_hospitals": 6,
-                "patients_per_hospital": 8,
-                "size_voxels": 16,
-                "seed": 3,
-            },
-            "name": "balls",
-            "spatial_dims": 2,
-            "holdout_fraction": 0.25,
-        },
-        "model": {"type": "unet2d", "features": [4, 8]},
-        "training": {"batch_size": 3, "patch_size_voxels": 16, "learning_rate": 0.05, "hospitals_per_group": 2},
-        "federation": {"rounds": 2, "local_epochs": 1, "pool": "virtual", "seed": 5},
-        "privacy": {"enable_dp": False},
-        "output": {"report": False, "export": False},
-    }
-    for section, values in changes.items():
-        raw[section] = {**raw.get(section, {}), **values}
-    return RunConfig.model_validate(raw)
 
 
 def folder_of(run, tmp_path):

@@ -1,0 +1,94 @@
+"""Prepared cases within a limit of memory: the longest unused goes first, and comes back the same."""
+
+import gc
+
+import numpy as np
+import pytest
+from small_runs import small_run
+
+from medfl_ray.data.cache import MemoryBudget, PreparedCases, num_bytes_of
+from medfl_ray.data.cases import PreparedCase
+from medfl_ray.data.phantom_source import phantom_hospital_names
+from medfl_ray.data.sources import open_hospital_data
+
+EDGE = 4
+CASE_BYTES = EDGE**3 * (4 + 1)
+
+
+class Loaders:
+    """Loaders of cases that count how often each was asked."""
+
+    def __init__(self, count):
+        self.calls = [0] * count
+
+    def all(self):
+        return [lambda i=i: self._load(i) for i in range(len(self.calls))]
+
+    def _load(self, i):
+        self.calls[i] += 1
+        image = np.full((1, EDGE, EDGE, EDGE), i, np.float32)
+        return PreparedCase(f"p{i}", f"c{i}", image, np.full((EDGE,) * 3, i, np.uint8), np.eye(4))
+
+
+def test_the_longest_unused_case_makes_room():
+    loaders, budget = Loaders(3), MemoryBudget(2 * CASE_BYTES)
+    cases = PreparedCases(loaders.all(), budget=budget)
+    assert num_bytes_of(cases[0]) == CASE_BYTES
+    _ = cases[1], cases[0], cases[2]  # 1 is the longest unused when 2 comes
+    _ = cases[0], cases[2]
+    assert loaders.calls == [1, 1, 1]
+    assert cases[1].image[0, 0, 0, 0] == 1
+    assert loaders.calls == [1, 2, 1]
+    assert budget.used == 2 * CASE_BYTES
+
+
+def test_without_a_limit_each_case_is_prepared_once():
+    loaders = Loaders(5)
+    cases = PreparedCases(loaders.all())
+    for _ in range(3):
+        assert [case.image.max() for case in cases] == [0, 1, 2, 3, 4]
+    assert loaders.calls == [1] * 5
+
+
+def test_a_case_larger_than_the_limit_is_used_and_not_kept():
+    loaders, budget = Loaders(1), MemoryBudget(CASE_BYTES - 1)
+    cases = PreparedCases(loaders.all(), budget=budget)
+    assert cases[0].case_id == cases[0].case_id == "c0"
+    assert loaders.calls == [2]
+    assert budget.used == 0
+
+
+def test_hospitals_share_one_limit_and_a_closed_one_gives_its_memory_back():
+    budget = MemoryBudget(3 * CASE_BYTES)
+    first, second = (PreparedCases(Loaders(2).all(), budget=budget) for _ in range(2))
+    held = [*first, *second]
+    assert budget.used == 3 * CASE_BYTES  # the first hospital's first case had to go
+    del second, held
+    gc.collect()
+    assert budget.used == CASE_BYTES
+
+
+def test_memory_maps_on_disk_do_not_count():
+    budget = MemoryBudget(1)
+    loaders = Loaders(2)
+    cases = PreparedCases(loaders.all(), "disk", budget)
+    assert [case.image.max() for case in [*cases, *cases]] == [0, 1, 0, 1]
+    assert loaders.calls == [1, 1]
+    assert budget.used == 0
+
+
+@pytest.mark.parametrize("cache_mb", [None, 1])
+def test_patches_are_the_same_with_and_without_a_limit(cache_mb):
+    phantom = {"num_hospitals": 1, "patients_per_hospital": 8, "size_voxels": 64, "seed": 3}
+    run = small_run(data={"phantom": phantom, "cache_mb": cache_mb}, training={"patch_size_voxels": 16})
+    data = open_hospital_data(run, phantom_hospital_names(run.data.phantom))
+    rng = np.random.default_rng(0)
+    drawn = [data.train_patches(i % data.num_train_patients, 1, rng)[0].sum().item() for i in range(12)]
+    limited = cache_mb is not None
+    kept = len(data._cases._kept)
+    assert kept < data.num_train_patients if limited else kept == data.num_train_patients
+    free = open_hospital_data(
+        small_run(data={"phantom": phantom}, training={"patch_size_voxels": 16}), data.hospital_ids
+    )
+    rng = np.random.default_rng(0)
+    assert drawn == [free.train_patches(i % free.num_train_patients, 1, rng)[0].sum().item() for i in range(12)]

@@ -1,0 +1,65 @@
+"""Sums of several hospitals: what does not belong to the round is refused whole, and nothing of it is taken down."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from medfl_ray.aggregation.fixed_point import add_updates, empty_sum, weighted_mean
+from medfl_ray.errors import UpdateRejected
+from medfl_ray.federation.ports import SummedUpdates, TrainedHospital
+from medfl_ray.federation.rounds import Tally, add_sum
+from medfl_ray.messages import Metric, RoundPlan
+
+CONTEXT = SimpleNamespace(layout=SimpleNamespace(checksum="layout", size=4))
+PLAN = RoundPlan(
+    job="job",
+    round=3,
+    attempt=2,
+    config_hash="",
+    weights_checksum="",
+    hospitals=("a", "b", "c"),
+    num_steps={"a": 1, "b": 1, "c": 1},
+    learning_rate=0.1,
+    mechanisms={},
+)
+
+
+def sum_of(*names, **changes):
+    updates = np.arange(4 * len(names), dtype=np.float32).reshape(-1, 4)
+    total = add_updates(empty_sum(4), updates, [2] * len(names))
+    trained = tuple(TrainedHospital(name, 1, {"train_loss": Metric(value=1.0, label="public")}) for name in names)
+    return replace(SummedUpdates(3, 2, "layout", total, trained), **changes)
+
+
+def test_sums_of_a_round_become_its_mean():
+    tally, total = Tally(), empty_sum(4)
+    for part in (sum_of("b", "a"), sum_of("c")):
+        total = add_sum(CONTEXT, total, part, PLAN, tally)
+    assert tally.trained == {"a", "b", "c"}
+    assert tally.metrics["c"]["train_loss"].value == 1.0
+    assert np.allclose(weighted_mean(total), (np.arange(4) + np.arange(4, 8) + np.arange(4)) / 3)
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        (sum_of("a", round=2), "round 2"),
+        (sum_of("a", attempt=1), "attempt 1"),
+        (sum_of("a", layout_checksum="another"), "layout"),
+        (sum_of("a", "b", trained=sum_of("a").trained), "number of updates"),
+        (sum_of("a", "stranger"), "not asked"),
+        (sum_of("a", "a"), "not asked or has delivered"),
+        (sum_of("a", "c"), "delivered already"),
+    ],
+)
+def test_a_sum_that_does_not_belong_here_is_refused_whole(bad, word):
+    tally = Tally()
+    total = add_sum(CONTEXT, empty_sum(4), sum_of("c"), PLAN, tally)
+    before = weighted_mean(total).copy()
+    with pytest.raises(UpdateRejected, match=word):
+        add_sum(CONTEXT, total, bad, PLAN, tally)
+    assert tally.trained == {"c"}
+    assert set(tally.metrics) == {"c"}
+    assert np.array_equal(weighted_mean(total), before)
