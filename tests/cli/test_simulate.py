@@ -1,4 +1,4 @@
-"""medfl-ray simulate as a process of its own: it trains, says where the time went, resumes and leaves nothing behind."""
+"""medfl-ray simulate as a process of its own: it trains, says where the time went, and resumes."""
 
 import json
 import os
@@ -41,9 +41,9 @@ def test_a_simulation_trains_prints_its_rate_and_continues(tmp_path):
     assert "Traceback" not in again.stderr
 
 
-def test_private_training_of_data_that_are_not_synthetic_is_refused_in_one_sentence(tmp_path):
+def test_what_a_simulation_cannot_do_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "sim.yaml").write_text(dump_yaml(balls(output={"directory": "runs"})), encoding="utf-8")
-    refused = simulate(tmp_path, "sim.yaml", "--set", "federation.baselines=[alone]")
+    refused = simulate(tmp_path, "sim.yaml", "--set", "federation.baselines=[local]")
     assert refused.returncode != 0
     lines = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, refused.stderr
