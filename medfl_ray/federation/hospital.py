@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import structlog
 
-from medfl_ray import params
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import DataError, MedflError, PrivacyConfigError
 from medfl_ray.federation.labels import labelled
@@ -291,17 +290,3 @@ def shown_problem(run: RunConfig, policy: SitePolicy, error: DataError, stage: S
         f"{type(error).__name__} in this hospital's private data; the case is in the hospital's own log. "
         "Run medfl-ray data inspect at the hospital"
     )
-
-
-def check_layout(update: ClientUpdate, plan: RoundPlan, layout: params.Layout) -> str | None:
-    """Return why an update does not belong to the plan, or None when it does."""
-    if (update.round, update.attempt) != (plan.round, plan.attempt):
-        return (
-            f"the update is of round {update.round}, attempt {update.attempt}; "
-            f"this is round {plan.round}, attempt {plan.attempt}"
-        )
-    if update.hospital not in plan.hospitals:
-        return "the update comes from a hospital that was not asked"
-    if update.layout_checksum != layout.checksum or update.delta.shape != (layout.size,):
-        return "the update's layout is not that of the run's network"
-    return None

@@ -18,7 +18,6 @@ from medfl_ray.aggregation.strategies import Strategy, released_weights
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import UpdateRejected
 from medfl_ray.federation.events import Event, HospitalState
-from medfl_ray.federation.hospital import check_layout
 from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION, HospitalLevel
 from medfl_ray.federation.policies import Decision, judge_round
 from medfl_ray.federation.ports import (
@@ -29,6 +28,7 @@ from medfl_ray.federation.ports import (
     SummedUpdates,
     TrainedHospital,
 )
+from medfl_ray.federation.screening import Expected, why_rejected
 from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,
@@ -48,7 +48,8 @@ from medfl_ray.training.schedules import learning_rate
 class RoundContext:
     """What stays the same over the rounds of a run; `central` is there under hospital-level differential privacy.
 
-    `evaluated` are the hospitals that are asked to score the weights, and `select` names who trains in a round.
+    `weight` is each hospital's public aggregation weight. `evaluated` are the hospitals that
+    are asked to score the weights, and `select` names who trains in a round.
     """
 
     run: RunConfig
@@ -61,6 +62,7 @@ class RoundContext:
     mirror: LedgerKeeper
     available: tuple[str, ...]
     num_steps: Mapping[str, int]
+    weight: Mapping[str, int]
     mechanisms: Mapping[str, Mechanism]
     emit: Callable[[Event], None]
     evaluated: tuple[str, ...]
@@ -201,7 +203,7 @@ def collect_updates(
     context: RoundContext, plan: RoundPlan, ready: Sequence[str], state: FederationState, tally: Tally
 ) -> PartialSum:
     """Sum the updates as they arrive; one that does not fit is refused with a reason and the round goes on."""
-    total = empty_sum(context.layout.size)
+    total, expected = empty_sum(context.layout.size), expected_updates(context, plan, state)
     for hospital in ready:
         tell(context, HospitalState(hospital=hospital, state="training", num_steps=plan.num_steps[hospital]))
     for answer in context.pool.train(plan, ready, state.weights):
@@ -210,8 +212,10 @@ def collect_updates(
             tally.failures.append(answer)
         else:
             try:
-                add = add_sum if isinstance(answer, SummedUpdates) else screen_and_add
-                total = add(context, total, answer, plan, tally)  # type: ignore[arg-type]
+                if isinstance(answer, SummedUpdates):
+                    total = add_sum(context, total, answer, plan, tally)
+                else:
+                    total = screen_and_add(context, total, answer, expected, tally)
             except UpdateRejected as error:
                 reason = str(error)
                 refuse(plan, answer, reason, tally)
@@ -219,6 +223,12 @@ def collect_updates(
         for hospital in hospitals_of(answer):
             tell(context, HospitalState(hospital=hospital, state=state_name, detail=reason))
     return total
+
+
+def expected_updates(context: RoundContext, plan: RoundPlan, state: FederationState) -> Expected:
+    """Say what an update of the round has to fit."""
+    weight = {hospital: context.weight[hospital] for hospital in plan.hospitals}
+    return Expected(plan, context.layout, weight, params.norm(state.weights), may_be_zero=context.central is not None)
 
 
 def hospitals_of(answer: ClientUpdate | SummedUpdates | ClientFailure) -> list[str]:
@@ -235,12 +245,10 @@ def refuse(plan: RoundPlan, answer: ClientUpdate | SummedUpdates, reason: str, t
 
 
 def screen_and_add(
-    context: RoundContext, total: PartialSum, update: ClientUpdate, plan: RoundPlan, tally: Tally
+    context: RoundContext, total: PartialSum, update: ClientUpdate, expected: Expected, tally: Tally
 ) -> PartialSum:
-    """Add an update that belongs to this round; UpdateRejected says why one does not."""
-    reason = check_layout(update, plan, context.layout)
-    if reason is None and update.hospital in tally.trained:
-        reason = "the hospital has already delivered an update in this round"
+    """Add an update that belongs to this round and is sound; UpdateRejected says why one is not."""
+    reason = why_rejected(update, expected, tally.trained)
     if reason is not None:
         raise UpdateRejected(reason)
     if context.central is not None:

@@ -15,7 +15,7 @@ from medfl_ray.errors import ConfigError, FederationError, QuorumLost
 from medfl_ray.federation.baselines import as_plain, check_baselines, run_baselines
 from medfl_ray.federation.events import Event, HospitalState, Notice, PhaseStarted, RoundClosed
 from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
-from medfl_ray.federation.planning import mechanisms, steps_per_round
+from medfl_ray.federation.planning import aggregation_weight, mechanisms, steps_per_round
 from medfl_ray.federation.policies import can_start
 from medfl_ray.federation.ports import ClientPool, FederationState, Ledger, LedgerKeeper, PublishedRound, RunKeeper
 from medfl_ray.federation.rounds import RoundContext, run_round
@@ -130,6 +130,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
         mirror=parts.mirror,
         available=present,
         num_steps={hospital: steps_per_round(parts.run, policies[hospital]) for hospital in present},
+        weight={hospital: aggregation_weight(parts.run, policies[hospital].num_patients) for hospital in present},
         mechanisms={hospital: planned[hospital] for hospital in present if hospital in planned},
         emit=parts.emit,
         evaluated=select_evaluated(present, parts.run.federation.eval_hospitals, parts.run.federation.seed),

@@ -299,13 +299,14 @@ class Trainer:
     def _predict_loaded(self, case: PreparedCase) -> npt.NDArray[np.uint8]:
         if self._task == "classification":
             return np.asarray(self._probabilities([case])[0].argmax().item(), dtype=np.uint8)
-        return self._segment([case])[0]
+        return np.asarray(self._segment([case])[0], dtype=np.uint8)
 
     def _segment(self, cases: Sequence[PreparedCase]) -> npt.NDArray[np.uint8]:
         """Return the predicted labels [N, *S] of cases of one size."""
         with torch.inference_mode():
             logits = segment(self.network, self._stack(cases), self._patch_size)
-            return np.asarray(logits.argmax(1).to("cpu", torch.uint8).numpy(), dtype=np.uint8)
+            predicted: npt.NDArray[np.uint8] = logits.argmax(1).to("cpu", torch.uint8).numpy()
+        return predicted
 
     def _probabilities(self, cases: Sequence[PreparedCase]) -> Tensor:
         """Return the class probabilities [N, L] of cases of one size."""
