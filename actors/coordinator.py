@@ -6,6 +6,7 @@ State is in the run's folder and in the hospitals' ledgers, so that the actor ma
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -25,6 +26,7 @@ from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.ledger_events import LedgerHead
 from medfl_ray.store.run_folder import RunFolder
 from medfl_ray.store.run_mirror import RunMirror, receipt_heads
+from medfl_ray.store.signing_key import signature_is_valid
 from medfl_ray.store.state_folders import federation_folder, hospital_folder, state_root
 
 
@@ -49,6 +51,7 @@ def hospital_specs(
             index,
             (policy.hospital,),
             hospital_folder(policy, folder, root),
+            signing_seed=None if run.privacy.patient_level else secrets.token_bytes(32),
             expected_heads=expected.get(policy.hospital, ()),
         )
         for index, policy in enumerate(policies)
@@ -139,12 +142,23 @@ def run_in_process(
     root: Path | None = None,
 ) -> RunOutcome:
     """Run a federation against a pool, and close the pool whatever happens; `root` as in `hospital_specs`."""
-    store = RunFolder(folder, run)
-    mirror = RunMirror(policies, folder, root or state_root(run))
+    root = root or state_root(run)
+    store = RunFolder(folder, run, federation_folder(policies, folder, root))
     try:
-        account = partial(open_federation_ledger, run, policies, folder, root or state_root(run))
         return run_federation(
-            RunParts(run, store.job, policies, pool, store, mirror, initial_weights(run), emit, stop, account)
+            RunParts(
+                run=run,
+                job=store.job,
+                policies=policies,
+                pool=pool,
+                store=store,
+                mirror=RunMirror(policies, folder, root),
+                initial_weights=initial_weights(run),
+                emit=emit,
+                stop=stop,
+                open_federation_ledger=partial(open_federation_ledger, run, policies, folder, root),
+                is_signed=signature_is_valid,
+            )
         )
     finally:
         pool.close()

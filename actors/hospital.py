@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from medfl_ray.errors import DataError, LedgerError, MedflError
 from medfl_ray.federation.hospital import Hospital, HospitalParts, is_confidential, shown_problem
 from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.federation.planning import account_delta, budget_of, is_for_one_run
-from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger
+from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Signer
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
 from medfl_ray.site_policy import SitePolicy
@@ -34,6 +34,7 @@ class HospitalSpec:
     `state_folder` holds the ledger; it belongs to the hospital and outlives the run unless data are synthetic.
     `pooled` are the hospitals whose own ledgers are charged instead, where several hospitals' data are pooled.
     `expected_heads` are rows that the ledger must hold, from the coordinator's mirror and the run's last receipt.
+    `signing_seed` makes the key under which it signs updates; where it keeps a ledger, the ledger's key signs.
     """
 
     run: RunConfig
@@ -43,6 +44,7 @@ class HospitalSpec:
     state_folder: Path
     pooled: tuple[HospitalSpec, ...] = ()
     expected_heads: tuple[str, ...] = ()
+    signing_seed: bytes | None = field(default=None, repr=False)
 
 
 def build_hospital(spec: HospitalSpec) -> Hospital:
@@ -86,7 +88,10 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
         spent = ledger.spent() if ledger is not None else None
         write_local_report(spec.state_folder, policy.hospital, run, round, values, figures, pictures, spent)
 
-    return Hospital(HospitalParts(run, policy, spec.index, trainer, data, ledger, make_pictures, local_report))
+    parts = HospitalParts(
+        run, policy, spec.index, trainer, data, ledger, make_pictures, local_report, signing_key(spec)
+    )
+    return Hospital(parts)
 
 
 def configure_logs() -> None:
@@ -132,6 +137,17 @@ def open_ledger(spec: HospitalSpec) -> Ledger:
         )
 
     return PooledLedger([account(member) for member in spec.pooled]) if spec.pooled else account(spec)
+
+
+def signing_key(spec: HospitalSpec) -> Signer | None:
+    """Return the key that signs the hospital's updates; None for pooled data, which send no update."""
+    from medfl_ray.store.ledger_file import KEY_NAME
+    from medfl_ray.store.signing_key import SigningKey, load_key
+
+    if spec.signing_seed is not None:
+        return SigningKey.from_seed(spec.signing_seed)
+    keeps_account = spec.run.privacy.patient_level and not spec.pooled
+    return load_key(spec.state_folder / KEY_NAME) if keeps_account else None
 
 
 def _make_state_folder(spec: HospitalSpec) -> None:

@@ -24,8 +24,9 @@ from medfl_ray.params import Layout, Vector
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.run_folder import RunFolder
 from medfl_ray.store.run_mirror import RunMirror
+from medfl_ray.store.signing_key import signature_is_valid
 from medfl_ray.store.simulated_ledgers import Account, SimulatedLedgers
-from medfl_ray.store.state_folders import state_root
+from medfl_ray.store.state_folders import federation_folder, state_root
 
 if TYPE_CHECKING:
     from actors.virtual_pool import VirtualPool
@@ -128,7 +129,7 @@ class Simulation:
         from actors.coordinator import open_federation_ledger
 
         root = state_root(self._run)
-        store = RunFolder(self._folder, self._run)
+        store = RunFolder(self._folder, self._run, federation_folder(self._policies, self._folder, root))
         return run_federation(
             RunParts(
                 run=self._run,
@@ -141,6 +142,7 @@ class Simulation:
                 emit=self._timed,
                 stop=stop or threading.Event(),
                 open_federation_ledger=partial(open_federation_ledger, self._run, self._policies, self._folder, root),
+                is_signed=signature_is_valid,
                 select=None if select is None else (lambda number: tuple(sorted(select(number)))),
             )
         )

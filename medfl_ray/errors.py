@@ -17,6 +17,7 @@
     |   |-- QuorumLost         too few hospitals delivered an update
     |   |-- UpdateRejected     an update does not fit the round it claims
     |   |-- CheckpointError    a checkpoint is missing, damaged or cannot be written
+    |   |-- ReceiptError       a receipt was changed, left out or signed by somebody else
     |   `-- HospitalLost       a hospital's process ended before it answered
     |-- ExportError            a model could not be exported, or its parity check failed
     `-- ClusterError           Ray could not be reached, started or trusted
@@ -92,6 +93,10 @@ class UpdateRejected(FederationError):
 
 class CheckpointError(FederationError):
     """A checkpoint is missing, damaged or cannot be written."""
+
+
+class ReceiptError(FederationError):
+    """A receipt was changed, left out, or signed by somebody else."""
 
 
 class HospitalLost(FederationError):

@@ -6,12 +6,16 @@ hospital is a `Metric` with a label that says what it costs to show it.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from medfl_ray.params import Vector
+
+HEADLINES = ("dice", "auc", "accuracy")
+"""What a run is judged by: the first of these that its evaluation has."""
 
 Label = Literal["public", "charged", "suppressed", "unprotected"]
 """public: derived from public or synthetic data. charged: paid for in the ledger. suppressed: not
@@ -78,6 +82,11 @@ class RoundPlan(Message):
     clip_norm: float | None = None
     ledger_heads: dict[str, str] = Field(default_factory=dict)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole plan, in hex; receipts name it."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
     def addressed_to(self, hospital: str) -> RoundPlan:
         """Return what one hospital is told: under hospital-level DP not who else was asked, which may be secret."""
         if self.clip_norm is None:
@@ -115,7 +124,8 @@ class HospitalInfo(Message):
 
     `patient_group_size` is how many patients' gradients its machine computes in one pass, measured on made-up
     patients; None without patient-level differential privacy. `hospitals_per_group` is how many virtual hospitals
-    are trained at once, None outside of a simulation.
+    are trained at once, None outside of a simulation. `public_key` is the Ed25519 key, 64 hex digits, under which it
+    signs its updates; None where updates are summed where they are trained.
     """
 
     hospital: str
@@ -128,6 +138,7 @@ class HospitalInfo(Message):
     device: str
     patient_group_size: int | None = None
     hospitals_per_group: int | None = None
+    public_key: str | None = None
     spent: PrivacySpent | None = None
 
 
@@ -136,7 +147,8 @@ class ClientUpdate:
     """One hospital's change of the weights, delta of shape [P], with its public weight.
 
     `duration_s` is 0 for private data under DP: it would tell how many patients were drawn. `within_clip` says
-    whether the update fitted the plan's clip norm before it was clipped; None where there is none.
+    whether the update fitted the plan's clip norm before it was clipped; None where there is none. `signature` is the
+    hospital's, over what `federation.signatures.update_digest` returns.
     """
 
     hospital: str
@@ -150,6 +162,7 @@ class ClientUpdate:
     metrics: dict[str, Metric] = field(default_factory=dict)
     duration_s: float = 0.0
     within_clip: bool | None = None
+    signature: str = ""
 
 
 class ClientFailure(Message):
@@ -178,7 +191,8 @@ class Receipt(Message):
     """The record of one round: who was asked, who trained, who did not and why.
 
     With a secret cohort nothing here says who was asked: amplification by sampling is claimed, and so asked, trained
-    and update_hashes are empty and of failures only those are named that do not depend on the draw.
+    and update_hashes are empty and of failures only those are named that do not depend on the draw. `reason` says why
+    nothing was published; empty where something was.
     """
 
     job: str
@@ -196,6 +210,18 @@ class Receipt(Message):
     published: bool
     ended_at: str
     secret_cohort: bool = False
+    reason: str = ""
+
+
+class SignedReceipt(Receipt):
+    """A receipt in its chain: `previous` is the hash of the one before, see medfl_ray/store/receipts.py.
+
+    All three are empty in a receipt of a version that did not sign.
+    """
+
+    previous: str = ""
+    public_key: str = ""
+    signature: str = ""
 
 
 class RoundResult(Message):

@@ -17,12 +17,20 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from medfl_ray.config import RunConfig
 from medfl_ray.config_files import load_run_config
 from medfl_ray.errors import ConfigError
-from medfl_ray.messages import ClientFailure, HospitalInfo, Label, Metric, PrivacySpent, RoundResult, SiteEvaluation
+from medfl_ray.messages import (
+    HEADLINES,
+    ClientFailure,
+    HospitalInfo,
+    Label,
+    Metric,
+    PrivacySpent,
+    RoundResult,
+    SiteEvaluation,
+)
 from medfl_ray.privacy.audit_record import AUDIT_FILE, AuditRecord
 
 T = TypeVar("T")
 Curve = tuple[tuple[int, float], ...]
-HEADLINES = ("dice", "auc", "accuracy")
 OPTIONAL_FILES = ("hospitals.json", "evaluation.json", "baselines.json", "ledger.json", "model.json")
 
 

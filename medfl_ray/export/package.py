@@ -13,7 +13,7 @@ from medfl_ray.data.dataset import HospitalData
 from medfl_ray.data.preprocess import Preprocessing
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import ConfigError, DataError, ExportError
-from medfl_ray.messages import HospitalInfo, PrivacySpent, Receipt
+from medfl_ray.messages import HospitalInfo, PrivacySpent, SignedReceipt
 
 Task = Literal["segmentation", "classification"]
 
@@ -104,7 +104,7 @@ def privacy_statement(run: RunConfig, run_dir: Path) -> dict[str, Any]:
     lines = path.read_text().splitlines() if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
-            spent.update(Receipt.model_validate_json(line).spent)
+            spent.update(SignedReceipt.model_validate_json(line).spent)
         except ValueError:
             if number < len(lines):
                 continue  # torn by a crash; resuming wrote the round again, and epsilon adds up from receipt to receipt

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import structlog
 
+from medfl_ray import params
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import DataError, MedflError, PrivacyConfigError
 from medfl_ray.federation.labels import labelled
 from medfl_ray.federation.planning import aggregation_weight, budget_of, check_limits
-from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger
+from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Signer
+from medfl_ray.federation.signatures import update_digest
 from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,
@@ -55,6 +57,7 @@ class HospitalParts:
     ledger: Ledger | None
     make_pictures: PictureMaker
     write_local_report: LocalReporter
+    signer: Signer | None = None
 
 
 class Hospital:
@@ -82,6 +85,7 @@ class Hospital:
             layout_checksum=parts.trainer.layout.checksum,
             device=str(parts.trainer.device),
             patient_group_size=parts.trainer.group_size() if parts.run.privacy.patient_level else None,
+            public_key=parts.signer.public_key if parts.signer is not None else None,
             spent=self._spent(),
         )
 
@@ -118,9 +122,16 @@ class Hospital:
     def train(self, plan: RoundPlan, weights: Vector) -> ClientUpdate | ClientFailure:
         """Train on this hospital's patients; the cost is settled before the update is returned."""
         answer = self._train(plan, weights)
-        if isinstance(answer, ClientFailure) or answer.spent is None:
+        if isinstance(answer, ClientFailure):
             return answer
-        return replace(answer, spent=self._with_rows(answer.spent, plan))
+        spent = self._with_rows(answer.spent, plan) if answer.spent is not None else None
+        return self._signed(replace(answer, spent=spent), plan.job)
+
+    def _signed(self, update: ClientUpdate, job: str) -> ClientUpdate:
+        signer = self._parts.signer
+        if signer is None:
+            return update
+        return replace(update, signature=signer.sign(update_digest(job, update, params.checksum(update.delta))))
 
     def _train(self, plan: RoundPlan, weights: Vector) -> ClientUpdate | ClientFailure:
 

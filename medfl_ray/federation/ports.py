@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -70,6 +70,21 @@ class SummedUpdates:
 
 Answer = ClientUpdate | SummedUpdates | ClientFailure
 """What training yields: an update or a failure of one hospital, or a sum over several."""
+
+
+class Signer(Protocol):
+    """A signing key; see medfl_ray/store/signing_key.py."""
+
+    @property
+    def public_key(self) -> str:
+        """The public half as 64 hex digits."""
+
+    def sign(self, digest: str) -> str:
+        """Return the signature of a hash in hex."""
+
+
+SignatureCheck = Callable[[str, str, str], bool]
+"""Says whether the owner of a public key signed a digest: (public key, digest, signature)."""
 
 
 class Ledger(Protocol):
@@ -158,7 +173,23 @@ class PublishedRound(Protocol):
 
 
 class RunKeeper(Protocol):
-    """Where a run's checkpoints, receipts and metrics are kept; see medfl_ray/store/run_folder.py."""
+    """Where a run's checkpoints, receipts and metrics are kept; see medfl_ray/store/run_folder.py.
+
+    A round is opened, collects, is aggregated and then published by its checkpoint, or abandoned when it is recorded
+    without one. Whatever state a crash leaves it in is durable.
+    """
+
+    def open_round(self, plan: RoundPlan) -> None:
+        """Note the plan before anything is reserved; a plan that names no hospital keeps a cohort secret."""
+
+    def start_collecting(self, plan: RoundPlan) -> None:
+        """Note that hospitals are being asked to train."""
+
+    def note_delivered(self, plan: RoundPlan, hospitals: Sequence[str]) -> None:
+        """Note whose updates are in the sum; each hospital's once."""
+
+    def note_aggregated(self, plan: RoundPlan, weights_after: str) -> None:
+        """Note the checksum of the weights that the round has led to."""
 
     def save_checkpoint(self, state: FederationState, result: RoundResult) -> None:
         """Make the state durable; only after this are the new weights released."""

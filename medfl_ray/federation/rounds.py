@@ -6,7 +6,6 @@ with a receipt that names everybody who was asked and what became of them.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from medfl_ray.aggregation.fixed_point import PartialSum, add_update, empty_sum,
 from medfl_ray.aggregation.strategies import Strategy, released_weights
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import UpdateRejected
+from medfl_ray.failpoints import failpoint
 from medfl_ray.federation.events import Event, HospitalState
 from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION, HospitalLevel
 from medfl_ray.federation.policies import Decision, judge_round
@@ -25,10 +25,12 @@ from medfl_ray.federation.ports import (
     FederationState,
     LedgerKeeper,
     RunKeeper,
+    SignatureCheck,
     SummedUpdates,
     TrainedHospital,
 )
 from medfl_ray.federation.screening import Expected, why_rejected
+from medfl_ray.federation.signatures import update_digest
 from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,
@@ -48,8 +50,8 @@ from medfl_ray.training.schedules import learning_rate
 class RoundContext:
     """What stays the same over the rounds of a run; `central` is there under hospital-level differential privacy.
 
-    `weight` is each hospital's public aggregation weight. `evaluated` are the hospitals that
-    are asked to score the weights, and `select` names who trains in a round.
+    `weight` is each hospital's public aggregation weight, `keys` the public key of each that signs its updates.
+    `evaluated` are the hospitals that are asked to score the weights, and `select` names who trains in a round.
     """
 
     run: RunConfig
@@ -64,6 +66,8 @@ class RoundContext:
     num_steps: Mapping[str, int]
     weight: Mapping[str, int]
     mechanisms: Mapping[str, Mechanism]
+    keys: Mapping[str, str]
+    is_signed: SignatureCheck
     emit: Callable[[Event], None]
     evaluated: tuple[str, ...]
     select: Callable[[int], tuple[str, ...]]
@@ -93,27 +97,40 @@ def run_round(
     """Run one round and return the next state, what happened, and whether the run may go on."""
     started, tally = time.monotonic(), Tally()
     plan = plan_round(context, state)
+    context.keeper.open_round(shown_plan(context, plan))
+    failpoint("round.opened")
 
     ready = reserve(context, plan, tally)
+    failpoint("round.reserved")
     decision = judge(context, plan, len(ready), failed_before)
     if decision.verdict == "publish":
+        context.keeper.start_collecting(plan)
+        failpoint("round.collecting")
         total = collect_updates(context, plan, ready, state, tally)
+        failpoint("round.collected")
         mirror_rows(context, plan, tally)
+        failpoint("round.mirrored")
         decision = judge(context, plan, total.num_updates, failed_before)
     else:
         context.pool.release(plan, ready, "the round ended before training: below quorum")
 
     if decision.verdict != "publish":
-        result = close_round(context, plan, tally, None, started)
+        result = close_round(context, plan, tally, None, started, decision.reason)
         context.keeper.record(result)
         return state, result, decision
 
     published = apply_updates(context, state, total, tally)
+    weights_after = params.checksum(published.weights)
+    context.keeper.note_aggregated(plan, weights_after)
+    failpoint("round.aggregated")
     if is_evaluated(context.run, plan.round):
         evaluate_weights(context, plan.round, published, tally)
-    result = close_round(context, plan, tally, params.checksum(published.weights), started)
+        failpoint("round.evaluated")
+    result = close_round(context, plan, tally, weights_after, started)
     context.keeper.save_checkpoint(published, result)
+    failpoint("round.published")
     context.keeper.record(result)
+    failpoint("round.recorded")
     return published, result, decision
 
 
@@ -251,12 +268,16 @@ def screen_and_add(
     reason = why_rejected(update, expected, tally.trained)
     if reason is not None:
         raise UpdateRejected(reason)
+    checksum = params.checksum(update.delta)
+    key = context.keys.get(update.hospital)
+    if key is not None and not context.is_signed(key, update_digest(context.job, update, checksum), update.signature):
+        raise UpdateRejected("the update's signature is not the hospital's; it was altered, or somebody else sent it")
+    note_trained(context, expected.plan, [update], tally)
     if context.central is not None:
         total = add_update(total, context.central.admit(update), 1)
     else:
         total = add_update(total, update.delta, update.num_patients)
-    tally.update_hashes[update.hospital] = params.checksum(update.delta)
-    note_trained(update, tally)
+    tally.update_hashes[update.hospital] = checksum
     return total
 
 
@@ -274,18 +295,22 @@ def add_sum(
         raise UpdateRejected("the sum's layout or number of updates is not what it says")
     if not set(hospitals) <= plan.num_steps.keys() - tally.trained or len(set(hospitals)) < len(hospitals):
         raise UpdateRejected("the sum holds a hospital that was not asked or has delivered already")
-    total = merge_sums(total, answer.total)
-    for one in answer.trained:
-        note_trained(one, tally)
-    return total
+    note_trained(context, plan, answer.trained, tally)
+    return merge_sums(total, answer.total)
 
 
-def note_trained(one: ClientUpdate | TrainedHospital, tally: Tally) -> None:
-    """Take down that a hospital's update is in the sum, with its figures and what it has spent."""
-    tally.trained.add(one.hospital)
-    tally.metrics[one.hospital] = dict(one.metrics)
-    if one.spent is not None:
-        tally.spent[one.hospital] = take_rows(one.spent, tally)
+def note_trained(
+    context: RoundContext, plan: RoundPlan, those: Sequence[ClientUpdate | TrainedHospital], tally: Tally
+) -> None:
+    """Take down whose updates are in the sum, with their figures and what they have spent."""
+    if not context.secret_cohorts:
+        context.keeper.note_delivered(plan, [one.hospital for one in those])
+    failpoint("round.update")
+    for one in those:
+        tally.trained.add(one.hospital)
+        tally.metrics[one.hospital] = dict(one.metrics)
+        if one.spent is not None:
+            tally.spent[one.hospital] = take_rows(one.spent, tally)
 
 
 def apply_updates(context: RoundContext, state: FederationState, total: PartialSum, tally: Tally) -> FederationState:
@@ -315,18 +340,19 @@ def evaluate_weights(context: RoundContext, number: int, state: FederationState,
 
 
 def close_round(
-    context: RoundContext, plan: RoundPlan, tally: Tally, weights_after: str | None, started: float
+    context: RoundContext, plan: RoundPlan, tally: Tally, weights_after: str | None, started: float, reason: str = ""
 ) -> RoundResult:
-    """Write the receipt: who was asked, who trained, who did not and why."""
+    """Write the receipt: who was asked, who trained, who did not and why; `reason` where nothing is published."""
+    plan = shown_plan(context, plan)
     if context.secret_cohorts:
-        plan, tally = without_cohort(plan, tally)
+        tally = without_cohort(tally)
     # Under hospital-level DP an update is not noised before it is summed, and its hash would confirm a guess of it.
     hashes = {} if context.central is not None else tally.update_hashes
     receipt = Receipt(
         job=plan.job,
         round=plan.round,
         attempt=plan.attempt,
-        plan_hash=hashlib.sha256(plan.model_dump_json().encode()).hexdigest(),
+        plan_hash=plan.digest,
         config_hash=plan.config_hash,
         asked=plan.hospitals,
         trained=tuple(sorted(tally.trained)),
@@ -338,14 +364,21 @@ def close_round(
         published=weights_after is not None,
         ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
         secret_cohort=context.secret_cohorts,
+        reason=reason,
     )
     duration_s = 0.0 if context.secret_cohorts else round(time.monotonic() - started, 3)
     return RoundResult(round=plan.round, receipt=receipt, metrics=tally.metrics, duration_s=duration_s)
 
 
-def without_cohort(plan: RoundPlan, tally: Tally) -> tuple[RoundPlan, Tally]:
+def shown_plan(context: RoundContext, plan: RoundPlan) -> RoundPlan:
+    """Return the plan as it may be written down: without the names of a cohort that is secret."""
+    if not context.secret_cohorts:
+        return plan
+    return plan.model_copy(update={"hospitals": (), "num_steps": {}, "ledger_heads": {}})
+
+
+def without_cohort(tally: Tally) -> Tally:
     """Leave out what would tell who was asked; the evaluation asks everybody, so that its failures stay."""
-    shown = plan.model_copy(update={"hospitals": (), "num_steps": {}, "ledger_heads": {}})
     failures = [failure for failure in tally.failures if failure.stage == "evaluate"]
     evaluated = {hospital: metrics for hospital, metrics in sorted(tally.metrics.items()) if metrics}
-    return shown, Tally(spent=tally.spent, failures=failures, metrics=evaluated)
+    return Tally(spent=tally.spent, failures=failures, metrics=evaluated)

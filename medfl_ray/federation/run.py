@@ -17,7 +17,15 @@ from medfl_ray.federation.events import Event, HospitalState, Notice, PhaseStart
 from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
 from medfl_ray.federation.planning import aggregation_weight, mechanisms, steps_per_round
 from medfl_ray.federation.policies import can_start
-from medfl_ray.federation.ports import ClientPool, FederationState, Ledger, LedgerKeeper, PublishedRound, RunKeeper
+from medfl_ray.federation.ports import (
+    ClientPool,
+    FederationState,
+    Ledger,
+    LedgerKeeper,
+    PublishedRound,
+    RunKeeper,
+    SignatureCheck,
+)
 from medfl_ray.federation.rounds import RoundContext, run_round
 from medfl_ray.federation.selection import select_evaluated, select_of_run
 from medfl_ray.messages import ClientFailure, HospitalInfo, LedgerRows, SiteEvaluation
@@ -83,6 +91,7 @@ class RunParts:
     emit: Callable[[Event], None]
     stop: threading.Event
     open_federation_ledger: Callable[[], Ledger]
+    is_signed: SignatureCheck
     select: Callable[[int], tuple[str, ...]] | None = None
 
 
@@ -132,6 +141,8 @@ def run_federation(parts: RunParts) -> RunOutcome:
         num_steps={hospital: steps_per_round(parts.run, policies[hospital]) for hospital in present},
         weight={hospital: aggregation_weight(parts.run, policies[hospital].num_patients) for hospital in present},
         mechanisms={hospital: planned[hospital] for hospital in present if hospital in planned},
+        keys={info.hospital: info.public_key for info in infos if info.public_key is not None},
+        is_signed=parts.is_signed,
         emit=parts.emit,
         evaluated=select_evaluated(present, parts.run.federation.eval_hospitals, parts.run.federation.seed),
         select=parts.select or partial(select_of_run, parts.run, present),
@@ -139,7 +150,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
     )
     resumed = parts.store.resume()
     for problem in parts.store.problems:
-        parts.emit(Notice(message=f"note: {problem}; the checkpoint before it is used"))
+        parts.emit(Notice(message=f"note: {problem}"))
     kept = resumed or FederationState(0, initial, context.strategy.init(layout.size))
     state = FederationState(kept.round, kept.weights, kept.server_state)
     if context.central is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from medfl_ray.errors import CheckpointError
-from medfl_ray.messages import RoundResult
+from medfl_ray.failpoints import failpoint
+from medfl_ray.messages import HEADLINES, RoundResult
 from medfl_ray.params import Vector
 from medfl_ray.store.durable import sha256, sync_folder, write_synced
 
@@ -33,7 +35,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
-    """Write a checkpoint durably, then forget all but the newest `keep`.
+    """Write a checkpoint durably, then forget all but the newest `keep` and the best, by `mean_score`.
 
     Raises:
       CheckpointError: the disk is full or the folder cannot be written; the checkpoints before it are intact.
@@ -50,21 +52,63 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
                 {"round": checkpoint.round, "result": checkpoint.result.model_dump(mode="json")}
             ).encode(),
         }
+        failpoint("checkpoint.begin")
         for name, content in files.items():
             write_synced(temporary / name, content)
+        failpoint("checkpoint.written")
         manifest = {name: sha256(content) for name, content in files.items()}
         write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
         sync_folder(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync_folder(folder)
+        failpoint("checkpoint.manifest")
+        _replace_folder(final, temporary)
+        failpoint("checkpoint.renamed")
+        _forget_all_but(folder, keep)
+        failpoint("checkpoint.pruned")
     except OSError as error:
         raise CheckpointError(
             f"cannot write the checkpoint of round {checkpoint.round}: {error.strerror or type(error).__name__}. "
             "Free space; the run continues from the checkpoint before with medfl-ray run --resume."
         ) from None
-    for old in sorted(folder.glob("round-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace_folder(final: Path, temporary: Path) -> None:
+    """Rename a whole checkpoint into place; a damaged one of the same round, which was trained again, goes first."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _forget_all_but(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep` and the best."""
+    paths = sorted(folder.glob("round-*"))
+    scores = {path: _score_of(path) for path in paths} if len(paths) > keep else {}
+    best = max(scores, key=lambda path: scores[path], default=None)
+    for path in paths[:-keep]:
+        if path != best or scores[path] == -math.inf:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _score_of(path: Path) -> float:
+    """Return a checkpoint's mean score over the hospitals; minus infinity where none may be shown or read."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        return mean_score(RoundResult.model_validate(state["result"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return -math.inf
+
+
+def mean_score(result: RoundResult) -> float:
+    """Return the mean Dice, or AUC, over hospitals whose figure may be shown; minus infinity where there is none."""
+    for name in HEADLINES:
+        values = [metrics[name].value for metrics in result.metrics.values() if name in metrics]
+        shown = [value for value in values if value is not None and not math.isnan(value)]
+        if shown:
+            return sum(shown) / len(shown)
+    return -math.inf
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -104,7 +104,7 @@ class PrivacyLedger:
 
         Args:
           budget: what this job alone may spend, as epsilon at the mechanism's delta.
-          fingerprint: HMAC of the data set's contents, recorded as evidence; see HospitalKey.fingerprint.
+          fingerprint: HMAC of the data set's contents, recorded as evidence; see SigningKey.fingerprint.
 
         Raises:
           BudgetExceeded: the job's or the data set's epsilon would pass its budget; nothing was charged.

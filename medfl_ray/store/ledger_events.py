@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from medfl_ray.errors import LedgerError
 from medfl_ray.privacy.accountant import Charge, Segment, TreeSegment
-from medfl_ray.store.hospital_key import HospitalKey, signature_is_valid
+from medfl_ray.store.signing_key import SigningKey, signature_is_valid
 
 CHAIN_LABEL = "medfl-ray privacy ledger v1"
 CHARGE_FIELDS = (
@@ -102,7 +102,7 @@ class LedgerEvent:
         """Return the row as plain data."""
         return dict(vars(self))  # the fields are plain values, which dataclasses.asdict would copy one by one
 
-    def sealed(self, key: HospitalKey) -> LedgerEvent:
+    def sealed(self, key: SigningKey) -> LedgerEvent:
         """Return the row with its hash and the hospital's signature."""
         digest = self.digest()
         return dataclasses.replace(self, hash=digest, signature=key.sign(digest))

@@ -13,8 +13,8 @@ from sqlalchemy.pool import NullPool
 
 from medfl_ray.errors import LedgerError
 from medfl_ray.failpoints import failpoint
-from medfl_ray.store.hospital_key import HospitalKey, create_key, load_key
 from medfl_ray.store.ledger_events import LedgerEvent
+from medfl_ray.store.signing_key import SigningKey, create_key, load_key
 from medfl_ray.store.tables import (
     APPEND_ONLY_TRIGGERS,
     LEDGER_APPLICATION_ID,
@@ -161,7 +161,7 @@ class LedgerFile:
         connection.exec_driver_sql(f"PRAGMA user_version = {LEDGER_SCHEMA_VERSION}")
         failpoint("ledger.create.before_commit")
 
-    def _open_key(self) -> HospitalKey:
+    def _open_key(self) -> SigningKey:
         path = self.path.with_name(KEY_NAME)
         if path.exists():
             return load_key(path)

@@ -18,7 +18,6 @@ from typing import Any
 
 from medfl_ray.errors import LedgerError
 from medfl_ray.messages import LedgerRows
-from medfl_ray.store.hospital_key import HospitalKey, create_key, load_key, signature_is_valid
 from medfl_ray.store.ledger_events import (
     LedgerEvent,
     LedgerHead,
@@ -28,6 +27,7 @@ from medfl_ray.store.ledger_events import (
     reservation_states,
 )
 from medfl_ray.store.ledger_export import EXPORT_FORMAT, verify_export
+from medfl_ray.store.signing_key import SigningKey, create_key, load_key, signature_is_valid
 
 MIRROR_NAME = "mirror.sqlite"
 COORDINATOR_KEY_NAME = "coordinator.key"
@@ -168,7 +168,7 @@ class LedgerMirror:
     def _path(self) -> Path:
         return self._folder / MIRROR_NAME
 
-    def _keep_one(self, connection: sqlite3.Connection, key: HospitalKey, rows: LedgerRows) -> LedgerHead:
+    def _keep_one(self, connection: sqlite3.Connection, key: SigningKey, rows: LedgerRows) -> LedgerHead:
         account = (rows.hospital, rows.data_set)
         events = [LedgerEvent.from_mapping(row) for row in rows.events]
         known = self._known(connection, key, account)
@@ -197,7 +197,7 @@ class LedgerMirror:
         self._states[account] = (newest.head, states)
         return newest.head
 
-    def _known(self, connection: sqlite3.Connection, key: HospitalKey, account: Account) -> Known | None:
+    def _known(self, connection: sqlite3.Connection, key: SigningKey, account: Account) -> Known | None:
         row = connection.execute(
             "SELECT generation, sequence, hash, public_key, signature FROM heads WHERE hospital = ? AND data_set = ?",
             account,
@@ -213,7 +213,7 @@ class LedgerMirror:
             )
         return known
 
-    def _key(self, connection: sqlite3.Connection) -> HospitalKey:
+    def _key(self, connection: sqlite3.Connection) -> SigningKey:
         path = self._folder / COORDINATOR_KEY_NAME
         if path.exists():
             return load_key(path)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from medfl_ray.errors import LedgerError
-from medfl_ray.store.hospital_key import HospitalKey, load_key
 from medfl_ray.store.ledger import PrivacyLedger
 from medfl_ray.store.ledger_events import LedgerEvent, LedgerHead, charges, genesis, holds, is_genuine
 from medfl_ray.store.ledger_export import read_export, verify_export
 from medfl_ray.store.ledger_file import KEY_NAME, LedgerFile
+from medfl_ray.store.signing_key import SigningKey, load_key
 
 Account = tuple[str, str]
 
@@ -70,7 +70,7 @@ def _longest_histories(exports: Sequence[Mapping[str, Any]]) -> list[tuple[Accou
     return kept
 
 
-def _take_over(ledger: PrivacyLedger, key: HospitalKey, head: LedgerHead, rows: Sequence[LedgerEvent]) -> None:
+def _take_over(ledger: PrivacyLedger, key: SigningKey, head: LedgerHead, rows: Sequence[LedgerEvent]) -> None:
     """Continue the ledger with the mirror's rows where it is their beginning; else charge what it lacks."""
     own = ledger.events()
     if holds(own, head):
@@ -114,7 +114,7 @@ def _set_aside_if_damaged(path: Path, mirrored: set[Account]) -> list[LedgerEven
     return []
 
 
-def _credible(rows: Sequence[LedgerEvent], key: HospitalKey | None) -> list[LedgerEvent]:
+def _credible(rows: Sequence[LedgerEvent], key: SigningKey | None) -> list[LedgerEvent]:
     """Return the rows that the hospital signed; where its key is lost, every charge and nothing that takes one back."""
     if key is not None:
         return [row for row in rows if is_genuine(row, key.public_key)]

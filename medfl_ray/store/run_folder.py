@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,32 @@ from safetensors.numpy import save
 from medfl_ray.config import RunConfig
 from medfl_ray.config_files import dump_yaml, load_run_config
 from medfl_ray.errors import CheckpointError, ConfigError
-from medfl_ray.messages import ClientFailure, HospitalInfo, RoundResult, SiteEvaluation
+from medfl_ray.failpoints import failpoint
+from medfl_ray.messages import ClientFailure, HospitalInfo, Receipt, RoundPlan, RoundResult, SiteEvaluation
 from medfl_ray.params import Layout, Vector, to_tensors
 from medfl_ray.store.checkpoints import Checkpoint, last_good_checkpoint, save_checkpoint
 from medfl_ray.store.durable import append_line, replace_file
+from medfl_ray.store.receipts import FIRST, read_receipts, receipt_hash, sign_receipt
+from medfl_ray.store.round_journal import OpenAttempt, RoundJournal
+from medfl_ray.store.signing_key import SigningKey, create_key, load_key
+from medfl_ray.store.state_folders import FEDERATION_FOLDER
+
+RECEIPTS = "receipts.jsonl"
+KEY_NAME = "coordinator.key"
+WHILE = {"open": "being planned", "collecting": "collecting updates", "aggregated": "being published"}
 
 
 class RunFolder:
     """Everything that a run leaves behind, and from which it resumes."""
 
-    def __init__(self, path: Path, run: RunConfig) -> None:
+    def __init__(self, path: Path, run: RunConfig, key_folder: Path | None = None) -> None:
+        """Take the run's folder; `key_folder` holds the key that signs receipts, in the run's folder when absent."""
         self.path = path
         self.run = run
         self.problems: list[str] = []
+        self._key_path = (key_folder or path / FEDERATION_FOLDER) / KEY_NAME
+        self._journal = RoundJournal(path)
+        self._last_receipt: str | None = None
 
     @classmethod
     def create(cls, run: RunConfig) -> RunFolder:
@@ -106,16 +119,47 @@ class RunFolder:
         return number
 
     def resume(self) -> Checkpoint | None:
-        """Return the last good checkpoint; metrics and receipts are completed from it after a crash in between."""
-        checkpoint, self.problems = last_good_checkpoint(self.path / "checkpoints")
-        if checkpoint is None and self.problems:
+        """Return the last good checkpoint; what a crash left half-written is completed, and `problems` say what."""
+        checkpoint, damaged = last_good_checkpoint(self.path / "checkpoints")
+        if checkpoint is None and damaged:
             raise CheckpointError(
-                f"none of the {len(self.problems)} checkpoints of {self.path.name!r} can be read ({self.problems[0]}). "
+                f"none of the {len(damaged)} checkpoints of {self.path.name!r} can be read ({damaged[0]}). "
                 "Restore one from a backup, or start a new run from its config.yaml"
             )
-        if checkpoint is not None and checkpoint.round not in {r.round for r in self.results() if r.receipt.published}:
-            self.record(checkpoint.result)
+        self.problems = [f"{problem}; the checkpoint before it is used" for problem in damaged]
+        results = self.results()
+        kept = {(result.round, result.receipt.attempt) for result in results}
+        found = checkpoint.result if checkpoint is not None else None
+        if found is not None and (found.round, found.receipt.attempt) not in kept:
+            results.append(found)
+            append_line(self.path / "metrics.jsonl", found.model_dump_json())
+        self._complete_receipts(results)
+        for attempt in self._journal.unfinished():
+            self._close(attempt, found)
         return checkpoint
+
+    def _complete_receipts(self, results: Sequence[RoundResult]) -> None:
+        """Write the receipts that a crash between metrics.jsonl and receipts.jsonl left out."""
+        written = {(receipt.round, receipt.attempt) for receipt in read_receipts(self.path / RECEIPTS)[0]}
+        for result in results:
+            if (result.round, result.receipt.attempt) not in written:
+                self._append_receipt(result.receipt)
+
+    def _close(self, attempt: OpenAttempt, last: RoundResult | None) -> None:
+        """Close an attempt that a crash interrupted: published where its checkpoint is there, else abandoned."""
+        plan = attempt.plan
+        if last is not None and (last.round, last.receipt.attempt) == (plan.round, plan.attempt):
+            self._journal.move(plan, "published", last.receipt.weights_after)
+            return
+        results = {(result.round, result.receipt.attempt) for result in self.results()}
+        if (plan.round, plan.attempt) not in results:
+            self.record(interrupted_round(attempt))
+            self.problems.append(
+                f"round {plan.round} was interrupted while {WHILE[attempt.state]} (attempt {plan.attempt}, "
+                f"{len(attempt.delivered)} updates had arrived) and is repeated; what it has charged stays charged"
+            )
+        else:
+            self._journal.move(plan, "abandoned")
 
     def results(self) -> list[RoundResult]:
         """Return the closed rounds; a torn last line is passed over."""
@@ -136,15 +180,47 @@ class RunFolder:
         """Return the hospitals that were asked in the rounds kept so far."""
         return {hospital for result in self.results() for hospital in result.receipt.asked}
 
+    def open_round(self, plan: RoundPlan) -> None:
+        """Note a plan before anything is reserved for it."""
+        self._journal.open(plan)
+
+    def start_collecting(self, plan: RoundPlan) -> None:
+        """Note that hospitals are being asked to train."""
+        self._journal.move(plan, "collecting")
+
+    def note_delivered(self, plan: RoundPlan, hospitals: Sequence[str]) -> None:
+        """Note whose updates are in the sum; each hospital's once."""
+        self._journal.deliver(plan, hospitals)
+
+    def note_aggregated(self, plan: RoundPlan, weights_after: str) -> None:
+        """Note the checksum of the weights that the round has led to."""
+        self._journal.move(plan, "aggregated", weights_after)
+
     def save_checkpoint(self, state: Any, result: RoundResult) -> None:
-        """Make a published round durable; `state` has round, weights and server_state."""
+        """Make a round durable, which publishes it; `state` has round, weights and server_state."""
         checkpoint = Checkpoint(state.round, state.weights, state.server_state, result)
         save_checkpoint(self.path / "checkpoints", checkpoint, self.run.output.keep_checkpoints)
 
     def record(self, result: RoundResult) -> None:
-        """Append a closed round to metrics.jsonl and receipts.jsonl."""
+        """Append a closed round to metrics.jsonl and, signed, to receipts.jsonl."""
         append_line(self.path / "metrics.jsonl", result.model_dump_json())
-        append_line(self.path / "receipts.jsonl", result.receipt.model_dump_json())
+        failpoint("record.metrics")
+        self._append_receipt(result.receipt)
+        self._journal.close(result.receipt)
+
+    def _append_receipt(self, receipt: Receipt) -> None:
+        if self._last_receipt is None:
+            earlier, _ = read_receipts(self.path / RECEIPTS)
+            self._last_receipt = receipt_hash(earlier[-1]) if earlier else FIRST
+        signed = sign_receipt(receipt, self._last_receipt, self._key())
+        append_line(self.path / RECEIPTS, signed.model_dump_json())
+        self._last_receipt = receipt_hash(signed)
+
+    def _key(self) -> SigningKey:
+        if self._key_path.exists():
+            return load_key(self._key_path)
+        self._key_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return create_key(self._key_path)
 
     def save_hospitals(self, infos: Sequence[HospitalInfo], failures: Sequence[ClientFailure]) -> None:
         """Write hospitals.json and, where a hospital could not start, failures.json."""
@@ -195,3 +271,27 @@ class RunFolder:
     def save_json(self, name: str, document: object) -> None:
         """Replace a JSON file of the run."""
         replace_file(self.path / name, json.dumps(document, indent=1).encode())
+
+
+def interrupted_round(attempt: OpenAttempt) -> RoundResult:
+    """Return the record of an attempt that the coordinator's end left open: nothing published, its charges stay."""
+    plan = attempt.plan
+    receipt = Receipt(
+        job=plan.job,
+        round=plan.round,
+        attempt=plan.attempt,
+        plan_hash=plan.digest,
+        config_hash=plan.config_hash,
+        asked=plan.hospitals,
+        trained=attempt.delivered,
+        failures=(),
+        update_hashes={},
+        spent={},
+        weights_before=plan.weights_checksum,
+        weights_after=None,
+        published=False,
+        ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        secret_cohort=not plan.hospitals,
+        reason=f"the coordinator's process ended while the round was {WHILE[attempt.state]}",
+    )
+    return RoundResult(round=plan.round, receipt=receipt, metrics={}, duration_s=0.0)

@@ -1,4 +1,4 @@
-"""The tables of a hospital's privacy ledger."""
+"""The tables of a hospital's privacy ledger, and those of a run's rounds."""
 
 from __future__ import annotations
 
@@ -56,4 +56,33 @@ APPEND_ONLY_TRIGGERS = tuple(
     f"CREATE TRIGGER ledger_events_no_{verb.lower()} BEFORE {verb} ON ledger_events "
     f"BEGIN SELECT RAISE(ABORT, 'the privacy ledger is append-only'); END"
     for verb in ("UPDATE", "DELETE")
+)
+
+ROUND_STATES = ("open", "collecting", "aggregated", "published", "abandoned")
+rounds_metadata = MetaData()
+
+round_attempts = Table(
+    "round_attempts",
+    rounds_metadata,
+    Column("id", Integer, primary_key=True),
+    Column("job", Text, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("plan", Text, nullable=False),
+    Column("opened_at", String(32), nullable=False),
+    Column("weights_after", String(64)),
+    UniqueConstraint("job", "round", "attempt"),
+    CheckConstraint(f"state IN {ROUND_STATES}"),
+)
+
+round_deliveries = Table(
+    "round_deliveries",
+    rounds_metadata,
+    Column("id", Integer, primary_key=True),
+    Column("job", Text, nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("hospital", String(64), nullable=False),
+    UniqueConstraint("job", "round", "attempt", "hospital"),
 )

@@ -13,7 +13,7 @@ from medfl_ray.errors import CheckpointError, LedgerError, UnreadableFile
 from medfl_ray.federation.hospital import Hospital
 from medfl_ray.federation.planning import mechanism_for
 from medfl_ray.messages import RoundPlan
-from medfl_ray.store import hospital_key
+from medfl_ray.store import signing_key
 from medfl_ray.store.run_folder import RunFolder
 
 
@@ -110,7 +110,7 @@ def test_two_processes_do_not_run_one_folder(medfl, tmp_path):
 def test_a_new_key_is_in_its_folder_after_a_power_cut(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(
-        hospital_key, "sync_folder", lambda folder: synced.append([path.name for path in folder.iterdir()])
+        signing_key, "sync_folder", lambda folder: synced.append([path.name for path in folder.iterdir()])
     )
-    hospital_key.create_key(tmp_path / "hospital.key")
+    signing_key.create_key(tmp_path / "hospital.key")
     assert synced == [["hospital.key"]]

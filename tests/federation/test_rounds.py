@@ -9,8 +9,9 @@ from small_runs import small_run
 from actors.coordinator import hospital_specs, local_pool, run_in_process
 from medfl_ray import params
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.errors import ConfigError, QuorumLost
+from medfl_ray.errors import CheckpointError, ConfigError, QuorumLost
 from medfl_ray.messages import ClientFailure, ClientUpdate
+from medfl_ray.store.receipts import read_receipts, verify_receipts
 from medfl_ray.store.run_folder import RunFolder
 
 
@@ -104,6 +105,46 @@ def test_a_duplicate_is_applied_once(tmp_path):
     doubled, folder, _ = start(small_run(), tmp_path / "b", thrice)
     assert doubled.weights_checksum == honest.weights_checksum
     assert "already delivered" in folder.results()[0].receipt.failures[0].reason
+
+
+@pytest.mark.parametrize(
+    ("failpoint", "state", "delivered"),
+    [
+        ("round.reserved", "being planned", 0),
+        ("round.update:2", "collecting updates", 2),
+        ("round.evaluated", "being published", 3),
+        ("checkpoint.renamed", None, 3),
+        ("record.metrics", None, 3),
+    ],
+)
+def test_an_interrupted_round_is_closed_with_a_receipt_and_said(tmp_path, monkeypatch, failpoint, state, delivered):
+    """The process's end is an OSError here; kills of real processes are in tests/chaos."""
+    name, _, count = failpoint.partition(":")
+    monkeypatch.setenv("MEDFL_FAILPOINT", f"{name}:{count or 1}:enospc")
+    run = small_run(output={"directory": tmp_path})
+    folder = RunFolder.create(run)
+    with pytest.raises((OSError, CheckpointError)):
+        start(run, tmp_path, folder=folder)
+    monkeypatch.delenv("MEDFL_FAILPOINT")
+    outcome, _, events = start(run, tmp_path, folder=folder)
+    whole, _, _ = start(small_run(), tmp_path / "whole")
+    assert outcome.weights_checksum == whole.weights_checksum
+    receipts, unreadable = read_receipts(folder.path / "receipts.jsonl")
+    verify_receipts(receipts)
+    assert unreadable == []
+    assert [r.receipt.model_dump() for r in folder.results()] == [
+        r.model_dump(exclude={"previous", "public_key", "signature"}) for r in receipts
+    ]
+    notes = [event.message for event in events if event.type == "notice"]
+    if state is None:
+        assert [(r.round, r.published) for r in receipts] == [(1, True), (2, True)]
+        assert notes == []
+    else:
+        assert [(r.round, r.attempt, r.published) for r in receipts] == [(1, 1, False), (1, 2, True), (2, 2, True)]
+        assert state in receipts[0].reason
+        assert len(receipts[0].trained) == delivered
+        assert f"{delivered} updates had arrived" in notes[0]
+        assert state in notes[0]
 
 
 def test_below_quorum_nothing_is_published_and_the_run_says_so(tmp_path):

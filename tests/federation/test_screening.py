@@ -108,6 +108,9 @@ IN_A_ROUND = {
     "unknown hospital": (lambda one: {"hospital": "stranger"}, "not asked"),
     "more weight": (lambda one: {"num_patients": 10**6}, "weight"),
     "other steps": (lambda one: {"num_steps": 999}, "999 steps"),
+    "altered on its way": (lambda one: {"delta": one.delta * np.float32(1.01)}, "signature"),
+    "signed for another round": (lambda one: {"signature": one.signature[::-1]}, "signature"),
+    "not signed": (lambda one: {"signature": ""}, "signature"),
 }
 
 

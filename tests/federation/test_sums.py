@@ -12,7 +12,21 @@ from medfl_ray.federation.ports import SummedUpdates, TrainedHospital
 from medfl_ray.federation.rounds import Tally, add_sum
 from medfl_ray.messages import Metric, RoundPlan
 
-CONTEXT = SimpleNamespace(layout=SimpleNamespace(checksum="layout", size=4))
+
+class Journal:
+    """Takes down what a round notes as delivered."""
+
+    def __init__(self):
+        self.delivered = []
+
+    def note_delivered(self, plan, hospitals):
+        self.delivered.extend(hospitals)
+
+
+def context():
+    return SimpleNamespace(layout=SimpleNamespace(checksum="layout", size=4), keeper=Journal(), secret_cohorts=False)
+
+
 PLAN = RoundPlan(
     job="job",
     round=3,
@@ -34,10 +48,11 @@ def sum_of(*names, **changes):
 
 
 def test_sums_of_a_round_become_its_mean():
-    tally, total = Tally(), empty_sum(4)
+    tally, total, round = Tally(), empty_sum(4), context()
     for part in (sum_of("b", "a"), sum_of("c")):
-        total = add_sum(CONTEXT, total, part, PLAN, tally)
+        total = add_sum(round, total, part, PLAN, tally)
     assert tally.trained == {"a", "b", "c"}
+    assert round.keeper.delivered == ["b", "a", "c"]
     assert tally.metrics["c"]["train_loss"].value == 1.0
     assert np.allclose(weighted_mean(total), (np.arange(4) + np.arange(4, 8) + np.arange(4)) / 3)
 
@@ -55,11 +70,12 @@ def test_sums_of_a_round_become_its_mean():
     ],
 )
 def test_a_sum_that_does_not_belong_here_is_refused_whole(bad, word):
-    tally = Tally()
-    total = add_sum(CONTEXT, empty_sum(4), sum_of("c"), PLAN, tally)
+    tally, round = Tally(), context()
+    total = add_sum(round, empty_sum(4), sum_of("c"), PLAN, tally)
     before = weighted_mean(total).copy()
     with pytest.raises(UpdateRejected, match=word):
-        add_sum(CONTEXT, total, bad, PLAN, tally)
+        add_sum(round, total, bad, PLAN, tally)
     assert tally.trained == {"c"}
+    assert round.keeper.delivered == ["c"]
     assert set(tally.metrics) == {"c"}
     assert np.array_equal(weighted_mean(total), before)

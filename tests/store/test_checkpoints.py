@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 
 from medfl_ray.errors import CheckpointError
-from medfl_ray.messages import Receipt, RoundResult
+from medfl_ray.messages import Metric, Receipt, RoundResult
 from medfl_ray.store import durable
 from medfl_ray.store.checkpoints import Checkpoint, last_good_checkpoint, load_checkpoint, save_checkpoint
 
 
-def checkpoint(round: int) -> Checkpoint:
+def checkpoint(round: int, dice: float | None = None) -> Checkpoint:
     receipt = Receipt(
         job="j", round=round, attempt=1, plan_hash="p", config_hash="c", asked=("a",), trained=("a",), failures=(),
         update_hashes={"a": "x"}, spent={}, weights_before="b", weights_after="w", published=True,
         ended_at="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
-    result = RoundResult(round=round, receipt=receipt, metrics={}, duration_s=1.0)
+    metrics = {"a": {"dice": Metric(value=dice, label="public")}} if dice is not None else {}
+    result = RoundResult(round=round, receipt=receipt, metrics=metrics, duration_s=1.0)
     weights = np.arange(5, dtype=np.float32) + round
     return Checkpoint(round, weights, {"momentum": weights * 2}, result)
 
@@ -32,6 +33,40 @@ def test_round_trip_and_retention(tmp_path):
     assert found.weights.tolist() == [5, 6, 7, 8, 9]
     assert found.server_state["momentum"].tolist() == [10, 12, 14, 16, 18]
     assert found.result == checkpoint(5).result
+
+
+def kept(folder):
+    return [int(path.name[-5:]) for path in sorted(folder.glob("round-*"))]
+
+
+def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path):
+    for number, dice in enumerate([0.3, 0.9, 0.5, 0.4, 0.6, float("nan")], start=1):
+        save_checkpoint(tmp_path, checkpoint(number, dice), keep=2)
+    assert kept(tmp_path) == [2, 5, 6]
+    save_checkpoint(tmp_path, checkpoint(7, 0.95), keep=2)
+    assert kept(tmp_path) == [6, 7]
+
+
+def test_a_round_trained_again_replaces_its_damaged_checkpoint(tmp_path):
+    save_checkpoint(tmp_path, checkpoint(1), keep=3)
+    (tmp_path / "round-00001" / "state.json").write_bytes(b"{")
+    save_checkpoint(tmp_path, checkpoint(1), keep=3)
+    assert load_checkpoint(tmp_path / "round-00001").round == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["round-00001"]
+
+
+@pytest.mark.parametrize("step", ["begin", "written", "manifest", "renamed", "pruned"])
+def test_a_disk_that_fills_at_any_step_leaves_a_whole_checkpoint(tmp_path, monkeypatch, step):
+    save_checkpoint(tmp_path, checkpoint(1), keep=1)
+    monkeypatch.setenv("MEDFL_FAILPOINT", f"checkpoint.{step}:1:enospc")
+    with pytest.raises(CheckpointError, match=r"round 2.*No space left on device.*--resume"):
+        save_checkpoint(tmp_path, checkpoint(2), keep=1)
+    monkeypatch.delenv("MEDFL_FAILPOINT")
+    found, problems = last_good_checkpoint(tmp_path)
+    assert found is not None
+    assert (found.round, problems) == (2 if step in ("renamed", "pruned") else 1, [])
+    save_checkpoint(tmp_path, checkpoint(3), keep=1)
+    assert kept(tmp_path) == [3]
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.json", "manifest.json"])

@@ -11,12 +11,12 @@ import pytest
 from medfl_ray.cli.privacy_ledger import recover as recover_command
 from medfl_ray.errors import LedgerError
 from medfl_ray.messages import Mechanism
-from medfl_ray.store.hospital_key import load_key
 from medfl_ray.store.ledger import PrivacyLedger
 from medfl_ray.store.ledger_events import charged_segments
 from medfl_ray.store.ledger_export import verify_export
 from medfl_ray.store.ledger_file import KEY_NAME, LedgerFile
 from medfl_ray.store.ledger_recovery import recover
+from medfl_ray.store.signing_key import load_key
 
 DELTA = 1e-5
 MECHANISM = Mechanism(

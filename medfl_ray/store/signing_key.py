@@ -1,4 +1,4 @@
-"""The hospital's signing key, in its state folder and readable by its owner alone."""
+"""The signing key of a hospital or a coordinator, in a file that its owner alone may read."""
 
 from __future__ import annotations
 
@@ -19,11 +19,16 @@ from medfl_ray.store.durable import sync_folder
 FINGERPRINT_CONTEXT = b"medfl-ray data set fingerprint v1"
 
 
-class HospitalKey:
+class SigningKey:
     """An Ed25519 key pair; the private half never leaves this object and its file."""
 
     def __init__(self, private: Ed25519PrivateKey) -> None:
         self._private = private
+
+    @classmethod
+    def from_seed(cls, seed: bytes) -> SigningKey:
+        """Return the key of 32 secret bytes, for a hospital that keeps no state of its own."""
+        return cls(Ed25519PrivateKey.from_private_bytes(seed))
 
     @property
     def public_key(self) -> str:
@@ -32,14 +37,14 @@ class HospitalKey:
         return raw.hex()
 
     def sign(self, digest: str) -> str:
-        """Return the signature of a row's hash, 128 hex digits."""
+        """Return the signature of a hash, 128 hex digits."""
         return self._private.sign(digest.encode()).hex()
 
     def fingerprint(self, items: Iterable[str]) -> str:
         """Return an HMAC over what a data set holds, in any order.
 
         It is evidence that the data stayed the same. It is never the key of a budget, which one added file
-        would reset, and tells nothing to whoever lacks the hospital's key.
+        would reset, and tells nothing to whoever lacks the signing key.
         """
         raw = self._private.private_bytes(
             serialization.Encoding.Raw, serialization.PrivateFormat.Raw, serialization.NoEncryption()
@@ -50,11 +55,11 @@ class HospitalKey:
 
     def __repr__(self) -> str:
         """Name the public half only."""
-        return f"HospitalKey(public_key={self.public_key[:16]!r}...)"
+        return f"SigningKey(public_key={self.public_key[:16]!r}...)"
 
 
 def signature_is_valid(public_key: str, digest: str, signature: str) -> bool:
-    """Say whether a hospital signed a row's hash; malformed input is not valid."""
+    """Say whether the owner of a key signed a hash; malformed input is not valid."""
     try:
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key))
         key.verify(bytes.fromhex(signature), digest.encode())
@@ -63,8 +68,8 @@ def signature_is_valid(public_key: str, digest: str, signature: str) -> bool:
     return True
 
 
-def load_key(path: Path) -> HospitalKey:
-    """Read a hospital's key.
+def load_key(path: Path) -> SigningKey:
+    """Read a key.
 
     Raises:
       LedgerError: the file is not an Ed25519 key, cannot be read, or others may read it.
@@ -74,18 +79,18 @@ def load_key(path: Path) -> HospitalKey:
         private = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
         raise LedgerError(
-            f"the hospital's key {path.name!r} cannot be read ({type(error).__name__}); restore it from a backup"
+            f"the signing key {path.name!r} cannot be read ({type(error).__name__}); restore it from a backup"
         ) from None
     if os.name == "posix" and mode & 0o077:
         raise LedgerError(
-            f"other users may read the hospital's key {path.name!r}; run `chmod 600` on it, and renew it if they did"
+            f"other users may read the signing key {path.name!r}; run `chmod 600` on it, and renew it if they did"
         )
     if not isinstance(private, Ed25519PrivateKey):
-        raise LedgerError(f"the hospital's key {path.name!r} is not an Ed25519 key; restore it from a backup")
-    return HospitalKey(private)
+        raise LedgerError(f"the signing key {path.name!r} is not an Ed25519 key; restore it from a backup")
+    return SigningKey(private)
 
 
-def create_key(path: Path) -> HospitalKey:
+def create_key(path: Path) -> SigningKey:
     """Make a new key and write it durably with mode 0600; if another process was first, take that one's.
 
     Raises:
@@ -110,5 +115,5 @@ def create_key(path: Path) -> HospitalKey:
             temporary.unlink()
         sync_folder(path.parent)  # else a power cut could leave signed rows and no key
     except OSError as error:
-        raise LedgerError(f"the hospital's key cannot be written ({error.strerror}); check the state folder") from None
-    return HospitalKey(private)
+        raise LedgerError(f"the signing key cannot be written ({error.strerror}); check the state folder") from None
+    return SigningKey(private)

@@ -1,0 +1,153 @@
+"""How far every attempt at a round has come, durably: open, collecting, aggregated, published or abandoned.
+
+A crash leaves an attempt where it was. Whoever resumes the run closes it as abandoned, with a receipt, so that each
+charge in a hospital's ledger has a round that explains it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, insert, select, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from medfl_ray.errors import CheckpointError
+from medfl_ray.messages import Receipt, RoundPlan
+from medfl_ray.store.tables import round_attempts, round_deliveries, rounds_metadata
+
+JOURNAL_NAME = "rounds.sqlite"
+NEXT = {
+    "open": ("collecting", "abandoned"),
+    "collecting": ("aggregated", "abandoned"),
+    "aggregated": ("published", "abandoned"),
+}
+LOCK_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class OpenAttempt:
+    """An attempt that a process left without closing it; `delivered` are the hospitals whose updates had arrived."""
+
+    plan: RoundPlan
+    state: str
+    delivered: tuple[str, ...]
+
+
+class RoundJournal:
+    """The states of one run's rounds, in an SQLite file of the run's folder; made when the first round opens."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / JOURNAL_NAME
+        self._made = False
+
+    @cached_property
+    def _engine(self) -> Engine:
+        engine = create_engine(f"sqlite:///{self._path}", pool_size=1, max_overflow=0)
+        event.listen(engine, "connect", _prepare)
+        return engine
+
+    def open(self, plan: RoundPlan) -> None:
+        """Note a round before anything is reserved for it.
+
+        Raises:
+          CheckpointError: this attempt at the round was opened before, or the disk is full.
+        """
+        if not self._made:
+            with self._writing() as connection:
+                rounds_metadata.create_all(connection)
+            self._made = True
+        row = {**_key(plan), "state": "open", "plan": plan.model_dump_json(), "opened_at": _now()}
+        with self._writing() as connection:
+            connection.execute(insert(round_attempts).values(row))
+
+    def move(self, plan: RoundPlan, state: str, weights_after: str | None = None) -> None:
+        """Take an attempt to its next state.
+
+        Raises:
+          CheckpointError: the attempt is in a state that this one does not follow, or the disk is full.
+        """
+        before = [name for name, following in NEXT.items() if state in following]
+        chosen = update(round_attempts).where(_is(round_attempts, plan), round_attempts.c.state.in_(before))
+        with self._writing() as connection:
+            moved = connection.execute(chosen.values(state=state, weights_after=weights_after)).rowcount
+        if moved != 1:
+            raise CheckpointError(
+                f"round {plan.round}, attempt {plan.attempt} cannot become {state}: it is not {' or '.join(before)}. "
+                "Another process may have run this folder; continue with medfl-ray run --resume"
+            )
+
+    def deliver(self, plan: RoundPlan, hospitals: Iterable[str]) -> None:
+        """Note whose updates are in the sum.
+
+        Raises:
+          CheckpointError: one of them had delivered before, or the disk is full.
+        """
+        with self._writing() as connection:
+            connection.execute(insert(round_deliveries), [{**_key(plan), "hospital": name} for name in hospitals])
+
+    def close(self, receipt: Receipt) -> None:
+        """Take the attempt of a receipt to its end; nothing happens where it was never opened or is closed.
+
+        Raises:
+          CheckpointError: the disk is full.
+        """
+        if not self._path.exists():
+            return
+        chosen = update(round_attempts).where(_is(round_attempts, receipt), round_attempts.c.state.in_(NEXT))
+        with self._writing() as connection:
+            connection.execute(chosen.values(state="published" if receipt.published else "abandoned"))
+
+    def unfinished(self) -> list[OpenAttempt]:
+        """Return the attempts that are neither published nor abandoned, oldest first."""
+        if not self._path.exists():
+            return []
+        open_ones = select(round_attempts).where(round_attempts.c.state.in_(NEXT)).order_by(round_attempts.c.id)
+        with self._writing() as connection:
+            rounds_metadata.create_all(connection)
+            self._made = True
+            return [_attempt(connection, row.plan, row.state) for row in connection.execute(open_ones).all()]
+
+    @contextmanager
+    def _writing(self) -> Iterator[Connection]:
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except IntegrityError:
+            raise CheckpointError(
+                f"{JOURNAL_NAME} holds this attempt at the round already, or this hospital's update in it; nothing is "
+                "applied twice. Continue with medfl-ray run --resume"
+            ) from None
+        except DBAPIError as error:
+            raise CheckpointError(
+                f"{JOURNAL_NAME} cannot be used: SQLite says {error.orig}. Free space, or restore the file from a "
+                "backup; the run continues from its last checkpoint with medfl-ray run --resume."
+            ) from None
+
+
+def _attempt(connection: Connection, plan_json: str, state: str) -> OpenAttempt:
+    plan = RoundPlan.model_validate_json(plan_json)
+    names = select(round_deliveries.c.hospital).where(_is(round_deliveries, plan))
+    return OpenAttempt(plan, state, tuple(sorted(connection.execute(names).scalars())))
+
+
+def _key(plan: RoundPlan) -> dict[str, Any]:
+    return {"job": plan.job, "round": plan.round, "attempt": plan.attempt}
+
+
+def _is(table: Any, plan: RoundPlan | Receipt) -> Any:
+    return (table.c.job == plan.job) & (table.c.round == plan.round) & (table.c.attempt == plan.attempt)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _prepare(connection: Any, record: object) -> None:
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", f"busy_timeout = {int(1000 * LOCK_TIMEOUT_S)}"):
+        connection.execute(f"PRAGMA {pragma}")
