@@ -1,13 +1,16 @@
 """The coordinator: one federation from start to end, as a plain class and as a Ray actor.
 
 The same `run_in_process` runs in the driver with `pool: local` and inside the actor with `pool: ray`.
-State is in the run's folder and in the hospitals' ledgers, so that the actor may die at any point.
+State is in the run's folder and in the hospitals' ledgers, so that the actor may die at any point and goes on
+from there when Ray has started it again.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -103,7 +106,8 @@ def open_federation_ledger(run: RunConfig, policies: tuple[SitePolicy, ...], fol
 
 def local_pool(specs: list[HospitalSpec]) -> LocalPool:
     """Return all hospitals in this process."""
-    return LocalPool({spec.policy.hospital: partial(build_hospital, spec) for spec in specs})
+    keeps_late = bool(specs) and specs[0].run.federation.stragglers == "keep"
+    return LocalPool({spec.policy.hospital: partial(build_hospital, spec) for spec in specs}, keeps_late)
 
 
 def initial_weights(run: RunConfig) -> Callable[[int, int], tuple[Layout, Vector]]:
@@ -165,33 +169,44 @@ def run_in_process(
 
 
 class Coordinator:
-    """The federation as an actor: `run` in one thread, `events_since` and `stop` in others."""
+    """The federation as an actor: `run` in one thread, `events_since` and `stop` in others.
 
-    def __init__(
-        self, run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, root: Path, gpus_per_actor: float
-    ) -> None:
-        self._run, self._policies, self._folder, self._root = run, policies, folder, root
+    All that it knows is in the run's folder and in the ledgers: where its process ends, Ray starts it again, and
+    `run` goes on from the last published round.
+    """
+
+    def __init__(self, policies: tuple[SitePolicy, ...], folder: Path, root: Path, gpus_per_actor: float) -> None:
+        self._policies, self._folder, self._root = policies, folder, root
         self._gpus_per_actor = gpus_per_actor
-        self._events: list[Event] = []
+        self._events: deque[Event] = deque()
+        self._first = 0
         self._stop = threading.Event()
 
     def run(self) -> RunOutcome:
-        """Run the federation to its end."""
+        """Run the federation to its end, with the configuration in its folder."""
         import torch
 
         from actors.ray_pool import RayPool
 
         torch.set_num_threads(1)
-        specs = hospital_specs(self._run, self._policies, self._folder, self._root)
-        pool = RayPool(specs, self._folder.name, self._run.federation.num_actors, self._gpus_per_actor)
-        return run_in_process(
-            self._run, self._policies, self._folder, pool, self._events.append, self._stop, self._root
-        )
+        run = RunFolder.open(self._folder).run
+        specs = hospital_specs(run, self._policies, self._folder, self._root)
+        config = run.federation
+        keeps_late = config.stragglers == "keep"
+        pool = RayPool(specs, self._folder.name, config.num_actors, self._gpus_per_actor, keeps_late)
+        return run_in_process(run, self._policies, self._folder, pool, self._events.append, self._stop, self._root)
 
     def events_since(self, position: int) -> list[Any]:
-        """Return the events after the first `position` ones."""
-        return self._events[position:]
+        """Return the events after the first `position` ones, which are forgotten: whoever asks has them."""
+        while self._first < position and self._events:
+            self._events.popleft()
+            self._first += 1
+        return list(self._events)
 
     def stop(self) -> None:
         """Ask for an end after the current round."""
         self._stop.set()
+
+    def process_id(self) -> int:
+        """Return the coordinator's process id, for tools that watch or end it."""
+        return os.getpid()

@@ -54,27 +54,29 @@ class Dealer:
         ends = None if timeout_s is None else time.monotonic() + timeout_s
         waiting = deque((piece, 0) for piece in pieces)
         sent: dict[Any, tuple[Piece, int, int]] = {}
-        while sent or (waiting and self._actors):
-            for actor in self._free(sent, len(waiting)):
-                if waiting:
-                    piece, tried = waiting.popleft()
-                    sent[getattr(self._actors[actor], method).remote(piece, *common)] = piece, tried + 1, actor
-            left = None if ends is None else max(0.0, ends - time.monotonic())
-            ready, _ = ray.wait([*sent, *self._away], num_returns=1, timeout=left)
-            if not ready:
-                break
-            if ready[0] in self._away:
-                self._welcome(ready[0])
-                continue
-            piece, tried, actor = sent.pop(ready[0])
-            result = self._result(ready[0], actor)
-            if result is GONE and tried < tries:
-                waiting.append((piece, tried))
-            else:
-                yield piece, result
-        for actor in {actor for _, _, actor in sent.values()}:
-            ray.kill(self._actors[actor], no_restart=False)  # the next round must not wait for what is late
-            self._ask_back(actor)
+        try:
+            while sent or (waiting and self._actors):
+                for actor in self._free(sent, len(waiting)):
+                    if waiting:
+                        piece, tried = waiting.popleft()
+                        sent[getattr(self._actors[actor], method).remote(piece, *common)] = piece, tried + 1, actor
+                left = None if ends is None else max(0.0, ends - time.monotonic())
+                ready, _ = ray.wait([*sent, *self._away], num_returns=1, timeout=left)
+                if not ready:
+                    break
+                if ready[0] in self._away:
+                    self._welcome(ready[0])
+                    continue
+                piece, tried, actor = sent.pop(ready[0])
+                result = self._result(ready[0], actor)
+                if result is GONE and tried < tries:
+                    waiting.append((piece, tried))
+                else:
+                    yield piece, result
+        finally:  # also where whoever asked has had enough: the next round must not wait for what is late
+            for actor in {actor for _, _, actor in sent.values()}:
+                ray.kill(self._actors[actor], no_restart=False)
+                self._ask_back(actor)
         reason = Lost("late", late=True) if self._actors else Lost("no process is left that could do it")
         for piece in [piece for piece, _, _ in sent.values()] + [piece for piece, _ in waiting]:
             yield piece, reason

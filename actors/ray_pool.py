@@ -2,135 +2,210 @@
 
 The weights are put into the object store once a round. At most one task per actor is under way, so
 nothing queues without bound. An actor that dies is a `ClientFailure`; Ray restarts it for the next round,
-and no task is retried, because a second training would be a second release.
+and no task is retried, because a second training would be a second release. An actor that misses a deadline
+stays busy with what it does and is asked nothing until it is done.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.cluster import check_pinned
 from actors.hospital import HospitalActor, HospitalSpec
+from medfl_ray.errors import ClusterError
 from medfl_ray.federation.baselines import CENTRAL
-from medfl_ray.federation.local_pool import deadline_failure, start_failure
+from medfl_ray.federation.local_pool import deadline_failure, evaluation_failure, start_failure
 from medfl_ray.federation.ports import AlonePlan, AloneResult
-from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
+from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation, Stage
 from medfl_ray.params import Vector
 
-Stage = Literal["start", "reserve", "train", "evaluate"]
 START_TIMEOUT_S = 600.0
+NAME_TIMEOUT_S = 60.0
+PATIENCE = 10
+"""After so many deadlines, none taken for shorter than SHORT_S, a process that has not answered is ended."""
+SHORT_S = 30.0
+Home = tuple[str, ...]
+Call = Callable[[Any], Any]
+Fail = Callable[[str, str, bool], ClientFailure]
+"""Makes a failure of (hospital, reason, whether the fault may pass)."""
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """A task that missed its deadline: its answer to come, whose it is, what it does, and how long it may go on."""
+
+    answer: Any
+    hospital: str
+    doing: str
+    until: float
 
 
 class RayPool:
     """A pool of hospital actors; with fewer actors than hospitals, each actor holds several."""
 
     def __init__(
-        self, specs: Sequence[HospitalSpec], job: str, num_actors: int | None = None, gpus_per_actor: float = 0.0
+        self,
+        specs: Sequence[HospitalSpec],
+        job: str,
+        num_actors: int | None = None,
+        gpus_per_actor: float = 0.0,
+        keeps_late: bool = False,
     ) -> None:
+        """Take the hospitals; with `keeps_late`, an update that misses its deadline is yielded in the next round."""
         self._specs = {spec.policy.hospital: spec for spec in specs}
         self._job = job
         self._gpus_per_actor = gpus_per_actor
+        self._keeps_late = keeps_late
         self._actors: dict[str, Any] = {}
+        self._unfinished: dict[Home, Unfinished] = {}
+        self._clock: tuple[tuple[int, int], float] = ((0, 0), 0.0)
         check_pinned(ledgers_to_pin(specs), ray.nodes())  # type: ignore[no-untyped-call]
         self._homes = deal(sorted(name for name in self._specs if name != CENTRAL), num_actors)
 
     def describe(self) -> Sequence[HospitalInfo | ClientFailure]:
         names = [name for home in self._homes for name in home]
         calls = {name: (lambda actor, name=name: actor.describe.remote(name)) for name in names}
-        return list(self._gather(calls, lambda name, why: start_failure(name, why), START_TIMEOUT_S))
+        fail = lambda name, why, _: start_failure(name, why)  # noqa: E731
+        return [answer for _, answer in self._gather(calls, fail, "starting", self._ends(START_TIMEOUT_S))]
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
         told = {name: plan.addressed_to(name) for name in plan.hospitals}
         calls = {name: (lambda actor, name=name: actor.reserve.remote(name, told[name])) for name in plan.hospitals}
-        fail = self._failure("reserve", plan.round, plan.attempt, left_host=False)
-        answers: dict[str, Any] = dict(self._gather_named(calls, fail, plan.deadline_s))
+        fail = failure_of(plan, "reserve", left_host=False)
+        ends = self._ends_of(plan) or self._ends(START_TIMEOUT_S)
+        answers: dict[str, Any] = dict(self._gather(calls, fail, f"reserving for round {plan.round}", ends))
         return {name: answers[name] for name in plan.hospitals}
 
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
         calls = {name: (lambda actor, name=name: actor.release.remote(name, plan, reason)) for name in hospitals}
-        list(self._gather(calls, self._failure("reserve", plan.round, plan.attempt), plan.deadline_s))
+        fail, ends = failure_of(plan, "reserve", left_host=False), self._ends(plan.deadline_s or START_TIMEOUT_S)
+        list(self._gather(calls, fail, f"releasing round {plan.round}", ends))
 
     def train(
         self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector
-    ) -> Iterator[ClientUpdate | ClientFailure]:
-        shared = ray.put(weights)
+    ) -> Generator[ClientUpdate | ClientFailure, None, None]:
+        shared = put(weights)
         told = {name: plan.addressed_to(name) for name in hospitals}
         calls = {name: (lambda actor, name=name: actor.train.remote(name, told[name], shared)) for name in hospitals}
-        fail = self._failure("train", plan.round, plan.attempt)
         late = lambda name: deadline_failure(name, plan)  # noqa: E731
-        yield from self._gather(calls, fail, plan.deadline_s, late)
+        doing = f"training for round {plan.round}"
+        answers = self._gather(calls, failure_of(plan, "train"), doing, self._ends_of(plan), late, self._keeps_late)
+        for _, answer in answers:
+            yield answer
 
     def evaluate(
-        self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool
+        self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool, deadline_s: float | None
     ) -> Iterator[SiteEvaluation | ClientFailure]:
-        shared = ray.put(weights)
+        shared = put(weights)
         calls = {n: (lambda actor, n=n: actor.evaluate.remote(n, round, shared, pictures)) for n in hospitals}
-        yield from self._gather(calls, self._failure("evaluate", round, 0, left_host=False), None)
+        fail = lambda name, why, _: evaluation_failure(name, round, why)  # noqa: E731
+        for _, answer in self._gather(calls, fail, f"evaluating round {round}", self._ends(deadline_s)):
+            yield answer
 
     def train_alone(self, plans: Mapping[str, AlonePlan], weights: Vector) -> Iterator[AloneResult | ClientFailure]:
-        shared = ray.put(weights)
+        shared = put(weights)
         if CENTRAL in plans:
             self._homes = [*self._homes, (CENTRAL,)]
         calls = {
             n: (lambda actor, n=n, plan=plan: actor.train_alone.remote(n, plan, shared)) for n, plan in plans.items()
         }
-        yield from self._gather(calls, self._failure("train", 0, 0), None)
+        fail = lambda name, why, _: start_failure(name, why).model_copy(  # noqa: E731
+            update={"stage": "train", "left_host": True}
+        )
+        for _, answer in self._gather(calls, fail, "training a baseline", None):
+            yield answer
 
     def export_ledgers(self) -> dict[str, dict[str, Any]]:
         names = [name for home in self._homes for name in home]
         calls = {name: (lambda actor, name=name: actor.export_ledger.remote(name)) for name in names}
-        answers = self._gather_named(calls, self._failure("evaluate", 0, 0, left_host=False), None)
+        fail = lambda name, why, _: evaluation_failure(name, 0, why)  # noqa: E731
+        answers = self._gather(calls, fail, "exporting its ledger", self._ends(START_TIMEOUT_S))
         return {name: answer for name, answer in answers if isinstance(answer, dict)}
 
     def close(self) -> None:
         for actor in self._actors.values():
             ray.kill(actor, no_restart=True)
         self._actors.clear()
+        self._unfinished.clear()
 
     def _gather(
         self,
-        calls: Mapping[str, Callable[[Any], Any]],
-        fail: Callable[[str, str], ClientFailure],
-        deadline_s: float | None,
+        calls: Mapping[str, Call],
+        fail: Fail,
+        doing: str,
+        ends: float | None,
         late: Callable[[str], ClientFailure] | None = None,
-    ) -> Iterator[Any]:
-        for _, answer in self._gather_named(calls, fail, deadline_s, late):
-            yield answer
+        with_unfinished: bool = False,
+    ) -> Generator[tuple[str, Any], None, None]:
+        """Run one call per hospital, one at a time per actor, and yield answers as they arrive, until time is up.
 
-    def _gather_named(
-        self,
-        calls: Mapping[str, Callable[[Any], Any]],
-        fail: Callable[[str, str], ClientFailure],
-        deadline_s: float | None,
-        late: Callable[[str], ClientFailure] | None = None,
-    ) -> Iterator[tuple[str, Any]]:
-        """Run one call per hospital, one at a time per actor, and yield answers as they arrive."""
+        Args:
+          doing: what the calls do, for whoever finds the actor busy with one later.
+          ends: when time is up, on the monotonic clock; None for never.
+          late: makes the failure of who is not done by then; that of `fail` when absent.
+          with_unfinished: whether answers to earlier trainings are yielded too, if they come in time.
+        """
         queues = {home: [name for name in home if name in calls] for home in self._homes}
-        ends = time.monotonic() + deadline_s if deadline_s is not None else None
-        pending: dict[Any, tuple[tuple[str, ...], str]] = {}
-        self._submit(queues, calls, pending)
-        while pending:
-            timeout = None if ends is None else max(0.0, ends - time.monotonic())
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=timeout)
-            if not ready:
-                break
-            _, name = pending.pop(ready[0])
-            yield name, self._take(ready[0], name, fail)
-            self._submit(queues, calls, pending)
+        started = time.monotonic()
+        pending: dict[Any, tuple[Home, str]] = {}
+        try:
+            while True:
+                for name, answer in self._take_unfinished(fail):
+                    if with_unfinished and isinstance(answer, ClientUpdate):
+                        yield name, answer
+                yield from self._turn_away(queues, fail)
+                self._submit(queues, calls, pending)
+                if not pending:
+                    return
+                ready = self._wait([*pending, *(one.answer for one in self._unfinished.values())], ends)
+                if ready is None:
+                    break
+                if ready in pending:
+                    _, name = pending.pop(ready)
+                    yield name, self._take(ready, name, fail)
+        finally:  # also where whoever asked has had enough
+            now = time.monotonic()
+            until = now + PATIENCE * max(SHORT_S, (ends or now) - started)
+            for answer, (home, name) in pending.items():
+                self._unfinished[home] = Unfinished(answer, name, doing, until)
         missing = [name for _, name in pending.values()] + [name for queue in queues.values() for name in queue]
         for name in missing:
-            yield name, late(name) if late is not None else fail(name, f"no answer within {deadline_s:g} s")
+            yield name, late(name) if late is not None else fail(name, f"not done with {doing} in time", False)
+
+    def _wait(self, answers: list[Any], ends: float | None) -> Any:
+        """Return the first answer that is there, or None when time is up."""
+        timeout = None if ends is None else max(0.0, ends - time.monotonic())
+        ready, _ = ray.wait(answers, num_returns=1, timeout=timeout)
+        return ready[0] if ready else None
+
+    def _take_unfinished(self, fail: Fail) -> Iterator[tuple[str, Any]]:
+        """Yield what actors have finished that had missed a deadline; they can be asked again.
+
+        One that is not done after many deadlines hangs, and its process is ended; Ray starts another.
+        """
+        for home, one in list(self._unfinished.items()):
+            if time.monotonic() > one.until:
+                ray.kill(self._actor(home), no_restart=False)
+                del self._unfinished[home]
+            elif ray.wait([one.answer], timeout=0)[0]:
+                del self._unfinished[home]
+                yield one.hospital, self._take(one.answer, one.hospital, fail)
+
+    def _turn_away(self, queues: dict[Home, list[str]], fail: Fail) -> Iterator[tuple[str, Any]]:
+        """Answer for hospitals whose actor is still busy with an earlier round."""
+        for home, one in self._unfinished.items():
+            while queues.get(home):
+                name = queues[home].pop(0)
+                yield name, fail(name, f"its process is still {one.doing}; it is asked when that is done", False)
 
     def _submit(
-        self,
-        queues: dict[tuple[str, ...], list[str]],
-        calls: Mapping[str, Callable[[Any], Any]],
-        pending: dict[Any, tuple[tuple[str, ...], str]],
+        self, queues: dict[Home, list[str]], calls: Mapping[str, Call], pending: dict[Any, tuple[Home, str]]
     ) -> None:
         busy = {home for home, _ in pending.values()}
         for home, queue in queues.items():
@@ -138,34 +213,87 @@ class RayPool:
                 name = queue.pop(0)
                 pending[calls[name](self._actor(home))] = (home, name)
 
-    def _take(self, reference: Any, name: str, fail: Callable[[str, str], ClientFailure]) -> Any:
+    def _take(self, reference: Any, name: str, fail: Fail) -> Any:
         try:
             return ray.get(reference)
         except RayActorError:
-            return fail(name, "the hospital's process ended before it answered; Ray restarts it for the next round")
+            return fail(name, "the hospital's process ended before it answered; Ray restarts it", True)
         except RayTaskError as error:
-            return fail(name, f"{type(error.cause).__name__} in the hospital's process; its own log has the details")
-        except (GetTimeoutError, RayError) as error:
-            return fail(name, f"Ray lost the hospital's answer ({type(error).__name__})")
+            reason = f"{type(error.cause).__name__} in the hospital's process; its own log has the details"
+            return fail(name, reason, False)
+        except RayError as error:
+            return fail(name, f"Ray lost the hospital's answer ({type(error).__name__})", True)
 
-    def _failure(
-        self, stage: Stage, round: int, attempt: int, left_host: bool = True
-    ) -> Callable[[str, str], ClientFailure]:
-        def build(name: str, why: str) -> ClientFailure:
-            return ClientFailure(
-                hospital=name, round=round, attempt=attempt, stage=stage, reason=why, left_host=left_host
-            )
+    def _ends_of(self, plan: RoundPlan) -> float | None:
+        """Return when the round's deadline passes; its clock starts when this pool first hears of the round."""
+        key = (plan.round, plan.attempt)
+        if self._clock[0] != key:
+            self._clock = key, time.monotonic()
+        return None if plan.deadline_s is None else self._clock[1] + plan.deadline_s
 
-        return build
+    @staticmethod
+    def _ends(seconds: float | None) -> float | None:
+        return None if seconds is None else time.monotonic() + seconds
 
-    def _actor(self, home: tuple[str, ...]) -> Any:
+    def _actor(self, home: Home) -> Any:
         name = "+".join(home) if len(home) <= 2 else f"{home[0]}+{len(home) - 1}"
         if name not in self._actors:
             resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
             options = actor_options(home, len(self._homes), resources, self._gpus_per_actor)
             remote = ray.remote(HospitalActor).options(name=f"hospital:{name}:{self._job}", **options)
-            self._actors[name] = remote.remote([self._specs[hospital] for hospital in home])
+            self._actors[name] = create_named(remote, [self._specs[hospital] for hospital in home])
         return self._actors[name]
+
+
+def create_named(remote: Any, specs: Sequence[HospitalSpec]) -> Any:
+    """Create an actor; where one of its name is still ending, with the coordinator that had it, wait for that.
+
+    Raises:
+      ClusterError: another one keeps the name.
+    """
+    ends = time.monotonic() + NAME_TIMEOUT_S
+    while True:
+        try:
+            return remote.remote(specs)
+        except ValueError:
+            if time.monotonic() > ends:
+                raise ClusterError(
+                    f"the actor of hospital {specs[0].policy.hospital!r} is already there: another process of this "
+                    "cluster runs the same folder. Wait until it ends, or end it"
+                ) from None
+            time.sleep(0.2)
+
+
+def put(weights: Vector) -> Any:
+    """Put weights into the object store.
+
+    Raises:
+      ClusterError: it is full, and its disk for spilling too.
+    """
+    try:
+        return ray.put(weights)
+    except RayError as error:
+        raise ClusterError(
+            f"Ray's object store did not take the weights ({type(error).__name__}); give the cluster more memory or "
+            "disk, then continue with medfl-ray run --resume"
+        ) from None
+
+
+def failure_of(plan: RoundPlan, stage: Stage, left_host: bool = True) -> Fail:
+    """Return what makes a failure of a hospital in a round."""
+
+    def build(name: str, why: str, passing: bool) -> ClientFailure:
+        return ClientFailure(
+            hospital=name,
+            round=plan.round,
+            attempt=plan.attempt,
+            stage=stage,
+            reason=why,
+            left_host=left_host,
+            passing=passing,
+        )
+
+    return build
 
 
 def ledgers_to_pin(specs: Sequence[HospitalSpec]) -> list[str]:

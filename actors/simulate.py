@@ -143,7 +143,9 @@ class Simulation:
                 stop=stop or threading.Event(),
                 open_federation_ledger=partial(open_federation_ledger, self._run, self._policies, self._folder, root),
                 is_signed=signature_is_valid,
-                select=None if select is None else (lambda number: tuple(sorted(select(number)))),
+                select=None
+                if select is None
+                else (lambda number, able: tuple(sorted(set(select(number)) & set(able)))),
             )
         )
 
@@ -168,6 +170,11 @@ class Simulation:
             self._emit(
                 RoundTimed(round=result.round, num_hospitals=asked, duration_s=result.duration_s, seconds=seconds)
             )
+
+
+def _named(select: Select, round: int, able: Sequence[str]) -> tuple[str, ...]:
+    """Return the cohort that the caller names, without those who sit out for their failures."""
+    return tuple(sorted(set(select(round)).intersection(able)))
 
 
 def where_time_went(pool: VirtualPool, duration_s: float) -> dict[str, float]:

@@ -17,9 +17,13 @@ from medfl_ray.errors import ClusterError, MedflError
 from medfl_ray.federation.events import Event, Notice
 from medfl_ray.federation.run import RunOutcome
 from medfl_ray.site_policy import SitePolicy
+from medfl_ray.store.run_folder import RunFolder
 from medfl_ray.store.state_folders import state_root
 
 POLL_S = 0.25
+MAX_LIVES = 4
+"""How often a coordinator may end without having published a round."""
+
 Emit = Callable[[Event], None]
 
 
@@ -59,13 +63,40 @@ def drive(
 def _follow(
     run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, emit: Emit, stop: threading.Event
 ) -> RunOutcome:
+    """Have a coordinator run the federation and show what happens; Ray starts it again where its process ends.
+
+    Raises:
+      MedflError: as of `run_federation`; ClusterError where the coordinator ends again and again without a new round.
+    """
+    import ray
+
+    remote = ray.remote(Coordinator).options(
+        name=f"coordinator:{folder.name}", num_cpus=0.01, max_concurrency=4, max_restarts=-1, max_task_retries=0
+    )
+    coordinator: Any = remote.remote(policies, folder.resolve(), state_root(run), run.training.gpus_per_hospital)
+    lives, published = 1, -1
+    try:
+        while True:
+            outcome = _watch(coordinator, emit, stop)
+            if outcome is not None:
+                return outcome
+            before, published = published, _num_published(folder, run)
+            lives = lives + 1 if published == before else 1
+            if lives > MAX_LIVES or stop.is_set():
+                raise ClusterError(
+                    f"the coordinator's process ended {'while it stopped' if stop.is_set() else f'{lives} times'}. "
+                    f"Nothing published is lost: medfl-ray run --resume {folder.name}"
+                )
+            emit(Notice(message="the coordinator's process ended; it is started again and goes on from its last round"))
+    finally:
+        ray.kill(coordinator, no_restart=True)
+
+
+def _watch(coordinator: Any, emit: Emit, stop: threading.Event) -> RunOutcome | None:
+    """Follow one life of the coordinator and return how the run ended, or None where its process did."""
     import ray
     from ray.exceptions import RayActorError, RayTaskError
 
-    remote = ray.remote(Coordinator).options(
-        name=f"coordinator:{folder.name}", num_cpus=0.01, max_concurrency=4, max_restarts=0
-    )
-    coordinator: Any = remote.remote(run, policies, folder.resolve(), state_root(run), run.training.gpus_per_hospital)
     outcome, seen, asked = coordinator.run.remote(), 0, False
     try:
         while True:
@@ -85,11 +116,11 @@ def _follow(
             raise cause from None
         raise
     except RayActorError:
-        raise ClusterError(
-            f"the coordinator's process ended. Nothing published is lost: medfl-ray run --resume {folder.name}"
-        ) from None
-    finally:
-        ray.kill(coordinator, no_restart=True)
+        return None
+
+
+def _num_published(folder: Path, run: RunConfig) -> int:
+    return sum(receipt.published for receipt in RunFolder(folder, run).receipts())
 
 
 @contextmanager

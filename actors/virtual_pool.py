@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -144,7 +144,7 @@ class VirtualPool:
         if own:
             self._accounts().release(own, reason)
 
-    def train(self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector) -> Iterator[Answer]:
+    def train(self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector) -> Generator[Answer, None, None]:
         """Yield one sum per finished assignment, and each failure; settled before anything is trained."""
         started = time.perf_counter()
         self.seconds = dict.fromkeys(("train", "data", "sum"), 0.0)
@@ -166,7 +166,7 @@ class VirtualPool:
         self.seconds["wall"] = time.perf_counter() - started
 
     def evaluate(
-        self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool
+        self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool, deadline_s: float | None
     ) -> Iterator[SiteEvaluation | ClientFailure]:
         """Yield the evaluation of every hospital asked."""
         started = time.perf_counter()
@@ -174,7 +174,7 @@ class VirtualPool:
         pictured = PICTURED_HOSPITALS if pictures else 0
         pieces = [tuple(hospitals[start::8]) for start in range(min(8, len(hospitals)))]
         scorings = [Scoring(round, piece, 0 if number else pictured) for number, piece in enumerate(pieces)]
-        for scoring, answers in self._dealer.deal("evaluate", scorings, shared):
+        for scoring, answers in self._dealer.deal("evaluate", scorings, shared, timeout_s=deadline_s):
             if not isinstance(answers, Lost):
                 yield from answers
                 continue

@@ -138,8 +138,29 @@ class FederationConfig(Section):
     min_clients: Positive = Field(1, description="Updates without which a round is not published.")
     min_available_clients: Positive = Field(1, description="Hospitals that must be present to start.")
     fraction: Fraction = Field(1.0, description="Share of the available hospitals asked in a round.")
+    over_selection: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0,
+        description="Share of hospitals asked beyond `fraction`; the round closes when enough have delivered, and "
+        "what the others spent stays spent. Who is in time then decides the result: no bitwise repeat.",
+    )
     deadline_s: PositiveFloat | None = Field(
-        None, description="Seconds after which a round closes without the missing hospitals."
+        None,
+        description="Seconds from a round's start after which it closes without the missing hospitals; its evaluation "
+        "has as long again.",
+    )
+    stragglers: Literal["drop", "keep"] = Field(
+        "drop",
+        description="An update that misses the deadline: dropped, or kept for the next round if it is there by then.",
+    )
+    retries: Annotated[int, Field(ge=0, le=10)] = Field(
+        2,
+        description="Times that a hospital is asked again within a round after a passing fault; once training has "
+        "begun, with differential privacy off only, since a second training would be a second charge.",
+    )
+    max_hospital_failures: Positive = Field(
+        3,
+        description="Rounds in a row that a hospital may fail before it is left out: for 1 round, then 2, 4, up to 16; "
+        "an update that arrives sets it back.",
     )
     max_failed_rounds: Annotated[int, Field(ge=0)] = Field(
         2, description="Consecutive rounds below quorum after which the run stops."
@@ -175,6 +196,8 @@ class FederationConfig(Section):
     def _steps_or_epochs(self) -> Self:
         if self.local_epochs is not None and self.local_steps is not None:
             raise ValueError("federation has both local_epochs and local_steps; keep one")
+        if self.stragglers == "keep" and self.deadline_s is None:
+            raise ValueError("federation.stragglers is keep, but without deadline_s a round waits for everybody")
         if self.min_clients > self.min_available_clients:
             raise ValueError("federation.min_clients exceeds min_available_clients; a round could never be published")
         return self
@@ -331,6 +354,11 @@ def hospital_level_problem(run: RunConfig) -> str | None:
         return (
             "privacy.unit: hospital needs aggregation.weighting: uniform, because a hospital's weight would multiply "
             "what the noise has to cover"
+        )
+    if federation.over_selection or federation.stragglers == "keep":
+        return (
+            "federation.over_selection and stragglers: keep do not go with privacy.unit: hospital, where whose update "
+            "is in which round must not depend on who was in time; leave both out"
         )
     if federation.min_clients != 1:
         return (

@@ -7,6 +7,7 @@ hospital is a `Metric` with a label that says what it costs to show it.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +28,10 @@ Unit = Literal["patient", "hospital"]
 
 Adjacency = Literal["add_remove", "zero_out"]
 """add_remove: a record is there or not. zero_out: a record is there, or zeros in its place (tree aggregation)."""
+
+
+Stage = Literal["select", "start", "reserve", "train", "late", "surplus", "screen", "evaluate"]
+"""Where a hospital's part in a round ended."""
 
 
 class Message(BaseModel):
@@ -66,7 +71,7 @@ class RoundPlan(Message):
 
     `ledger_heads` names the last row of each hospital's ledger that the coordinator has seen: a ledger that lacks
     it does not train, and one that has it sends the rows behind it. `clip_norm` bounds a hospital's whole update,
-    under hospital-level differential privacy.
+    under hospital-level differential privacy. With over-selection the round closes after `enough` updates.
     """
 
     job: str
@@ -79,6 +84,7 @@ class RoundPlan(Message):
     learning_rate: float
     mechanisms: dict[str, Mechanism]
     deadline_s: float | None = None
+    enough: int | None = None
     clip_norm: float | None = None
     ledger_heads: dict[str, str] = Field(default_factory=dict)
 
@@ -86,6 +92,10 @@ class RoundPlan(Message):
     def digest(self) -> str:
         """SHA-256 of the whole plan, in hex; receipts name it."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+    def among(self, hospitals: Sequence[str]) -> RoundPlan:
+        """Return the plan for some of its hospitals, who are asked again."""
+        return self.model_copy(update={"hospitals": tuple(hospitals)})
 
     def addressed_to(self, hospital: str) -> RoundPlan:
         """Return what one hospital is told: under hospital-level DP not who else was asked, which may be secret."""
@@ -166,15 +176,21 @@ class ClientUpdate:
 
 
 class ClientFailure(Message):
-    """A hospital that delivered nothing in this round, and why; `config_fault` where the configuration is to blame."""
+    """A hospital that delivered nothing in this round, and why; `config_fault` where the configuration is to blame.
+
+    `left_host` says whether anything computed from data may have left the hospital, `passing` whether the fault lay
+    with a process or connection, so that asking again may help. At stage `select` a hospital was not asked because of
+    its earlier failures; at stage `surplus` enough others had delivered.
+    """
 
     hospital: str
     round: int
     attempt: int
-    stage: Literal["start", "reserve", "train", "evaluate", "screen"]
+    stage: Stage
     reason: str
     left_host: bool = True
     config_fault: bool = False
+    passing: bool = False
 
 
 class SiteEvaluation(Message):
@@ -192,7 +208,8 @@ class Receipt(Message):
 
     With a secret cohort nothing here says who was asked: amplification by sampling is claimed, and so asked, trained
     and update_hashes are empty and of failures only those are named that do not depend on the draw. `reason` says why
-    nothing was published; empty where something was.
+    nothing was published; empty where something was. `late` are hospitals whose update of an earlier round, named,
+    missed its deadline and was counted in this one.
     """
 
     job: str
@@ -211,6 +228,7 @@ class Receipt(Message):
     ended_at: str
     secret_cohort: bool = False
     reason: str = ""
+    late: dict[str, int] = Field(default_factory=dict)
 
 
 class SignedReceipt(Receipt):

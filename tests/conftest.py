@@ -1,6 +1,8 @@
 """Fixtures for all tests: one thread per process, one Ray cluster per session."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -24,5 +26,7 @@ def ray_cluster():
     """One Ray cluster of our own for all tests, on loopback and behind a token; it ends with the session."""
     from actors.cluster import connect, disconnect
 
+    # Workers unpickle functions of the tests, whose modules import their neighbours.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     yield connect(num_cpus=2)
     disconnect()

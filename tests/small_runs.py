@@ -1,7 +1,8 @@
-"""Federations of phantoms that train in about a second."""
+"""Federations of phantoms that train in about a second, and a pool that interferes with their updates."""
 
 from medfl_ray.config import RunConfig
 from medfl_ray.config_files import parse_run_config
+from medfl_ray.messages import ClientUpdate
 
 
 def small_run(**sections) -> RunConfig:
@@ -44,3 +45,20 @@ def balls(**changes):
     for section, values in changes.items():
         raw[section] = {**raw.get(section, {}), **values}
     return RunConfig.model_validate(raw)
+
+
+class Interfering:
+    """A real pool whose answers are changed on their way by `change(hospital, round, update)`."""
+
+    def __init__(self, pool, change):
+        self._pool, self._change = pool, change
+
+    def __getattr__(self, name):
+        return getattr(self._pool, name)
+
+    def train(self, plan, hospitals, weights):
+        for answer in self._pool.train(plan, hospitals, weights):
+            if isinstance(answer, ClientUpdate):
+                yield from self._change(answer)
+            else:
+                yield answer

@@ -254,10 +254,7 @@ def headline_metric(results: Sequence[RoundResult], evaluations: Mapping[str, Si
 
 def latest_rounds(results: Sequence[RoundResult]) -> list[RoundResult]:
     """Return every attempt in order, without the lines that a crash between two writes doubled."""
-    seen: dict[tuple[int, int, bool], RoundResult] = {}
-    for result in results:
-        seen[(result.round, result.receipt.attempt, result.receipt.published)] = result
-    return list(seen.values())
+    return list({(r.round, r.receipt.attempt, r.receipt.published): r for r in results}.values())
 
 
 def bytes_moved(results: Sequence[RoundResult], weights_bytes: int | None) -> int | None:

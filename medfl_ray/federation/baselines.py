@@ -15,7 +15,7 @@ from medfl_ray.errors import ConfigError
 from medfl_ray.federation.events import BaselineProgress, Event, Notice, PhaseStarted
 from medfl_ray.federation.planning import check_limits, mechanism_for, steps_per_round
 from medfl_ray.federation.ports import AlonePlan, AloneResult
-from medfl_ray.federation.rounds import RoundContext
+from medfl_ray.federation.round_context import RoundContext
 from medfl_ray.messages import ClientFailure, Mechanism, Metric, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
 from medfl_ray.site_policy import SitePolicy
@@ -178,7 +178,9 @@ def _score_central(
     scores: dict[str, dict[str, Metric]] = {}
     failures: list[ClientFailure] = []
     if central is not None and central.weights is not None:
-        for answer in context.pool.evaluate(run.federation.rounds, context.available, central.weights, pictures=False):
+        for answer in context.pool.evaluate(
+            run.federation.rounds, context.available, central.weights, pictures=False, deadline_s=None
+        ):
             if isinstance(answer, SiteEvaluation):
                 scores[answer.hospital] = dict(answer.metrics)
             else:

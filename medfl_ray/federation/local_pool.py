@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -18,16 +18,23 @@ CONFIG_FAULTS = (ConfigError, ModelError, PrivacyConfigError)
 
 
 class LocalPool:
-    """Hospitals as plain objects; `builders` makes each one when the run starts."""
+    """Hospitals as plain objects; `builders` makes each one when the run starts.
 
-    def __init__(self, builders: Mapping[str, Callable[[], Hospital]]) -> None:
+    With `keeps_late`, an update that misses its deadline is yielded in the next round.
+    """
+
+    def __init__(self, builders: Mapping[str, Callable[[], Hospital]], keeps_late: bool = False) -> None:
         self._builders = builders
+        self._keeps_late = keeps_late
         self._hospitals: dict[str, Hospital] = {}
+        self._clock: tuple[tuple[int, int], float] = ((0, 0), 0.0)
+        self._late: list[ClientUpdate] = []
 
     def describe(self) -> Sequence[HospitalInfo | ClientFailure]:
         return [self._asked(name, 0, 0, lambda built: built.info()) for name in self._builders if name != "central"]
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
+        self._seconds_since_start(plan)
         return {name: self._tell(name, plan, lambda built, own: built.reserve(own)) for name in plan.hospitals}
 
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
@@ -36,18 +43,34 @@ class LocalPool:
 
     def train(
         self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector
-    ) -> Iterator[ClientUpdate | ClientFailure]:
-        started = time.monotonic()
+    ) -> Generator[ClientUpdate | ClientFailure, None, None]:
+        late, self._late = self._late, []
+        yield from late
         for name in hospitals:
             answer = self._tell(name, plan, lambda built, own: built.train(own, weights))
-            late = plan.deadline_s is not None and time.monotonic() - started > plan.deadline_s
-            yield deadline_failure(name, plan) if late else answer
+            if plan.deadline_s is not None and self._seconds_since_start(plan) > plan.deadline_s:
+                if self._keeps_late and isinstance(answer, ClientUpdate):
+                    self._late.append(answer)
+                yield deadline_failure(name, plan)
+            else:
+                yield answer
+
+    def _seconds_since_start(self, plan: RoundPlan) -> float:
+        """Return how long ago this pool first heard of the round."""
+        key, now = (plan.round, plan.attempt), time.monotonic()
+        if self._clock[0] != key:
+            self._clock = key, now
+        return now - self._clock[1]
 
     def evaluate(
-        self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool
+        self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool, deadline_s: float | None
     ) -> Iterator[SiteEvaluation | ClientFailure]:
+        started = time.monotonic()
         for name in hospitals:
-            yield self._asked(name, round, 0, lambda built: built.evaluate(round, weights, pictures))
+            if deadline_s is not None and time.monotonic() - started > deadline_s:
+                yield evaluation_failure(name, round, f"not begun within deadline_s={deadline_s:g}")
+            else:
+                yield self._asked(name, round, 0, lambda built: built.evaluate(round, weights, pictures))
 
     def train_alone(self, plans: Mapping[str, AlonePlan], weights: Vector) -> Iterator[AloneResult | ClientFailure]:
         for name, plan in plans.items():
@@ -87,12 +110,17 @@ def start_failure(hospital: str, problem: str | MedflError, round: int = 0, atte
     )
 
 
+def evaluation_failure(hospital: str, round: int, reason: str) -> ClientFailure:
+    """Say why a hospital did not score the weights."""
+    return ClientFailure(hospital=hospital, round=round, attempt=0, stage="evaluate", reason=reason, left_host=False)
+
+
 def deadline_failure(hospital: str, plan: RoundPlan) -> ClientFailure:
     """Say that a hospital's answer did not arrive in time; its privacy cost stays spent."""
     return ClientFailure(
         hospital=hospital,
         round=plan.round,
         attempt=plan.attempt,
-        stage="train",
+        stage="late",
         reason=f"no update within deadline_s={plan.deadline_s:g}; the round closed without it and its cost stays spent",
     )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from medfl_ray.config import FederationConfig
+from medfl_ray.messages import ClientFailure, Receipt
 
 Verdict = Literal["publish", "skip", "stop"]
+BLAMED = ("start", "reserve", "train", "late", "screen")
+LONGEST_EXCLUSION = 16
+FIRST_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,3 +41,79 @@ def can_start(config: FederationConfig, num_available: int) -> Decision:
     return Decision(
         "stop", f"{num_available} hospitals are present; federation.min_available_clients asks for {needed}"
     )
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a hospital's last rounds say of it: failures in a row, the last reason, and rounds it has sat out since."""
+
+    failures: int = 0
+    reason: str = ""
+    sat_out: int = 0
+
+
+def after_round(standing: Standing, hospital: str, receipt: Receipt) -> Standing:
+    """Return a hospital's standing after one more round; an interrupted round says nothing about hospitals."""
+    if hospital in receipt.trained or hospital in receipt.late:
+        return Standing()
+    own = [failure for failure in receipt.failures if failure.hospital == hospital]
+    blamed = next((failure for failure in own if failure.stage in BLAMED), None)
+    if blamed is not None:
+        return Standing(standing.failures + 1, blamed.reason)
+    if any(failure.stage == "select" for failure in own):
+        return Standing(standing.failures, standing.reason, standing.sat_out + 1)
+    return standing
+
+
+def why_left_out(standing: Standing, max_failures: int) -> str | None:
+    """Return why a hospital is not asked, or None: after max_failures in a row it sits out 1, 2, 4, ... 16 rounds.
+
+    After each such pause it is asked once, and an update that arrives sets it back to none.
+    """
+    if standing.failures < max_failures:
+        return None
+    pause = min(LONGEST_EXCLUSION, 2 ** min(standing.failures - max_failures, 10))
+    if standing.sat_out >= pause:
+        return None
+    return (
+        f"left out for {pause - standing.sat_out} more rounds after {standing.failures} failures in a row; "
+        f"the last: {standing.reason}"
+    )
+
+
+class Standings:
+    """Who failed how often in a row, from the receipts of a run: a resumed run knows it too."""
+
+    def __init__(self, receipts: Iterable[Receipt] = ()) -> None:
+        self._standings: dict[str, Standing] = {}
+        for receipt in receipts:
+            self.add(receipt)
+
+    def add(self, receipt: Receipt) -> None:
+        """Take one more round into account."""
+        for hospital in {*receipt.asked, *receipt.late, *(failure.hospital for failure in receipt.failures)}:
+            self._standings[hospital] = after_round(self._standings.get(hospital, Standing()), hospital, receipt)
+
+    def left_out(self, hospitals: Iterable[str], config: FederationConfig) -> dict[str, str]:
+        """Return the hospitals that sit out the next round, and why; nobody does where too few would remain."""
+        names = list(hospitals)
+        reasons = {
+            name: why_left_out(self._standings.get(name, Standing()), config.max_hospital_failures) for name in names
+        }
+        out = {name: reason for name, reason in reasons.items() if reason is not None}
+        return out if len(names) - len(out) >= config.min_clients else {}
+
+
+def asked_again(failures: Iterable[ClientFailure], may_train_again: Iterable[str] = ()) -> list[str]:
+    """Return whom to ask again within the round: the fault may pass, and asking again is no second release.
+
+    Args:
+      may_train_again: hospitals without differential privacy, whose training may be repeated.
+    """
+    harmless = set(may_train_again)
+    return [f.hospital for f in failures if f.passing and (not f.left_host or f.hospital in harmless)]
+
+
+def pause_before(retry: int) -> float:
+    """Return the seconds to wait before the first, second, ... time that hospitals are asked again."""
+    return float(FIRST_PAUSE_S * 2 ** (retry - 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -129,18 +129,22 @@ class ClientPool(Protocol):
         """Start every hospital and return what each says of itself."""
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
-        """Reserve the round's privacy cost at each hospital of the plan; None where DP is off."""
+        """Reserve the round's privacy cost at each hospital of the plan; None where DP is off. The deadline begins."""
 
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
         """Give back reservations of hospitals that never started to train."""
 
-    def train(self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector) -> Iterator[Answer]:
-        """Yield answers in the order in which they arrive, until the plan's deadline; every hospital is in one."""
+    def train(self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector) -> Generator[Answer, None, None]:
+        """Yield answers in the order in which they arrive, until the plan's deadline; every hospital is in one.
+
+        Between them may come updates of an earlier round that missed its deadline. Closing the generator early
+        waits for nobody.
+        """
 
     def evaluate(
-        self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool
+        self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool, deadline_s: float | None
     ) -> Iterator[SiteEvaluation | ClientFailure]:
-        """Yield each hospital's held-out evaluation of the weights."""
+        """Yield each hospital's held-out evaluation of the weights, until the deadline; every hospital is in one."""
 
     def train_alone(self, plans: Mapping[str, AlonePlan], weights: Vector) -> Iterator[AloneResult | ClientFailure]:
         """Run a baseline at each hospital named, from the given weights."""

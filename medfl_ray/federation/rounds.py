@@ -7,96 +7,30 @@ with a receipt that names everybody who was asked and what became of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from medfl_ray import params
-from medfl_ray.aggregation.fixed_point import PartialSum, add_update, empty_sum, merge_sums, weighted_mean
-from medfl_ray.aggregation.strategies import Strategy, released_weights
+from medfl_ray.aggregation.fixed_point import PartialSum, weighted_mean
+from medfl_ray.aggregation.strategies import released_weights
 from medfl_ray.config import RunConfig
-from medfl_ray.errors import UpdateRejected
 from medfl_ray.failpoints import failpoint
-from medfl_ray.federation.events import Event, HospitalState
-from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION, HospitalLevel
-from medfl_ray.federation.policies import Decision, judge_round
-from medfl_ray.federation.ports import (
-    ClientPool,
-    FederationState,
-    LedgerKeeper,
-    RunKeeper,
-    SignatureCheck,
-    SummedUpdates,
-    TrainedHospital,
-)
-from medfl_ray.federation.screening import Expected, why_rejected
-from medfl_ray.federation.signatures import update_digest
-from medfl_ray.messages import (
-    ClientFailure,
-    ClientUpdate,
-    LedgerRows,
-    Mechanism,
-    Metric,
-    PrivacySpent,
-    Receipt,
-    RoundPlan,
-    RoundResult,
-    SiteEvaluation,
-)
+from medfl_ray.federation.collecting import collect_updates
+from medfl_ray.federation.events import HospitalState
+from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION
+from medfl_ray.federation.policies import Decision, asked_again, judge_round, pause_before
+from medfl_ray.federation.ports import FederationState
+from medfl_ray.federation.round_context import RoundContext, Tally
+from medfl_ray.federation.selection import enough_updates
+from medfl_ray.messages import ClientFailure, PrivacySpent, Receipt, RoundPlan, RoundResult, SiteEvaluation
 from medfl_ray.training.schedules import learning_rate
-
-
-@dataclass(frozen=True)
-class RoundContext:
-    """What stays the same over the rounds of a run; `central` is there under hospital-level differential privacy.
-
-    `weight` is each hospital's public aggregation weight, `keys` the public key of each that signs its updates.
-    `evaluated` are the hospitals that are asked to score the weights, and `select` names who trains in a round.
-    """
-
-    run: RunConfig
-    job: str
-    attempt: int
-    layout: params.Layout
-    strategy: Strategy
-    pool: ClientPool
-    keeper: RunKeeper
-    mirror: LedgerKeeper
-    available: tuple[str, ...]
-    num_steps: Mapping[str, int]
-    weight: Mapping[str, int]
-    mechanisms: Mapping[str, Mechanism]
-    keys: Mapping[str, str]
-    is_signed: SignatureCheck
-    emit: Callable[[Event], None]
-    evaluated: tuple[str, ...]
-    select: Callable[[int], tuple[str, ...]]
-    central: HospitalLevel | None = None
-
-    @property
-    def secret_cohorts(self) -> bool:
-        """Whether nobody but the coordinator may learn who was asked."""
-        return self.central is not None and self.central.secret_cohorts
-
-
-@dataclass
-class Tally:
-    """What has happened in the round so far."""
-
-    spent: dict[str, PrivacySpent] = field(default_factory=dict)
-    failures: list[ClientFailure] = field(default_factory=list)
-    trained: set[str] = field(default_factory=set)
-    update_hashes: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, dict[str, Metric]] = field(default_factory=dict)
-    ledger_rows: list[LedgerRows] = field(default_factory=list)
 
 
 def run_round(
     context: RoundContext, state: FederationState, failed_before: int
 ) -> tuple[FederationState, RoundResult, Decision]:
     """Run one round and return the next state, what happened, and whether the run may go on."""
-    started, tally = time.monotonic(), Tally()
-    plan = plan_round(context, state)
+    tally = Tally()
+    plan = plan_round(context, state, tally)
     context.keeper.open_round(shown_plan(context, plan))
     failpoint("round.opened")
 
@@ -115,7 +49,7 @@ def run_round(
         context.pool.release(plan, ready, "the round ended before training: below quorum")
 
     if decision.verdict != "publish":
-        result = close_round(context, plan, tally, None, started, decision.reason)
+        result = close_round(context, plan, tally, None, decision.reason)
         context.keeper.record(result)
         return state, result, decision
 
@@ -126,7 +60,7 @@ def run_round(
     if is_evaluated(context.run, plan.round):
         evaluate_weights(context, plan.round, published, tally)
         failpoint("round.evaluated")
-    result = close_round(context, plan, tally, weights_after, started)
+    result = close_round(context, plan, tally, weights_after)
     context.keeper.save_checkpoint(published, result)
     failpoint("round.published")
     context.keeper.record(result)
@@ -134,13 +68,15 @@ def run_round(
     return published, result, decision
 
 
-def plan_round(context: RoundContext, state: FederationState) -> RoundPlan:
+def plan_round(context: RoundContext, state: FederationState, tally: Tally) -> RoundPlan:
     """Fix who is asked and what each will do, before any hospital trains."""
     run, number = context.run, state.round + 1
-    if context.central is not None:
-        hospitals = context.central.cohort(context.available, number)
+    if context.central is not None:  # who is drawn there must not depend on who failed before
+        hospitals, enough = context.central.cohort(context.available, number), None
     else:
-        hospitals = context.select(number)
+        able = without_failing(context, number, tally)
+        hospitals = context.select(number, able)
+        enough = enough_updates(run, len(able), len(hospitals))
     return RoundPlan(
         job=context.job,
         round=number,
@@ -152,9 +88,29 @@ def plan_round(context: RoundContext, state: FederationState) -> RoundPlan:
         learning_rate=learning_rate(run.training, number, run.federation.rounds),
         mechanisms={h: context.mechanisms[h] for h in hospitals if h in context.mechanisms},
         deadline_s=run.federation.deadline_s,
+        enough=enough,
         clip_norm=context.central.clip_norm if context.central is not None else None,
         ledger_heads=context.mirror.heads([h for h in hospitals if h in context.mechanisms]),
     )
+
+
+def without_failing(context: RoundContext, number: int, tally: Tally) -> list[str]:
+    """Return the hospitals that may be asked; why others sit out for their earlier failures is recorded."""
+    left_out = context.past.standings.left_out(context.available, context.run.federation)
+    for hospital, reason in left_out.items():
+        exclude(
+            context,
+            tally,
+            ClientFailure(
+                hospital=hospital,
+                round=number,
+                attempt=context.attempt,
+                stage="select",
+                reason=reason,
+                left_host=False,
+            ),
+        )
+    return [hospital for hospital in context.available if hospital not in left_out]
 
 
 def reserve(context: RoundContext, plan: RoundPlan, tally: Tally) -> list[str]:
@@ -165,17 +121,31 @@ def reserve(context: RoundContext, plan: RoundPlan, tally: Tally) -> list[str]:
     if context.central is not None:
         tally.spent[FEDERATION] = context.central.reserve(plan)
     ready = []
-    for hospital, answer in context.pool.reserve(plan).items():
+    for hospital, answer in ask_to_reserve(context, plan, tally).items():
         if isinstance(answer, ClientFailure):
-            leave_out(context, tally, answer)
+            exclude(context, tally, answer)
             continue
         if answer is not None:
-            tally.spent[hospital] = take_rows(answer, tally)
+            tally.spent[hospital] = tally.take_rows(answer)
         ready.append(hospital)
     refused = mirror_rows(context, plan, tally)
     if refused:
         context.pool.release(plan, [h for h in ready if h in refused], "the coordinator could not mirror the ledger")
     return [hospital for hospital in ready if hospital not in refused]
+
+
+def ask_to_reserve(
+    context: RoundContext, plan: RoundPlan, tally: Tally
+) -> dict[str, PrivacySpent | ClientFailure | None]:
+    """Return every hospital's answer; one whose process or connection failed is asked again after a pause."""
+    answers = dict(context.pool.reserve(plan))
+    for retry in range(1, context.run.federation.retries + 1):
+        again = asked_again(answer for answer in answers.values() if isinstance(answer, ClientFailure))
+        if not again or not tally.time_for(pause_before(retry), plan.deadline_s):
+            break
+        time.sleep(pause_before(retry))
+        answers |= context.pool.reserve(plan.among(again))
+    return answers
 
 
 def judge(context: RoundContext, plan: RoundPlan, num_updates: int, failed_before: int) -> Decision:
@@ -185,22 +155,10 @@ def judge(context: RoundContext, plan: RoundPlan, num_updates: int, failed_befor
     return judge_round(context.run.federation, num_updates, len(plan.hospitals), failed_before)
 
 
-def leave_out(context: RoundContext, tally: Tally, failure: ClientFailure) -> None:
+def exclude(context: RoundContext, tally: Tally, failure: ClientFailure) -> None:
     """Record why a hospital does not train in this round."""
     tally.failures.append(failure)
-    tell(context, HospitalState(hospital=failure.hospital, state="left_out", detail=failure.reason))
-
-
-def tell(context: RoundContext, state: HospitalState) -> None:
-    """Say what a hospital of the cohort is doing, unless the cohort is secret."""
-    if not context.secret_cohorts:
-        context.emit(state)
-
-
-def take_rows(spent: PrivacySpent, tally: Tally) -> PrivacySpent:
-    """Take the ledger's new rows off an answer, so that the mirror alone keeps them."""
-    tally.ledger_rows.extend(spent.ledger_rows)
-    return spent.model_copy(update={"ledger_rows": ()})
+    context.tell(HospitalState(hospital=failure.hospital, state="left_out", detail=failure.reason))
 
 
 def mirror_rows(context: RoundContext, plan: RoundPlan, tally: Tally) -> set[str]:
@@ -208,109 +166,12 @@ def mirror_rows(context: RoundContext, plan: RoundPlan, tally: Tally) -> set[str
     problems = context.mirror.keep(tally.ledger_rows)
     tally.ledger_rows.clear()
     for hospital, reason in problems.items():
-        leave_out(
+        exclude(
             context,
             tally,
             ClientFailure(hospital=hospital, round=plan.round, attempt=plan.attempt, stage="reserve", reason=reason),
         )
     return set(problems)
-
-
-def collect_updates(
-    context: RoundContext, plan: RoundPlan, ready: Sequence[str], state: FederationState, tally: Tally
-) -> PartialSum:
-    """Sum the updates as they arrive; one that does not fit is refused with a reason and the round goes on."""
-    total, expected = empty_sum(context.layout.size), expected_updates(context, plan, state)
-    for hospital in ready:
-        tell(context, HospitalState(hospital=hospital, state="training", num_steps=plan.num_steps[hospital]))
-    for answer in context.pool.train(plan, ready, state.weights):
-        reason = answer.reason if isinstance(answer, ClientFailure) else ""
-        if isinstance(answer, ClientFailure):
-            tally.failures.append(answer)
-        else:
-            try:
-                if isinstance(answer, SummedUpdates):
-                    total = add_sum(context, total, answer, plan, tally)
-                else:
-                    total = screen_and_add(context, total, answer, expected, tally)
-            except UpdateRejected as error:
-                reason = str(error)
-                refuse(plan, answer, reason, tally)
-        state_name = "failed" if reason else "done"
-        for hospital in hospitals_of(answer):
-            tell(context, HospitalState(hospital=hospital, state=state_name, detail=reason))
-    return total
-
-
-def expected_updates(context: RoundContext, plan: RoundPlan, state: FederationState) -> Expected:
-    """Say what an update of the round has to fit."""
-    weight = {hospital: context.weight[hospital] for hospital in plan.hospitals}
-    return Expected(plan, context.layout, weight, params.norm(state.weights), may_be_zero=context.central is not None)
-
-
-def hospitals_of(answer: ClientUpdate | SummedUpdates | ClientFailure) -> list[str]:
-    """Return the hospitals that an answer is about."""
-    return [one.hospital for one in answer.trained] if isinstance(answer, SummedUpdates) else [answer.hospital]
-
-
-def refuse(plan: RoundPlan, answer: ClientUpdate | SummedUpdates, reason: str, tally: Tally) -> None:
-    """Record why nothing of an answer was used, for each hospital that it is about."""
-    tally.failures.extend(
-        ClientFailure(hospital=hospital, round=plan.round, attempt=plan.attempt, stage="screen", reason=reason)
-        for hospital in hospitals_of(answer)
-    )
-
-
-def screen_and_add(
-    context: RoundContext, total: PartialSum, update: ClientUpdate, expected: Expected, tally: Tally
-) -> PartialSum:
-    """Add an update that belongs to this round and is sound; UpdateRejected says why one is not."""
-    reason = why_rejected(update, expected, tally.trained)
-    if reason is not None:
-        raise UpdateRejected(reason)
-    checksum = params.checksum(update.delta)
-    key = context.keys.get(update.hospital)
-    if key is not None and not context.is_signed(key, update_digest(context.job, update, checksum), update.signature):
-        raise UpdateRejected("the update's signature is not the hospital's; it was altered, or somebody else sent it")
-    note_trained(context, expected.plan, [update], tally)
-    if context.central is not None:
-        total = add_update(total, context.central.admit(update), 1)
-    else:
-        total = add_update(total, update.delta, update.num_patients)
-    tally.update_hashes[update.hospital] = checksum
-    return total
-
-
-def add_sum(
-    context: RoundContext, total: PartialSum, answer: SummedUpdates, plan: RoundPlan, tally: Tally
-) -> PartialSum:
-    """Add updates that were summed where they were trained; UpdateRejected says why a sum does not belong here."""
-    hospitals = hospitals_of(answer)
-    if (answer.round, answer.attempt) != (plan.round, plan.attempt):
-        raise UpdateRejected(
-            f"the sum is of round {answer.round}, attempt {answer.attempt}; this is round {plan.round}, "
-            f"attempt {plan.attempt}"
-        )
-    if answer.layout_checksum != context.layout.checksum or answer.total.num_updates != len(hospitals):
-        raise UpdateRejected("the sum's layout or number of updates is not what it says")
-    if not set(hospitals) <= plan.num_steps.keys() - tally.trained or len(set(hospitals)) < len(hospitals):
-        raise UpdateRejected("the sum holds a hospital that was not asked or has delivered already")
-    note_trained(context, plan, answer.trained, tally)
-    return merge_sums(total, answer.total)
-
-
-def note_trained(
-    context: RoundContext, plan: RoundPlan, those: Sequence[ClientUpdate | TrainedHospital], tally: Tally
-) -> None:
-    """Take down whose updates are in the sum, with their figures and what they have spent."""
-    if not context.secret_cohorts:
-        context.keeper.note_delivered(plan, [one.hospital for one in those])
-    failpoint("round.update")
-    for one in those:
-        tally.trained.add(one.hospital)
-        tally.metrics[one.hospital] = dict(one.metrics)
-        if one.spent is not None:
-            tally.spent[one.hospital] = take_rows(one.spent, tally)
 
 
 def apply_updates(context: RoundContext, state: FederationState, total: PartialSum, tally: Tally) -> FederationState:
@@ -332,7 +193,8 @@ def is_evaluated(run: RunConfig, number: int) -> bool:
 def evaluate_weights(context: RoundContext, number: int, state: FederationState, tally: Tally) -> None:
     """Score the new weights at every hospital; a hospital that cannot is recorded, and the round stands."""
     weights = released_weights(state.server_state, state.weights)
-    for answer in context.pool.evaluate(number, context.evaluated, weights, pictures=False):
+    deadline_s = context.run.federation.deadline_s
+    for answer in context.pool.evaluate(number, context.evaluated, weights, pictures=False, deadline_s=deadline_s):
         if isinstance(answer, SiteEvaluation):
             tally.metrics.setdefault(answer.hospital, {}).update(answer.metrics)
         else:
@@ -340,7 +202,7 @@ def evaluate_weights(context: RoundContext, number: int, state: FederationState,
 
 
 def close_round(
-    context: RoundContext, plan: RoundPlan, tally: Tally, weights_after: str | None, started: float, reason: str = ""
+    context: RoundContext, plan: RoundPlan, tally: Tally, weights_after: str | None, reason: str = ""
 ) -> RoundResult:
     """Write the receipt: who was asked, who trained, who did not and why; `reason` where nothing is published."""
     plan = shown_plan(context, plan)
@@ -365,8 +227,11 @@ def close_round(
         ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
         secret_cohort=context.secret_cohorts,
         reason=reason,
+        late=dict(sorted(tally.late.items())),
     )
-    duration_s = 0.0 if context.secret_cohorts else round(time.monotonic() - started, 3)
+    context.past.standings.add(receipt)
+    context.past.owed = {f.hospital: plan for f in tally.failures if f.stage == "late" and f.round == plan.round}
+    duration_s = 0.0 if context.secret_cohorts else round(time.monotonic() - tally.started, 3)
     return RoundResult(round=plan.round, receipt=receipt, metrics=tally.metrics, duration_s=duration_s)
 
 

@@ -16,7 +16,7 @@ from medfl_ray.federation.baselines import as_plain, check_baselines, run_baseli
 from medfl_ray.federation.events import Event, HospitalState, Notice, PhaseStarted, RoundClosed
 from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
 from medfl_ray.federation.planning import aggregation_weight, mechanisms, steps_per_round
-from medfl_ray.federation.policies import can_start
+from medfl_ray.federation.policies import Standings, can_start
 from medfl_ray.federation.ports import (
     ClientPool,
     FederationState,
@@ -26,9 +26,10 @@ from medfl_ray.federation.ports import (
     RunKeeper,
     SignatureCheck,
 )
-from medfl_ray.federation.rounds import RoundContext, run_round
+from medfl_ray.federation.round_context import Past, RoundContext, Select
+from medfl_ray.federation.rounds import run_round
 from medfl_ray.federation.selection import select_evaluated, select_of_run
-from medfl_ray.messages import ClientFailure, HospitalInfo, LedgerRows, SiteEvaluation
+from medfl_ray.messages import ClientFailure, HospitalInfo, LedgerRows, Receipt, SiteEvaluation
 from medfl_ray.params import Layout, Vector
 from medfl_ray.site_policy import SitePolicy
 
@@ -43,11 +44,8 @@ class RunStore(RunKeeper, Protocol):
     def next_attempt(self) -> int:
         """Return a number that no earlier attempt of this run has used, durably."""
 
-    def trained_so_far(self) -> set[str]:
-        """Return the hospitals that delivered an update in the rounds kept so far."""
-
-    def asked_so_far(self) -> set[str]:
-        """Return the hospitals that were asked in the rounds kept so far."""
+    def receipts(self) -> list[Receipt]:
+        """Return the receipts of the rounds kept so far, in order."""
 
     def resume(self) -> PublishedRound | None:
         """Return the last good checkpoint, or None for a new run."""
@@ -92,7 +90,7 @@ class RunParts:
     stop: threading.Event
     open_federation_ledger: Callable[[], Ledger]
     is_signed: SignatureCheck
-    select: Callable[[int], tuple[str, ...]] | None = None
+    select: Select | None = None
 
 
 @dataclass(frozen=True)
@@ -145,10 +143,13 @@ def run_federation(parts: RunParts) -> RunOutcome:
         is_signed=parts.is_signed,
         emit=parts.emit,
         evaluated=select_evaluated(present, parts.run.federation.eval_hospitals, parts.run.federation.seed),
-        select=parts.select or partial(select_of_run, parts.run, present),
+        select=parts.select or partial(select_of_run, parts.run),
+        past=Past(Standings()),
         central=start_central(parts, central, layout.size),
     )
     resumed = parts.store.resume()
+    for receipt in parts.store.receipts():
+        context.past.standings.add(receipt)
     for problem in parts.store.problems:
         parts.emit(Notice(message=f"note: {problem}"))
     kept = resumed or FederationState(0, initial, context.strategy.init(layout.size))
@@ -170,7 +171,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
 
 def never_asked(parts: RunParts, context: RoundContext) -> set[str]:
     """Return the hospitals that were present and that no round has drawn."""
-    return set(context.available) - parts.store.asked_so_far()
+    return set(context.available).difference(*(receipt.asked for receipt in parts.store.receipts()))
 
 
 def start_central(parts: RunParts, plan: CentralPlan | None, num_parameters: int) -> HospitalLevel | None:
@@ -251,7 +252,7 @@ def repeat_rounds(
     parts: RunParts, context: RoundContext, state: FederationState
 ) -> tuple[FederationState, str, set[str]]:
     """Run rounds until all are published, quorum is lost for good, or somebody asks to stop."""
-    trained: set[str] = set(parts.store.trained_so_far())
+    trained = {hospital for receipt in parts.store.receipts() for hospital in (*receipt.trained, *receipt.late)}
     if context.secret_cohorts:
         trained.update(context.available)  # who was drawn stays with the coordinator; these could be
     failed_before, reason = 0, f"all {parts.run.federation.rounds} rounds were published"
@@ -260,7 +261,7 @@ def repeat_rounds(
         if parts.stop.is_set():
             return state, f"stopped on request after round {state.round}", trained
         state, result, decision = run_round(context, state, failed_before)
-        trained.update(result.receipt.trained)
+        trained.update((*result.receipt.trained, *result.receipt.late))
         parts.emit(RoundClosed(result=result))
         failed_before = 0 if decision.verdict == "publish" else failed_before + 1
         if decision.verdict == "stop":
@@ -282,7 +283,8 @@ def finish(
     """Evaluate the final weights with pictures, write them, then train the baselines and export the ledgers."""
     parts.emit(PhaseStarted(name="evaluate"))
     weights = released_weights(state.server_state, state.weights)
-    answers = list(parts.pool.evaluate(state.round, context.evaluated, weights, pictures=True))
+    deadline_s = parts.run.federation.deadline_s
+    answers = list(parts.pool.evaluate(state.round, context.evaluated, weights, pictures=True, deadline_s=deadline_s))
     evaluations = [answer for answer in answers if isinstance(answer, SiteEvaluation)]
     failures = [*absent, *(answer for answer in answers if isinstance(answer, ClientFailure))]
     parts.store.save_final(weights, context.layout, evaluations, failures)

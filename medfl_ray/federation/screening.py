@@ -6,7 +6,7 @@ norm of the weights that the round started from.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ class Expected:
 
     plan: RoundPlan
     layout: params.Layout
-    weight: dict[str, int]
+    weight: Mapping[str, int]
     weights_norm: float
     may_be_zero: bool = False
 

@@ -172,13 +172,9 @@ class RunFolder:
                 self.problems.append("metrics.jsonl holds a line that cannot be read; it is passed over")
         return results
 
-    def trained_so_far(self) -> set[str]:
-        """Return the hospitals that delivered an update in the rounds kept so far."""
-        return {hospital for result in self.results() for hospital in result.receipt.trained}
-
-    def asked_so_far(self) -> set[str]:
-        """Return the hospitals that were asked in the rounds kept so far."""
-        return {hospital for result in self.results() for hospital in result.receipt.asked}
+    def receipts(self) -> list[Receipt]:
+        """Return the receipts of the rounds kept so far, in order."""
+        return [result.receipt for result in self.results()]
 
     def open_round(self, plan: RoundPlan) -> None:
         """Note a plan before anything is reserved for it."""

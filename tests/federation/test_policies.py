@@ -6,8 +6,19 @@ import pytest
 
 from medfl_ray.config import FederationConfig
 from medfl_ray.federation.labels import label_for, labelled
-from medfl_ray.federation.policies import can_start, judge_round
-from medfl_ray.federation.selection import select_hospitals
+from medfl_ray.federation.policies import (
+    LONGEST_EXCLUSION,
+    Standing,
+    Standings,
+    after_round,
+    asked_again,
+    can_start,
+    judge_round,
+    pause_before,
+    why_left_out,
+)
+from medfl_ray.federation.selection import enough_updates, select_hospitals
+from medfl_ray.messages import ClientFailure, Receipt
 
 
 @pytest.mark.parametrize(
@@ -50,3 +61,82 @@ def test_labels_of_figures_that_leave_a_hospital(declared, dp, label):
     assert label_for(declared, dp) == label
     metric = labelled({"dice": 0.5}, declared, dp)["dice"]
     assert (metric.value is None) == (label == "suppressed")
+
+
+def failure(hospital="a", stage="train", round=1, **changes):
+    return ClientFailure(hospital=hospital, round=round, attempt=1, stage=stage, reason="it fell", **changes)
+
+
+def receipt(*failures, asked=("a", "b"), trained=(), late=None, round=1):
+    return Receipt(
+        job="j", round=round, attempt=1, plan_hash="", config_hash="", asked=asked, trained=trained,
+        failures=failures, update_hashes={}, spent={}, weights_before="", weights_after=None, published=False,
+        ended_at="", late=late or {},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("one", "failures"),
+    [
+        (receipt(trained=("a",)), 0),
+        (receipt(late={"a": 1}), 0),
+        (receipt(failure(stage="train")), 3),
+        (receipt(failure(stage="late")), 3),
+        (receipt(failure(stage="reserve")), 3),
+        (receipt(failure(stage="screen")), 3),
+        (receipt(failure(stage="surplus")), 2),
+        (receipt(failure(stage="evaluate")), 2),
+        (receipt(failure("b")), 2),
+        (receipt(), 2),
+        (receipt(failure(), trained=("a",)), 0),
+    ],
+)
+def test_a_standing_counts_failures_in_a_row(one, failures):
+    assert after_round(Standing(2, "before"), "a", one).failures == failures
+
+
+def test_a_failing_hospital_sits_out_longer_each_time_and_returns_with_an_update():
+    config = FederationConfig(max_hospital_failures=2, min_clients=1, min_available_clients=1)
+    standings, asked_in = Standings(), []
+    for number in range(1, 45):
+        left_out = standings.left_out(["a", "b"], config)
+        assert "b" not in left_out
+        if "a" in left_out:
+            assert "failures in a row; the last: it fell" in left_out["a"]
+            standings.add(receipt(failure(stage="select", round=number), asked=("b",), trained=("b",), round=number))
+        else:
+            asked_in.append(number)
+            standings.add(receipt(failure(round=number), trained=("b",), round=number))
+    assert asked_in == [1, 2, 4, 7, 12, 21, 38]
+    standings.add(receipt(trained=("a", "b")))
+    assert standings.left_out(["a", "b"], config) == {}
+    assert why_left_out(Standing(100, "x", LONGEST_EXCLUSION), 2) is None
+    assert "16 more rounds" in why_left_out(Standing(100, "x"), 2)
+
+
+def test_nobody_sits_out_where_too_few_would_remain():
+    config = FederationConfig(max_hospital_failures=1, min_clients=2, min_available_clients=2)
+    standings = Standings([receipt(failure())])
+    assert standings.left_out(["a", "b"], config) == {}
+    assert list(standings.left_out(["a", "b", "c"], config)) == ["a"]
+
+
+def test_only_a_fault_that_may_pass_and_costs_nothing_is_tried_again():
+    harmless = failure("a", "reserve", left_host=False, passing=True)
+    refused = failure("b", "reserve", left_host=False)
+    trained = failure("c", "train", passing=True)
+    assert asked_again([harmless, refused, trained]) == ["a"]
+    assert asked_again([harmless, refused, trained], may_train_again=["c"]) == ["a", "c"]
+    assert [pause_before(retry) for retry in (1, 2, 3)] == [0.5, 1.0, 2.0]
+
+
+def test_over_selection_asks_more_and_closes_with_enough():
+    from small_runs import small_run
+
+    names = [f"h{i}" for i in range(10)]
+    assert len(select_hospitals(names, 0.5, 1, 1, over_selection=0.3)) == 7
+    assert len(select_hospitals(names, 1.0, 1, 1, over_selection=0.3)) == 10
+    run = small_run(federation={"fraction": 0.5, "over_selection": 0.3})
+    assert enough_updates(run, 10, 7) == 5
+    assert enough_updates(run, 10, 5) is None
+    assert enough_updates(small_run(federation={"fraction": 0.5}), 10, 5) is None

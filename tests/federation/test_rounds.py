@@ -4,7 +4,7 @@ import json
 import threading
 
 import pytest
-from small_runs import small_run
+from small_runs import Interfering, small_run
 
 from actors.coordinator import hospital_specs, local_pool, run_in_process
 from medfl_ray import params
@@ -13,23 +13,6 @@ from medfl_ray.errors import CheckpointError, ConfigError, QuorumLost
 from medfl_ray.messages import ClientFailure, ClientUpdate
 from medfl_ray.store.receipts import read_receipts, verify_receipts
 from medfl_ray.store.run_folder import RunFolder
-
-
-class Interfering:
-    """A real pool whose answers are changed on their way by `change(hospital, round, update)`."""
-
-    def __init__(self, pool, change):
-        self._pool, self._change = pool, change
-
-    def __getattr__(self, name):
-        return getattr(self._pool, name)
-
-    def train(self, plan, hospitals, weights):
-        for answer in self._pool.train(plan, hospitals, weights):
-            if isinstance(answer, ClientUpdate):
-                yield from self._change(answer)
-            else:
-                yield answer
 
 
 def start(run, tmp_path, change=None, stop=None, folder=None):

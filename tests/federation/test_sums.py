@@ -8,8 +8,9 @@ import pytest
 
 from medfl_ray.aggregation.fixed_point import add_updates, empty_sum, weighted_mean
 from medfl_ray.errors import UpdateRejected
+from medfl_ray.federation.collecting import add_sum
 from medfl_ray.federation.ports import SummedUpdates, TrainedHospital
-from medfl_ray.federation.rounds import Tally, add_sum
+from medfl_ray.federation.round_context import Tally
 from medfl_ray.messages import Metric, RoundPlan
 
 

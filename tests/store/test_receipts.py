@@ -47,12 +47,12 @@ def test_a_round_trained_again_after_a_damaged_checkpoint_verifies():
         update={"weights_before": "w3b"})]))  # fmt: skip
 
 
-@pytest.mark.parametrize("field", sorted(Receipt.model_fields))
+@pytest.mark.parametrize("field", sorted(set(Receipt.model_fields) - {"failures"}))
 def test_a_change_of_any_field_is_found(field):
     before = getattr(WHOLE[2], field)
     after = not before if isinstance(before, bool) else before + 1 if isinstance(before, int) else type(before)()
     if after == before:
-        after = "x" if isinstance(before, str) else (receipt(1),)
+        after = {str: "x", dict: {"a": 1}, tuple: ("x",)}[type(before)]
     changed = WHOLE[2].model_copy(update={field: after})
     with pytest.raises(ReceiptError, match="changed after it was signed"):
         verify_receipts([*WHOLE[:2], changed, WHOLE[3]])

@@ -1,0 +1,180 @@
+"""Collecting a round's updates: each is judged, signed and in the sum, or refused with a reason; none counts twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+
+from medfl_ray import params
+from medfl_ray.aggregation.fixed_point import PartialSum, add_update, empty_sum, merge_sums
+from medfl_ray.errors import UpdateRejected
+from medfl_ray.failpoints import failpoint
+from medfl_ray.federation.events import HospitalState
+from medfl_ray.federation.policies import asked_again, pause_before
+from medfl_ray.federation.ports import Answer, FederationState, SummedUpdates, TrainedHospital
+from medfl_ray.federation.round_context import RoundContext, Tally
+from medfl_ray.federation.screening import Expected, why_rejected
+from medfl_ray.federation.signatures import update_digest
+from medfl_ray.messages import ClientFailure, ClientUpdate, RoundPlan
+
+
+def collect_updates(
+    context: RoundContext, plan: RoundPlan, ready: Sequence[str], state: FederationState, tally: Tally
+) -> PartialSum:
+    """Sum the updates as they arrive; one that does not fit is refused with a reason and the round goes on.
+
+    A hospital whose process or connection failed is asked again after a pause, where that is no second release.
+    """
+    total, asked, retry = empty_sum(context.layout.size), list(ready), 0
+    unprotected = [hospital for hospital in ready if hospital not in plan.mechanisms and context.central is None]
+    while True:
+        known = len(tally.failures)
+        total = take_answers(context, plan, asked, state, total, tally)
+        retry += 1
+        asked = asked_again(tally.failures[known:], unprotected)
+        wait_s = pause_before(retry)
+        if not asked or retry > context.run.federation.retries or not tally.time_for(wait_s, plan.deadline_s):
+            return total
+        time.sleep(wait_s)
+
+
+def take_answers(
+    context: RoundContext,
+    plan: RoundPlan,
+    asked: Sequence[str],
+    state: FederationState,
+    total: PartialSum,
+    tally: Tally,
+) -> PartialSum:
+    """Ask hospitals to train and add what they answer, until all have, the deadline passes, or it is enough."""
+    for hospital in asked:
+        context.tell(HospitalState(hospital=hospital, state="training", num_steps=plan.num_steps[hospital]))
+    answered: set[str] = set()
+    with closing(context.pool.train(plan, asked, state.weights)) as answers:
+        for answer in answers:
+            total = take_answer(context, plan, answer, state, total, tally)
+            answered.update(hospitals_of(answer))
+            if plan.enough is not None and total.num_updates >= plan.enough:
+                break
+    surplus = [hospital for hospital in asked if hospital not in answered]
+    if plan.enough is not None and surplus:
+        call_off(context, plan, surplus, tally)
+    return total
+
+
+def call_off(context: RoundContext, plan: RoundPlan, surplus: Sequence[str], tally: Tally) -> None:
+    """Take down who was not needed; who has not begun to train gets its reservation back."""
+    reason = f"{plan.enough} others had delivered, which is enough"
+    context.pool.release(plan, surplus, reason)
+    for hospital in surplus:
+        tally.failures.append(
+            ClientFailure(hospital=hospital, round=plan.round, attempt=plan.attempt, stage="surplus", reason=reason)
+        )
+        context.tell(HospitalState(hospital=hospital, state="left_out", detail=reason))
+
+
+def take_answer(
+    context: RoundContext, plan: RoundPlan, answer: Answer, state: FederationState, total: PartialSum, tally: Tally
+) -> PartialSum:
+    """Add one answer to the sum, or take down why it is not in it."""
+    reason = answer.reason if isinstance(answer, ClientFailure) else ""
+    if isinstance(answer, ClientFailure):
+        tally.failures.append(answer)
+    else:
+        try:
+            if isinstance(answer, SummedUpdates):
+                total = add_sum(context, total, answer, plan, tally)
+            else:
+                total = screen_and_add(context, total, answer, expected_updates(context, plan, answer, state), tally)
+        except UpdateRejected as error:
+            reason = str(error)
+            refuse(plan, answer, reason, tally)
+    for hospital in hospitals_of(answer):
+        context.tell(HospitalState(hospital=hospital, state="failed" if reason else "done", detail=reason))
+    return total
+
+
+def expected_updates(context: RoundContext, plan: RoundPlan, update: ClientUpdate, state: FederationState) -> Expected:
+    """Say what an update has to fit: the round's plan, or that of the last round where it missed the deadline."""
+    if context.run.federation.stragglers == "keep" and update.round != plan.round:
+        plan = context.past.owed.get(update.hospital, plan)
+    return Expected(
+        plan, context.layout, context.weight, params.norm(state.weights), may_be_zero=context.central is not None
+    )
+
+
+def hospitals_of(answer: Answer) -> list[str]:
+    """Return the hospitals that an answer is about."""
+    return [one.hospital for one in answer.trained] if isinstance(answer, SummedUpdates) else [answer.hospital]
+
+
+def refuse(plan: RoundPlan, answer: ClientUpdate | SummedUpdates, reason: str, tally: Tally) -> None:
+    """Record why nothing of an answer was used, for each hospital that it is about."""
+    tally.failures.extend(
+        ClientFailure(hospital=hospital, round=plan.round, attempt=plan.attempt, stage="screen", reason=reason)
+        for hospital in hospitals_of(answer)
+    )
+
+
+def screen_and_add(
+    context: RoundContext, total: PartialSum, update: ClientUpdate, expected: Expected, tally: Tally
+) -> PartialSum:
+    """Add an update that belongs to this round and is sound; UpdateRejected says why one is not."""
+    is_late = expected.plan is context.past.owed.get(update.hospital)
+    reason = why_rejected(update, expected, tally.late if is_late else tally.trained)
+    if reason is not None:
+        raise UpdateRejected(reason)
+    checksum = params.checksum(update.delta)
+    key = context.keys.get(update.hospital)
+    if key is not None and not context.is_signed(key, update_digest(context.job, update, checksum), update.signature):
+        raise UpdateRejected("the update's signature is not the hospital's; it was altered, or somebody else sent it")
+    if is_late:
+        note_late(context, expected.plan, update, checksum, tally)
+    else:
+        note_trained(context, expected.plan, [update], tally)
+        tally.update_hashes[update.hospital] = checksum
+    if context.central is not None:
+        return add_update(total, context.central.admit(update), 1)
+    return add_update(total, update.delta, update.num_patients)
+
+
+def add_sum(
+    context: RoundContext, total: PartialSum, answer: SummedUpdates, plan: RoundPlan, tally: Tally
+) -> PartialSum:
+    """Add updates that were summed where they were trained; UpdateRejected says why a sum does not belong here."""
+    hospitals = hospitals_of(answer)
+    if (answer.round, answer.attempt) != (plan.round, plan.attempt):
+        raise UpdateRejected(
+            f"the sum is of round {answer.round}, attempt {answer.attempt}; this is round {plan.round}, "
+            f"attempt {plan.attempt}"
+        )
+    if answer.layout_checksum != context.layout.checksum or answer.total.num_updates != len(hospitals):
+        raise UpdateRejected("the sum's layout or number of updates is not what it says")
+    if not set(hospitals) <= plan.num_steps.keys() - tally.trained or len(set(hospitals)) < len(hospitals):
+        raise UpdateRejected("the sum holds a hospital that was not asked or has delivered already")
+    note_trained(context, plan, answer.trained, tally)
+    return merge_sums(total, answer.total)
+
+
+def note_trained(
+    context: RoundContext, plan: RoundPlan, those: Sequence[ClientUpdate | TrainedHospital], tally: Tally
+) -> None:
+    """Take down whose updates are in the sum, with their figures and what they have spent."""
+    if not context.secret_cohorts:
+        context.keeper.note_delivered(plan, [one.hospital for one in those])
+    failpoint("round.update")
+    for one in those:
+        tally.trained.add(one.hospital)
+        tally.metrics[one.hospital] = dict(one.metrics)
+        if one.spent is not None:
+            tally.spent[one.hospital] = tally.take_rows(one.spent)
+
+
+def note_late(context: RoundContext, plan: RoundPlan, update: ClientUpdate, checksum: str, tally: Tally) -> None:
+    """Take down that an update of an earlier round, which missed its deadline, is in this round's sum."""
+    context.keeper.note_delivered(plan, [update.hospital])
+    tally.late[update.hospital] = update.round
+    tally.update_hashes[f"{update.hospital}, round {update.round}"] = checksum
+    if update.spent is not None:
+        tally.spent[update.hospital] = tally.take_rows(update.spent)

@@ -1,0 +1,89 @@
+"""What a round works with: what stays the same over a run, what earlier rounds left, and what has happened so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from medfl_ray import params
+from medfl_ray.aggregation.strategies import Strategy
+from medfl_ray.config import RunConfig
+from medfl_ray.federation.events import Event, HospitalState
+from medfl_ray.federation.hospital_level import HospitalLevel
+from medfl_ray.federation.policies import Standings
+from medfl_ray.federation.ports import ClientPool, LedgerKeeper, RunKeeper, SignatureCheck
+from medfl_ray.messages import ClientFailure, LedgerRows, Mechanism, Metric, PrivacySpent, RoundPlan
+
+Select = Callable[[int, Sequence[str]], tuple[str, ...]]
+"""Names who trains: (round, hospitals that may be asked) -> hospitals."""
+
+
+@dataclass
+class Past:
+    """What earlier rounds left: who failed how often, and the plans of updates that missed the last deadline."""
+
+    standings: Standings
+    owed: dict[str, RoundPlan] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What stays the same over the rounds of a run; `central` is there under hospital-level differential privacy.
+
+    `weight` is each hospital's public aggregation weight, `keys` the public key of each that signs its updates.
+    `evaluated` are the hospitals that are asked to score the weights, and `select` names who trains in a round.
+    """
+
+    run: RunConfig
+    job: str
+    attempt: int
+    layout: params.Layout
+    strategy: Strategy
+    pool: ClientPool
+    keeper: RunKeeper
+    mirror: LedgerKeeper
+    available: tuple[str, ...]
+    num_steps: Mapping[str, int]
+    weight: Mapping[str, int]
+    mechanisms: Mapping[str, Mechanism]
+    keys: Mapping[str, str]
+    is_signed: SignatureCheck
+    emit: Callable[[Event], None]
+    evaluated: tuple[str, ...]
+    select: Select
+    past: Past
+    central: HospitalLevel | None = None
+
+    @property
+    def secret_cohorts(self) -> bool:
+        """Whether nobody but the coordinator may learn who was asked."""
+        return self.central is not None and self.central.secret_cohorts
+
+    def tell(self, state: HospitalState) -> None:
+        """Say what a hospital of the cohort is doing, unless the cohort is secret."""
+        if not self.secret_cohorts:
+            self.emit(state)
+
+
+@dataclass
+class Tally:
+    """What has happened in the round so far; `late` are hospitals whose update of an earlier round is in the sum."""
+
+    spent: dict[str, PrivacySpent] = field(default_factory=dict)
+    failures: list[ClientFailure] = field(default_factory=list)
+    trained: set[str] = field(default_factory=set)
+    late: dict[str, int] = field(default_factory=dict)
+    update_hashes: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Metric]] = field(default_factory=dict)
+    ledger_rows: list[LedgerRows] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def time_for(self, pause_s: float, deadline_s: float | None) -> bool:
+        """Say whether a pause still fits into the round's deadline."""
+        return deadline_s is None or time.monotonic() - self.started + pause_s < deadline_s
+
+    def take_rows(self, spent: PrivacySpent) -> PrivacySpent:
+        """Take the ledger's new rows off an answer, so that the mirror alone keeps them."""
+        self.ledger_rows.extend(spent.ledger_rows)
+        return spent.model_copy(update={"ledger_rows": ()})
