@@ -6,7 +6,7 @@ import runpy
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from medfl_ray.store.run_folder import RunFolder
 from medfl_ray.store.state_folders import state_root
 
 POLL_S = 0.25
+RESTART_S = 120.0
+HEAD = "node:__internal_head__"
 MAX_LIVES = 4
 """How often a coordinator may end without having published a round."""
 
@@ -69,9 +71,15 @@ def _follow(
       MedflError: as of `run_federation`; ClusterError where the coordinator ends again and again without a new round.
     """
     import ray
+    from ray.exceptions import GetTimeoutError
 
     remote = ray.remote(Coordinator).options(
-        name=f"coordinator:{folder.name}", num_cpus=0.01, max_concurrency=4, max_restarts=-1, max_task_retries=0
+        name=f"coordinator:{folder.name}",
+        num_cpus=0.01,
+        resources=on_the_head(ray.cluster_resources()),  # type: ignore[no-untyped-call]
+        max_concurrency=4,
+        max_restarts=-1,
+        max_task_retries=0,
     )
     coordinator: Any = remote.remote(policies, folder.resolve(), state_root(run), run.training.gpus_per_hospital)
     lives, published = 1, -1
@@ -88,6 +96,13 @@ def _follow(
                     f"Nothing published is lost: medfl-ray run --resume {folder.name}"
                 )
             emit(Notice(message="the coordinator's process ended; it is started again and goes on from its last round"))
+            # Until it is back every call would fail as if it had ended once more.
+            ray.get(coordinator.process_id.options(max_task_retries=-1).remote(), timeout=RESTART_S)
+    except GetTimeoutError:
+        raise ClusterError(
+            f"the coordinator's process ended and was not back within {RESTART_S:g} s. Nothing published is lost: "
+            f"medfl-ray run --resume {folder.name}"
+        ) from None
     finally:
         ray.kill(coordinator, no_restart=True)
 
@@ -117,6 +132,11 @@ def _watch(coordinator: Any, emit: Emit, stop: threading.Event) -> RunOutcome | 
         raise
     except RayActorError:
         return None
+
+
+def on_the_head(resources: Mapping[str, float]) -> dict[str, float] | None:
+    """Return what places an actor on the cluster's head, where the driver and the run's folder are."""
+    return {HEAD: 0.001} if HEAD in resources else None
 
 
 def _num_published(folder: Path, run: RunConfig) -> int:

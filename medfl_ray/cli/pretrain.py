@@ -26,8 +26,8 @@ def pretrain(
 
     from medfl_ray.data.phantoms.structure_crops import load_structures
     from medfl_ray.export.public_weights import save_public_weights
+    from medfl_ray.training.devices import choose_device
     from medfl_ray.training.pretraining import pretrain as train
-    from medfl_ray.training.trainer import choose_device
 
     structures = load_structures(loaded.crops.labelmaps, loaded.crops.structures)
     typer.echo(f"{len(structures)} structures from {loaded.crops.labelmaps.name}; {loaded.training.steps} steps")

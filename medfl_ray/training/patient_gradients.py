@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 
+import structlog
 import torch
 from torch import Tensor, nn
 
 from medfl_ray.models.grouped import group, repeat_weights, stack, unstack
 from medfl_ray.training.heap import LARGE_PATIENT_VOXELS, release_freed_memory
 from medfl_ray.training.losses import PatientLoss
+from medfl_ray.training.memory import give_back_memory, is_out_of_memory
 from medfl_ray.training.mixed_precision import mixed
 
+log = structlog.get_logger()
 Patient = tuple[Tensor, Tensor]
 """Images [K, C, *S] and targets [K, *S] or [K] of one patient."""
 Gradient = tuple[Tensor, ...]
@@ -59,15 +62,39 @@ class InGroups:
         self._members: dict[int, nn.Module] = {}
 
     def __call__(self, patients: Iterator[Patient]) -> Iterator[tuple[Gradient, float]]:
-        """Yield gradient and loss of each patient, in order."""
+        """Yield gradient and loss of each patient, in order; where memory is exhausted, in smaller groups from then on.
+
+        The patients who were drawn stay the same and so does each one's gradient.
+        """
         while some := list(islice(patients, self._group_size)):
-            members = self._load_members(len(some))
-            logits = forward(members, stack([images for images, _ in some]), self._mixed_precision)
-            own_logits = unstack(logits, len(some))
-            losses = torch.stack([self._loss(own, targets) for own, (_, targets) in zip(own_logits, some, strict=True)])
-            gradients = torch.autograd.grad(losses.sum(), trained_parameters(members))
-            for index, loss in enumerate(losses.tolist()):
+            yield from self._gradients_of(some)
+
+    def _gradients_of(self, some: list[Patient]) -> Iterator[tuple[Gradient, float]]:
+        try:
+            gradients, losses = self._pass(some)
+        except (RuntimeError, MemoryError) as error:
+            if len(some) == 1 or not is_out_of_memory(error):
+                raise
+        else:
+            for index, loss in enumerate(losses):
                 yield tuple(gradient[index] for gradient in gradients), loss
+            return
+        # Here the error is gone, and with its traceback what the failed pass had allocated.
+        self._group_size = min(self._group_size, (len(some) + 1) // 2)
+        log.warning("memory_exhausted", patients_in_one_pass=len(some), now=self._group_size)
+        self._members.clear()
+        give_back_memory()
+        while some:
+            piece, some = some[: self._group_size], some[self._group_size :]
+            yield from self._gradients_of(piece)
+
+    def _pass(self, some: list[Patient]) -> tuple[tuple[Tensor, ...], list[float]]:
+        """Return gradients, each with a first axis of patients, and the patients' losses."""
+        members = self._load_members(len(some))
+        logits = forward(members, stack([images for images, _ in some]), self._mixed_precision)
+        own_logits = unstack(logits, len(some))
+        losses = torch.stack([self._loss(own, targets) for own, (_, targets) in zip(own_logits, some, strict=True)])
+        return torch.autograd.grad(losses.sum(), trained_parameters(members)), losses.tolist()
 
     def _load_members(self, num_members: int) -> nn.Module:
         if num_members not in self._members:

@@ -13,12 +13,14 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from medfl_ray.config import ModelConfig, TrainingConfig
 from medfl_ray.data.cases import PreparedCase
-from medfl_ray.errors import ConfigError, LabelError, ModelError, NotFitForDP
+from medfl_ray.errors import LabelError, ModelError, NotFitForDP
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.models.channels_last import quick_twin
@@ -26,15 +28,18 @@ from medfl_ray.params import Layout, Vector, flatten, layout_of, load_into, tens
 from medfl_ray.privacy.dpsgd import private_steps
 from medfl_ray.training.batches import patient_batches
 from medfl_ray.training.coupling import check_patients_apart
+from medfl_ray.training.devices import choose_device
 from medfl_ray.training.engine_choice import choose_group_size, engine_of, make_patient_like
 from medfl_ray.training.evaluation import PatientScore, average_cases, dice_per_label
 from medfl_ray.training.inference import batches_of_one_size, classify, segment
 from medfl_ray.training.local_data import LocalData
 from medfl_ray.training.losses import loss_of_each, make_loss
+from medfl_ray.training.memory import give_back_memory, is_out_of_memory
 from medfl_ray.training.optimizers import make_optimizer
 from medfl_ray.training.patient_gradients import Gradient, GradientEngine, Patient, forward
 from medfl_ray.training.trained_space import freeze_the_rest
 
+log = structlog.get_logger()
 Task = Literal["segmentation", "classification"]
 SEED_RANGE = 2**63
 
@@ -81,6 +86,7 @@ class Trainer:
         self._in_channels, self._out_channels = in_channels, out_channels
         self._engine: GradientEngine | None = None
         self._group_size = 1
+        self._at_once: int | None = None
         self._build = (model, spatial_dims, in_channels, out_channels, False, patch_size)
         self.network = build_network(model, spatial_dims, in_channels, out_channels, for_dp, patch_size).to(self.device)
         self._space = freeze_the_rest(
@@ -88,6 +94,7 @@ class Trainer:
         )
         # Has the network's own parameters; what is not plain training uses the network itself.
         self._twin = quick_twin(self.network, on_cpu=self.device.type == "cpu")
+        self._sees_the_batch = any(isinstance(module, _BatchNorm) for module in self.network.modules())
         self.loss = make_loss(training.loss, task)
         self.layout: Layout = layout_of(self.network)
         # Walking through a network's modules takes longer than a small hospital can afford at every step.
@@ -183,12 +190,46 @@ class Trainer:
     def _plain_steps(self, data: LocalData, losses: list[float], rng: np.random.Generator) -> Iterator[None]:
         """Leave in .grad, step by step, the gradient of the mean loss over a batch of patients."""
         for patients in self.batches(data, rng):
+            loss = self._mean_gradient(patients)
+            self._space.restrict_gradients()
+            losses.append(self._finite(loss))
+            yield
+
+    def _mean_gradient(self, patients: Sequence[Patient]) -> float:
+        """Leave the gradient of the mean loss in .grad; where memory is exhausted, in smaller passes from then on.
+
+        Raises:
+          ModelError: a single patient is too much, or batch normalisation forbids to part the batch.
+        """
+        while True:
+            at_once = min(self._at_once or len(patients), len(patients))
             self._drop_gradients()
+            try:
+                return self._accumulate(patients, at_once)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            if at_once == 1 or self._sees_the_batch:
+                raise ModelError(
+                    "memory is exhausted by the smallest pass that gives the same result; lower "
+                    "training.patch_size_voxels, patches_per_patient or batch_size, or set training.mixed_precision"
+                )
+            self._at_once = (at_once + 1) // 2
+            log.warning("memory_exhausted", patients_in_one_pass=at_once, now=self._at_once)
+            give_back_memory()
+
+    def _accumulate(self, patients: Sequence[Patient], at_once: int) -> float:
+        """Add up the gradients of passes over so many patients each; return the mean loss."""
+        if at_once == len(patients):
             loss = self._patient_losses(self._twin, patients).mean()
             loss.backward()  # type: ignore[no-untyped-call]
-            self._space.restrict_gradients()
-            losses.append(self._finite(loss.item()))
-            yield
+            return loss.item()
+        mean = 0.0
+        for start in range(0, len(patients), at_once):
+            part = self._patient_losses(self._twin, patients[start : start + at_once]).sum() / len(patients)
+            part.backward()  # type: ignore[no-untyped-call]
+            mean += part.item()
+        return mean
 
     def batches(self, data: LocalData, rng: np.random.Generator) -> Iterator[list[Patient]]:
         """Yield the patients of one step after another, without end; of training without DP."""
@@ -354,20 +395,3 @@ class Trainer:
         if not np.isfinite(loss):
             raise ModelError("training diverged: the loss is no longer finite; lower training.learning_rate")
         return loss
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of the configuration; 'auto' is a CUDA GPU where there is one, else the CPU.
-
-    Raises:
-      ConfigError: the named device does not exist on this machine.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    missing = {"cuda": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}.get(
-        device.type, False
-    )
-    if missing or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"training.device is {name!r}, which this machine does not have; use 'auto' or 'cpu'")
-    return device

@@ -61,6 +61,44 @@ def final_weights(folder):
     return json.loads(last)["weights_after"]
 
 
+def process_called(name, mark, within_s=60):
+    """Return the id of one of the run's processes, by Ray's title of it."""
+    ends = time.monotonic() + within_s
+    while time.monotonic() < ends:
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                title = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if name in title and f"MEDFL_TEST_MARK={mark}".encode() in (process / "environ").read_bytes():
+                    return int(process.name)
+            except OSError:
+                continue  # the process has ended, or is not ours
+        time.sleep(0.2)
+    raise AssertionError(f"no process called {name}")
+
+
+def test_a_killed_coordinator_is_started_again_and_the_run_ends_as_if_nothing_had_happened(tmp_path):
+    mark = uuid.uuid4().hex
+    config = write_config(tmp_path, rounds=6)
+    running = command([str(config)], mark)
+    seen = []
+    for line in iter(running.stdout.readline, ""):
+        seen.append(line)
+        if line.startswith(("round 2/", "round 4/")):
+            os.kill(process_called("ray::Coordinator", mark), signal.SIGKILL)
+    assert running.wait(timeout=60) == 0, running.stderr.read()
+    assert sum("it is started again" in line for line in seen) == 2
+    assert nothing_left(mark), left_running(mark)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    receipts = [json.loads(line) for line in (folder / "receipts.jsonl").read_text().splitlines()]
+    assert [receipt["round"] for receipt in receipts if receipt["published"]] == list(range(1, 7))
+
+    whole = command([str(config), "--pool", "local"], mark)
+    _, errors = whole.communicate(timeout=240)
+    assert whole.returncode == 0, errors
+    (other,) = (path for path in tmp_path.iterdir() if path.is_dir() and path != folder)
+    assert final_weights(other) == final_weights(folder)
+
+
 def test_a_run_on_ray_stops_on_interrupt_resumes_to_the_same_weights_and_leaves_no_process(tmp_path):
     mark = uuid.uuid4().hex
     config = write_config(tmp_path, rounds=12)
