@@ -88,7 +88,7 @@ def trainer_of(run):
         task="segmentation",
         spatial_dims=3,
         in_channels=4,
-        out_channels=4,
+        out_channels=3,
         patch_size=run.patch_size,
         for_dp=False,
     )
@@ -119,7 +119,7 @@ def channels(run):
 
 def test_plain_training_goes_on_in_smaller_passes_with_the_same_result():
     run = small_run(training={"batch_size": 4, "optimizer": "sgd"})
-    assert channels(run) == (4, 4)
+    assert channels(run) == (4, 3)
     whole, sizes = train(run)
     assert sizes == [4, 4]
     parted, sizes = train(run, limit=1)
