@@ -72,25 +72,31 @@ def expected_heads(
     """Return the rows that each hospital's ledger must hold: of the mirror, and of the run's last receipt."""
     if not run.privacy.patient_level:
         return {}
-    mirror = RunMirror(policies, folder, root)
-    receipts = receipt_heads(result.receipt for result in RunFolder(folder, run).results())
+    mirror = run_mirror(run, policies, folder, root)
+    receipts = receipt_heads(RunFolder(folder, run).signed_receipts())
     return {
         policy.hospital: mirror.expected_heads(policy.hospital, receipts.get(policy.hospital)) for policy in policies
     }
 
 
+def run_mirror(run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, root: Path) -> RunMirror:
+    """Return the coordinator's copies of a run's ledgers, the federation's own among them where it has one."""
+    return RunMirror(policies, folder, root, (FEDERATION, run.data.name) if run.privacy.central else None)
+
+
 def open_federation_ledger(run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, root: Path) -> Ledger:
-    """Open the federation's account of hospital-level epsilon; it holds what the run's last receipt has seen.
+    """Open the federation's account of hospital-level epsilon; it holds what mirror and last receipt have seen.
 
     Raises:
-      LedgerError: the account is damaged, locked, or lacks that row.
+      LedgerError: the account is damaged, locked, or lacks such a row.
     """
     from medfl_ray.store.ledger import PrivacyLedger
 
     plan = plan_central(run, policies)
     assert plan is not None
     max_epsilon, one_run = federation_budget(run, policies)
-    last = receipt_heads(result.receipt for result in RunFolder(folder, run).results()).get(FEDERATION)
+    last = receipt_heads(RunFolder(folder, run).signed_receipts()).get(FEDERATION)
+    expected = run_mirror(run, policies, folder, root).expected_heads(FEDERATION, last)
     own = federation_folder(policies, folder, root)
     own.mkdir(parents=True, exist_ok=True, mode=0o700)
     return PrivacyLedger.open(
@@ -100,7 +106,8 @@ def open_federation_ledger(run: RunConfig, policies: tuple[SitePolicy, ...], fol
         delta=plan.delta,
         max_epsilon=max_epsilon,
         one_run=one_run,
-        expected_heads=[LedgerHead.parse(last)] if last is not None else [],
+        unit="hospital",
+        expected_heads=[LedgerHead.parse(head) for head in expected],
     )
 
 
@@ -156,7 +163,7 @@ def run_in_process(
                 policies=policies,
                 pool=pool,
                 store=store,
-                mirror=RunMirror(policies, folder, root),
+                mirror=run_mirror(run, policies, folder, root),
                 initial_weights=initial_weights(run),
                 emit=emit,
                 stop=stop,

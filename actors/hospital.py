@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from medfl_ray.config import RunConfig, TrainingConfig
-from medfl_ray.errors import DataError, LedgerError, MedflError
+from medfl_ray.errors import DataError, LabelError, LedgerError, MedflError, PrivacyConfigError
 from medfl_ray.federation.hospital import Hospital, HospitalParts, is_confidential, shown_problem
 from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.federation.planning import account_delta, budget_of, is_for_one_run
@@ -58,12 +58,14 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
 
     configure_logs()
     run, policy = spec.run, spec.policy
+    check_own_policy(spec)
     try:
         data = open_hospital_data(run, spec.members)
         if is_confidential(run, policy):
             data.check_cases()  # else a broken case would fail the round that first draws its patient
     except DataError as error:
         raise type(error)(shown_problem(run, policy, error, "start")) from None
+    check_classes(run, data.labels)
     trainer = Trainer(
         model=run.model,
         training=training_of(run, policy.hospital),
@@ -92,6 +94,36 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
         run, policy, spec.index, trainer, data, ledger, make_pictures, local_report, signing_key(spec)
     )
     return Hospital(parts)
+
+
+def check_own_policy(spec: HospitalSpec) -> None:
+    """Refuse a run that was planned with another policy than the one in the hospital's own file, which wins.
+
+    Raises:
+      PrivacyConfigError: the two differ.
+      ConfigError: the file cannot be read.
+    """
+    from medfl_ray.data.sources import own_policy
+
+    own = None if spec.pooled else own_policy(spec.run, spec.policy.hospital)
+    if own is not None and own != spec.policy:
+        raise PrivacyConfigError(
+            f"hospital {spec.policy.hospital!r} has another policy in its own file than the one with which this run "
+            "was planned; start the run again with the file as it is now"
+        )
+
+
+def check_classes(run: RunConfig, labels: Mapping[int, str]) -> None:
+    """Refuse names of labels that the network has no output for: found in training, that would tell of a patient.
+
+    Raises:
+      LabelError: with the number of outputs that are needed.
+    """
+    needed = max(labels, default=1) + 1
+    if run.model.out_channels is not None and run.model.out_channels < needed:
+        raise LabelError(
+            f"model.out_channels is {run.model.out_channels}; the labels need {needed}: set it to that, or leave it out"
+        )
 
 
 def configure_logs() -> None:

@@ -23,7 +23,6 @@ from medfl_ray.messages import HospitalInfo, RoundPlan
 from medfl_ray.params import Layout, Vector
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.run_folder import RunFolder
-from medfl_ray.store.run_mirror import RunMirror
 from medfl_ray.store.signing_key import signature_is_valid
 from medfl_ray.store.simulated_ledgers import Account, SimulatedLedgers
 from medfl_ray.store.state_folders import federation_folder, state_root
@@ -126,7 +125,7 @@ class Simulation:
         Raises:
           MedflError: as of `run_federation`.
         """
-        from actors.coordinator import open_federation_ledger
+        from actors.coordinator import open_federation_ledger, run_mirror
 
         root = state_root(self._run)
         store = RunFolder(self._folder, self._run, federation_folder(self._policies, self._folder, root))
@@ -137,7 +136,7 @@ class Simulation:
                 policies=self._policies,
                 pool=self.pool,
                 store=store,
-                mirror=RunMirror(self._policies, self._folder, root),
+                mirror=run_mirror(self._run, self._policies, self._folder, root),
                 initial_weights=self._first_weights,
                 emit=self._timed,
                 stop=stop or threading.Event(),

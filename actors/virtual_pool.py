@@ -22,7 +22,7 @@ from actors.virtual_work import Assignment, Finished, OpenData, Scoring, Turn
 from medfl_ray.config import Declared, RunConfig
 from medfl_ray.errors import ConfigError, FederationError, MedflError, PrivacyError
 from medfl_ray.federation.local_pool import deadline_failure, start_failure
-from medfl_ray.federation.planning import check_limits
+from medfl_ray.federation.planning import check_limits, check_terms
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Answer
 from medfl_ray.messages import (
     ClientFailure,
@@ -218,6 +218,7 @@ class VirtualPool:
         if (mechanism.num_patients, mechanism.num_steps) != (policy.num_patients, plan.num_steps[name]):
             return f"the mechanism of {name!r} is of other patients or steps than its policy and plan say"
         try:
+            check_terms(self._run, policy, mechanism)
             check_limits(policy, self._run.data.task, plan.num_steps[name], mechanism)
         except PrivacyError as error:
             return str(error)

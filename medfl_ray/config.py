@@ -323,8 +323,9 @@ class RunConfig(Section):
 
     @property
     def config_hash(self) -> str:
-        """SHA-256 of everything that influences the result; name, tags, paths and output are left out."""
+        """SHA-256 of everything that influences the result; name, tags, paths, output and defaults are left out."""
         relevant = self.model_dump_json(
+            exclude_defaults=True,
             exclude={
                 "name": True,
                 "description": True,
@@ -333,7 +334,7 @@ class RunConfig(Section):
                 "data": {"directory": True, "hospitals": {"__all__": {"directory", "site_config"}}, "cache": True},
                 "training": {"initial_weights": True, "measured_group_sizes": True, "hospitals_per_group": True},
                 "federation": {"pool": True, "num_actors": True, "baselines": True},
-            }
+            },
         )
         return hashlib.sha256(relevant.encode()).hexdigest()
 
@@ -359,6 +360,11 @@ def hospital_level_problem(run: RunConfig) -> str | None:
         return (
             "federation.over_selection and stragglers: keep do not go with privacy.unit: hospital, where whose update "
             "is in which round must not depend on who was in time; leave both out"
+        )
+    if federation.deadline_s is not None and federation.fraction < 1:
+        return (
+            "federation.deadline_s does not go with privacy.unit: hospital and federation.fraction below 1: who was "
+            "asked is secret there, and who is still busy after a deadline would tell. Leave deadline_s out"
         )
     if federation.min_clients != 1:
         return (

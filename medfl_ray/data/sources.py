@@ -100,6 +100,7 @@ def _num_train_patients(run: RunConfig, cases: tuple[Case, ...]) -> int:
 def _hospital_policy(run: RunConfig, hospital: HospitalConfig) -> SitePolicy:
     site = _site_config(hospital)
     if site is not None:
+        _refuse_other_ledger(run, hospital)
         return site.policy
     declared = hospital.declared or run.data.declared
     num_patients = hospital.num_patients
@@ -118,6 +119,22 @@ def _hospital_policy(run: RunConfig, hospital: HospitalConfig) -> SitePolicy:
         num_patients=num_patients,
         max_epsilon=hospital.max_epsilon,
     )
+
+
+def _refuse_other_ledger(run: RunConfig, hospital: HospitalConfig) -> None:
+    """A run that chose the folder of the ledger would choose an empty one, and the hospital's budget would be new."""
+    if run.output.state_directory is not None:
+        raise ConfigError(
+            f"output.state_directory does not go with hospital {hospital.id!r}, whose own file declares its budget: "
+            "where its ledger lies is not for a run to say. Leave it out; MEDFL_STATE_DIR of the hospital's machine "
+            "names the folder"
+        )
+
+
+def own_policy(run: RunConfig, hospital_id: str) -> SitePolicy | None:
+    """Return what the hospital's own file says where it is read, at the hospital; None where it has none."""
+    site = next((_site_config(hospital) for hospital in run.data.hospitals if hospital.id == hospital_id), None)
+    return site.policy if site is not None else None
 
 
 def _site_config(hospital: HospitalConfig) -> SiteConfig | None:
@@ -189,11 +206,16 @@ def _open_cases(run: RunConfig, site: Site, index: CaseIndex, cases: tuple[Case,
     check_labelled(cases, data.task)
     found = index.channels or _channels_of(cases[0])
     channels, picked = pick_channels(data.channels, found)
+    confidential = site.declared == "private" and run.privacy.enable_dp
+    if confidential and data.task == "classification" and not (data.labels or index.labels):
+        raise ConfigError(
+            f"hospital {site.hospital_id!r} has private data whose classes are not named, and to find them among its "
+            "patients would tell of these; name every class in data.labels"
+        )
     values, classes = name_classes(data.labels, index, data.task)
     preprocessing = Preprocessing.from_config(
         data, run.spatial_dims, channels, tuple(values) if data.task == "segmentation" else ()
     )
-    confidential = site.declared == "private" and run.privacy.enable_dp
     train, holdout = split_holdout(cases, data.holdout_fraction, run.federation.seed, confidential)
     position = {id(case): i + 1 for i, case in enumerate(cases)}
 

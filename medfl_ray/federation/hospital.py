@@ -6,6 +6,7 @@ of an unexpected error go to the hospital's own log, because its text might hold
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from medfl_ray import params
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import DataError, MedflError, PrivacyConfigError
 from medfl_ray.federation.labels import labelled
-from medfl_ray.federation.planning import aggregation_weight, budget_of, check_limits
+from medfl_ray.federation.planning import aggregation_weight, budget_of, check_limits, check_terms
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Signer
 from medfl_ray.federation.signatures import update_digest
 from medfl_ray.messages import (
@@ -32,7 +33,7 @@ from medfl_ray.messages import (
 from medfl_ray.params import Vector
 from medfl_ray.privacy.hospital_level import clip_update
 from medfl_ray.site_policy import SitePolicy
-from medfl_ray.training.evaluation import PatientScore, summarise
+from medfl_ray.training.evaluation import PatientScore, metric_names, summarise
 from medfl_ray.training.trainer import LocalJob, Trainer
 
 if TYPE_CHECKING:
@@ -166,6 +167,8 @@ class Hospital:
             parts = self._parts
             scores = parts.trainer.evaluate(weights, parts.data)
             values = summarise(scores)
+            if self._is_confidential:  # which figures there are would tell of the held-out patients
+                values = dict.fromkeys(metric_names(parts.run.data.task, parts.data.labels), math.nan) | values
             may_show = parts.policy.declared != "private"
             drawn = parts.make_pictures(parts.trainer, weights, parts.data) if pictures else ()
             if not may_show and pictures:
@@ -241,6 +244,8 @@ class Hospital:
                 f"the plan asks {self.id!r} for {plan.num_steps[self.id]} steps and its mechanism charges "
                 f"{mechanism.num_steps}; every step that is trained must be charged"
             )
+        if mechanism is not None:
+            check_terms(self._parts.run, policy, mechanism)
         check_limits(policy, self._parts.run.data.task, plan.num_steps[self.id], mechanism)
         return mechanism
 

@@ -18,7 +18,7 @@ from medfl_ray.aggregation.fixed_point import PartialSum, plain_sum
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import PrivacyConfigError
 from medfl_ray.federation.ports import Ledger
-from medfl_ray.messages import ClientUpdate, Mechanism, PrivacySpent, RoundPlan
+from medfl_ray.messages import ClientUpdate, LedgerRows, Mechanism, PrivacySpent, RoundPlan
 from medfl_ray.params import Vector
 from medfl_ray.privacy.hospital_level import (
     SMALL_FEDERATION,
@@ -149,10 +149,18 @@ def federation_budget(run: RunConfig, policies: Sequence[SitePolicy]) -> tuple[f
 
     As for a hospital's data set: with private data and no declared budget, the run's epsilon is the budget and a
     second run waits until somebody has declared one.
+
+    Raises:
+      PrivacyConfigError: there is neither.
     """
     declared = run.privacy.hospital_level.max_epsilon
     if declared is not None or all(policy.declared != "private" for policy in policies):
         return declared, False
+    if run.privacy.epsilon is None:
+        raise PrivacyConfigError(
+            "the hospitals have private data and the federation no budget; declare privacy.hospital_level.max_epsilon "
+            "or privacy.epsilon"
+        )
     return run.privacy.epsilon, True
 
 
@@ -184,6 +192,10 @@ class HospitalLevel:
         if self._plan.adaptive is None:
             return {}
         return {CLIP_NORM: np.array([self._mechanism.clip_norm], np.float32)}
+
+    def rows_after(self, heads: Mapping[str, str]) -> tuple[LedgerRows, ...]:
+        """Return the account's rows that the mirror has not seen."""
+        return self._ledger.rows_after(heads)
 
     def export(self) -> dict[str, Any]:
         """Return the federation's account as plain data."""

@@ -91,6 +91,21 @@ def check_limits(policy: SitePolicy, task: str, num_steps: int, mechanism: Mecha
         )
 
 
+def check_terms(run: RunConfig, policy: SitePolicy, mechanism: Mechanism) -> None:
+    """Check in what terms a plan charges a hospital, by the hospital itself: as other terms the same noise costs less.
+
+    Raises:
+      PrivacyConfigError: the unit is not the patient, the adjacency not add/remove, or delta not the run's here.
+    """
+    expected = ("patient", "add_remove", delta_of(run, policy))
+    if (mechanism.unit, mechanism.adjacency, mechanism.delta) != expected:
+        raise PrivacyConfigError(
+            f"the plan charges {policy.hospital!r} at {mechanism.unit} level, {mechanism.adjacency} adjacency and "
+            f"delta={mechanism.delta:g}; its patients are charged at patient level, add_remove and "
+            f"delta={expected[2]:g}"
+        )
+
+
 def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = None) -> Mechanism | None:
     """Return one round's mechanism at a hospital, or None with patient-level DP off.
 

@@ -13,6 +13,7 @@ from medfl_ray import params
 from medfl_ray.aggregation.fixed_point import PartialSum, weighted_mean
 from medfl_ray.aggregation.strategies import released_weights
 from medfl_ray.config import RunConfig
+from medfl_ray.errors import LedgerError
 from medfl_ray.failpoints import failpoint
 from medfl_ray.federation.collecting import collect_updates
 from medfl_ray.federation.events import HospitalState
@@ -120,6 +121,7 @@ def reserve(context: RoundContext, plan: RoundPlan, tally: Tally) -> list[str]:
     """
     if context.central is not None:
         tally.spent[FEDERATION] = context.central.reserve(plan)
+        tally.ledger_rows.extend(context.central.rows_after(context.mirror.heads([FEDERATION])))
     ready = []
     for hospital, answer in ask_to_reserve(context, plan, tally).items():
         if isinstance(answer, ClientFailure):
@@ -165,6 +167,8 @@ def mirror_rows(context: RoundContext, plan: RoundPlan, tally: Tally) -> set[str
     """Keep the new rows of all ledgers in one write; return the hospitals whose rows do not follow those kept."""
     problems = context.mirror.keep(tally.ledger_rows)
     tally.ledger_rows.clear()
+    if FEDERATION in problems:
+        raise LedgerError(problems[FEDERATION])
     for hospital, reason in problems.items():
         exclude(
             context,

@@ -294,7 +294,8 @@ def finish(
     ledgers = parts.pool.export_ledgers()
     central = {} if context.central is None else {FEDERATION: context.central.export()}
     parts.store.save_ledgers({**ledgers, **central})
-    for reason in parts.mirror.keep(rows_of(export) for export in ledgers.values() if export).values():
+    exports = [export for export in (*ledgers.values(), *central.values()) if export]
+    for reason in parts.mirror.keep(rows_of(export) for export in exports).values():
         parts.emit(Notice(message=f"note: {reason}"))
 
 

@@ -45,6 +45,7 @@ class GaussianNoise:
         """
         if not (math.isfinite(std) and std > 0):
             raise PrivacyConfigError(f"the noise's standard deviation is {std!r}; it must be a number above 0")
+        self._stream = None  # a key for each draw: a copy of this machine's memory must not repeat the next one
         num_blocks = -(-size // (2 * HALF_BLOCK))
         noise = np.empty((num_blocks, 2, HALF_BLOCK))
         for block in noise:

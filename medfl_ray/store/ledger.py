@@ -18,7 +18,7 @@ from sqlalchemy import Connection
 
 from medfl_ray.errors import BudgetExceeded, LedgerError, PrivacyConfigError
 from medfl_ray.failpoints import failpoint
-from medfl_ray.messages import LedgerRows, Mechanism, PrivacySpent
+from medfl_ray.messages import LedgerRows, Mechanism, PrivacySpent, Unit
 from medfl_ray.privacy.accountant import Charge, check_charge, check_delta, epsilon_spent
 from medfl_ray.store.ledger_events import (
     CHARGE_FIELDS,
@@ -47,6 +47,7 @@ class PrivacyLedger:
         max_epsilon: float | None,
         one_run: bool = False,
         max_steps: int | None = None,
+        unit: Unit = "patient",
     ) -> None:
         """See `open`."""
         check_delta(delta)
@@ -58,6 +59,7 @@ class PrivacyLedger:
         self._max_epsilon = max_epsilon
         self._one_run = one_run
         self._max_steps = max_steps
+        self._unit = unit
         self._rows: list[LedgerEvent] = []
 
     @classmethod
@@ -71,6 +73,7 @@ class PrivacyLedger:
         expected_heads: Sequence[LedgerHead] = (),
         one_run: bool = False,
         max_steps: int | None = None,
+        unit: Unit = "patient",
     ) -> PrivacyLedger:
         """Open or create the ledger file and check every row of the account.
 
@@ -81,11 +84,12 @@ class PrivacyLedger:
           expected_heads: the last rows that a mirror or receipt has seen; the ledger must hold each.
           one_run: nobody has declared a budget, so that only the first run that was charged may go on.
           max_steps: lifetime number of private steps on the data set; None for no limit.
+          unit: what the account's epsilon protects; nothing else is ever charged to it.
 
         Raises:
           LedgerError: the ledger is damaged, altered, locked, or lacks the expected head.
         """
-        ledger = cls(LedgerFile(Path(path)), (hospital, data_set), delta, max_epsilon, one_run, max_steps)
+        ledger = cls(LedgerFile(Path(path)), (hospital, data_set), delta, max_epsilon, one_run, max_steps, unit)
         ledger.verify()
         for head in expected_heads:
             ledger.check_holds(head)
@@ -333,7 +337,11 @@ class PrivacyLedger:
             self._rows += added
 
     def _refuse_other_unit(self, mechanism: Mechanism) -> None:
-        if self._rows and labels_of(self._rows)["unit"] != mechanism.unit:
+        if mechanism.unit == "patient" and mechanism.adjacency == "zero_out":
+            raise LedgerError(
+                "patients are charged under add/remove adjacency; zero-out is that of a tree over whole hospitals"
+            )
+        if mechanism.unit != self._unit or (self._rows and labels_of(self._rows)["unit"] != mechanism.unit):
             raise LedgerError(
                 f"the ledger of {self._account[0]!r}, data set {self._account[1]!r}, holds charges of another unit "
                 f"than {mechanism.unit}; epsilons of patients and hospitals do not add up. Use another state folder"

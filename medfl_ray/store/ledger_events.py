@@ -241,6 +241,8 @@ def _state_problem(event: LedgerEvent, open_charges: dict[str, str]) -> str | No
             return "its reservation exists already"
         if None in (event.noise_multiplier, event.sample_rate, event.num_steps):
             return "it does not say what it charges"
+        if event.adjacency == "zero_out" and event.unit != "hospital":
+            return "it charges patients as if they were a tree over hospitals, which costs less"
         open_charges[event.reservation] = "reserved"
     elif event.kind in ("settle", "release"):
         if event.closes is None or open_charges.get(event.closes) != "reserved":

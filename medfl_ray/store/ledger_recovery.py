@@ -21,6 +21,7 @@ from medfl_ray.store.ledger_file import KEY_NAME, LedgerFile
 from medfl_ray.store.signing_key import SigningKey, load_key
 
 Account = tuple[str, str]
+SMALLEST_ROW_BYTES = 256  # hash, previous hash and signature alone
 
 
 def recover(path: Path, exports: Sequence[Mapping[str, Any]], delta: float) -> dict[Account, int]:
@@ -35,10 +36,11 @@ def recover(path: Path, exports: Sequence[Mapping[str, Any]], delta: float) -> d
       The number of rows added, per (hospital, data set).
 
     Raises:
-      LedgerError: an export is damaged, or the damaged file shows an account of which no export was given.
+      LedgerError: an export is damaged; or the damaged file shows an account of which no export was given, or has
+        rows that can be read neither there nor in an export, so that what they charged is unknown.
     """
     histories = _longest_histories(exports)
-    salvaged = _set_aside_if_damaged(path, {account for account, _ in histories})
+    salvaged = _set_aside_if_damaged(path, histories)
     file = LedgerFile(path, recovering=True)
     added: dict[Account, int] = {}
     for account, rows in histories:
@@ -88,11 +90,14 @@ def _unknown(ledger: PrivacyLedger, rows: Sequence[LedgerEvent]) -> list[LedgerE
     return [row for row in charges(rows) if row.reservation not in held]
 
 
-def _set_aside_if_damaged(path: Path, mirrored: set[Account]) -> list[LedgerEvent]:
+def _set_aside_if_damaged(
+    path: Path, histories: Sequence[tuple[Account, tuple[LedgerEvent, ...]]]
+) -> list[LedgerEvent]:
     """Rename a file that is damaged or whose rows are bad; return those of its rows that are credible."""
     if not path.exists():
         return []
-    rows = _readable_rows(path)
+    mirrored = {account for account, _ in histories}
+    rows, num_lost = _readable_rows(path)
     try:
         file = LedgerFile(path)
         file.check_integrity()
@@ -106,6 +111,14 @@ def _set_aside_if_damaged(path: Path, mirrored: set[Account]) -> list[LedgerEven
             raise LedgerError(
                 f"the damaged ledger {path.name!r} also holds {len(unknown)} data set(s) of which no mirror was given: "
                 f"{', '.join(sorted(data_set for _, data_set in unknown))}. Give the mirrors of all of them."
+            ) from None
+        readable = {row.hash for row in rows}
+        num_explained = len({row.hash for _, history in histories for row in history} - readable)
+        if num_lost > num_explained:
+            raise LedgerError(
+                f"{num_lost} rows of the damaged ledger {path.name!r} cannot be read and the mirrors given hold "
+                f"{num_explained} of them: what the others charged is unknown. Give newer mirrors, those of all data "
+                "sets, or restore the file from a backup."
             ) from None
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
         for part in (path, *path.parent.glob(f"{path.name}-*")):
@@ -121,12 +134,43 @@ def _credible(rows: Sequence[LedgerEvent], key: SigningKey | None) -> list[Ledge
     return [row for row in rows if row.kind == "reserve" and None not in (row.noise_multiplier, row.num_steps)]
 
 
-def _readable_rows(path: Path) -> list[LedgerEvent]:
-    """Return the rows that can still be read, unchecked; none where the file is no longer a database."""
+def _readable_rows(path: Path) -> tuple[list[LedgerEvent], int]:
+    """Return the rows that can still be read, unchecked, in order, and how many before the last one cannot.
+
+    Each is looked up on its own, in the table and not in an index, for one bad page must not hide the others. Rows
+    are numbered without a gap, so that a missing number is a lost row. A file that is no database gives neither.
+    """
+    rows: dict[int, LedgerEvent] = {}
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             connection.row_factory = sqlite3.Row
-            query = "SELECT * FROM ledger_events ORDER BY hospital, data_set, sequence"
-            return [LedgerEvent.from_mapping(dict(row)) for row in connection.execute(query)]
-    except (sqlite3.Error, LedgerError):
-        return []
+            for number in range(1, _most_rows(path) + 1):
+                row = _read_row(connection, number)
+                if row is not None:
+                    rows[number] = row
+            last = max([*rows, _last_number(connection)])
+    except sqlite3.Error:
+        return [], 0
+    ordered = sorted(rows.values(), key=lambda row: (row.hospital, row.data_set, row.sequence))
+    return ordered, last - len(rows)
+
+
+def _most_rows(path: Path) -> int:
+    """Return more rows than the file, with what is not yet written back into it, can hold."""
+    parts = (path, path.with_name(f"{path.name}-wal"))
+    return sum(part.stat().st_size for part in parts if part.exists()) // SMALLEST_ROW_BYTES
+
+
+def _read_row(connection: sqlite3.Connection, number: int) -> LedgerEvent | None:
+    try:
+        found = connection.execute("SELECT * FROM ledger_events NOT INDEXED WHERE id = ?", (number,)).fetchone()
+        return LedgerEvent.from_mapping(dict(found)) if found is not None else None
+    except (sqlite3.DatabaseError, LedgerError, UnicodeDecodeError):
+        return None
+
+
+def _last_number(connection: sqlite3.Connection) -> int:
+    try:
+        return int(connection.execute("SELECT max(id) FROM ledger_events NOT INDEXED").fetchone()[0] or 0)
+    except (sqlite3.DatabaseError, TypeError, ValueError):
+        return 0

@@ -18,11 +18,19 @@ from medfl_ray.config import RunConfig
 from medfl_ray.config_files import dump_yaml, load_run_config
 from medfl_ray.errors import CheckpointError, ConfigError
 from medfl_ray.failpoints import failpoint
-from medfl_ray.messages import ClientFailure, HospitalInfo, Receipt, RoundPlan, RoundResult, SiteEvaluation
+from medfl_ray.messages import (
+    ClientFailure,
+    HospitalInfo,
+    Receipt,
+    RoundPlan,
+    RoundResult,
+    SignedReceipt,
+    SiteEvaluation,
+)
 from medfl_ray.params import Layout, Vector, to_tensors
 from medfl_ray.store.checkpoints import Checkpoint, last_good_checkpoint, save_checkpoint
 from medfl_ray.store.durable import append_line, replace_file
-from medfl_ray.store.receipts import FIRST, read_receipts, receipt_hash, sign_receipt
+from medfl_ray.store.receipts import FIRST, read_receipts, receipt_hash, sign_receipt, verify_receipts
 from medfl_ray.store.round_journal import OpenAttempt, RoundJournal
 from medfl_ray.store.signing_key import SigningKey, create_key, load_key
 from medfl_ray.store.state_folders import FEDERATION_FOLDER
@@ -65,6 +73,7 @@ class RunFolder:
                     "Choose a folder that you may write to."
                 ) from None
         replace_file(path / "config.yaml", dump_yaml(run).encode())
+        replace_file(path / "job", path.name.encode())
         return cls(path, run)
 
     @classmethod
@@ -102,8 +111,9 @@ class RunFolder:
 
     @property
     def job(self) -> str:
-        """Name under which the run is charged in the ledgers."""
-        return self.path.resolve().name  # also for --resume .
+        """Name under which the run is charged in the ledgers; the folder may be renamed afterwards."""
+        kept = self.path / "job"
+        return kept.read_text().strip() if kept.is_file() else self.path.resolve().name  # also for --resume .
 
     def next_attempt(self) -> int:
         """Return a number that no earlier attempt of this run has used, durably."""
@@ -126,8 +136,9 @@ class RunFolder:
                 f"none of the {len(damaged)} checkpoints of {self.path.name!r} can be read ({damaged[0]}). "
                 "Restore one from a backup, or start a new run from its config.yaml"
             )
-        self.problems = [f"{problem}; the checkpoint before it is used" for problem in damaged]
         results = self.results()
+        self._refuse_other_config(results)
+        self.problems = [f"{problem}; the checkpoint before it is used" for problem in damaged]
         kept = {(result.round, result.receipt.attempt) for result in results}
         found = checkpoint.result if checkpoint is not None else None
         if found is not None and (found.round, found.receipt.attempt) not in kept:
@@ -137,6 +148,14 @@ class RunFolder:
         for attempt in self._journal.unfinished():
             self._close(attempt, found)
         return checkpoint
+
+    def _refuse_other_config(self, results: Sequence[RoundResult]) -> None:
+        """A budget or delta that is changed between two attempts would make what was spent before look cheaper."""
+        if results and results[-1].receipt.config_hash != self.run.config_hash:
+            raise ConfigError(
+                f"config.yaml of {self.path.name!r} is not what its last round was run with; restore it, or start a "
+                "new run from the changed file"
+            )
 
     def _complete_receipts(self, results: Sequence[RoundResult]) -> None:
         """Write the receipts that a crash between metrics.jsonl and receipts.jsonl left out."""
@@ -175,6 +194,17 @@ class RunFolder:
     def receipts(self) -> list[Receipt]:
         """Return the receipts of the rounds kept so far, in order."""
         return [result.receipt for result in self.results()]
+
+    def signed_receipts(self) -> list[SignedReceipt]:
+        """Return the receipts as they were signed, checked; those of a version that did not sign are not.
+
+        Raises:
+          ReceiptError: one was changed or left out.
+        """
+        receipts, _ = read_receipts(self.path / RECEIPTS)
+        if any(receipt.signature for receipt in receipts):
+            verify_receipts(receipts)
+        return receipts
 
     def open_round(self, plan: RoundPlan) -> None:
         """Note a plan before anything is reserved for it."""

@@ -9,18 +9,28 @@ from medfl_ray.messages import LedgerRows, Receipt
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.ledger_events import LedgerHead
 from medfl_ray.store.ledger_mirror import LedgerMirror
-from medfl_ray.store.state_folders import mirror_folder
+from medfl_ray.store.state_folders import federation_mirror_folder, mirror_folder
 
 
 class RunMirror:
     """The coordinator's copies of the ledgers of one run's hospitals."""
 
-    def __init__(self, policies: Sequence[SitePolicy], run_folder: Path, root: Path) -> None:
-        """Take the hospitals; `root` is the run's `state_root`. Nothing is read or made yet."""
+    def __init__(
+        self, policies: Sequence[SitePolicy], run_folder: Path, root: Path, federation: tuple[str, str] | None = None
+    ) -> None:
+        """Take the hospitals; `root` is the run's `state_root`. Nothing is read or made yet.
+
+        Args:
+          federation: name and data set of the federation's own account, under hospital-level differential privacy.
+        """
         folders = {policy.hospital: mirror_folder(policy, run_folder, root) for policy in policies}
+        if federation is not None:
+            folders[federation[0]] = federation_mirror_folder(policies, run_folder, root)
         mirrors = {folder: LedgerMirror(folder) for folder in set(folders.values())}
         self._mirrors = {hospital: mirrors[folder] for hospital, folder in folders.items()}
         self._data_sets = {policy.hospital: policy.data_set for policy in policies}
+        if federation is not None:
+            self._data_sets[federation[0]] = federation[1]
         self._heads: dict[str, str] = {}
         self._looked_up: set[str] = set()
 

@@ -39,6 +39,12 @@ def federation_folder(policies: Iterable[SitePolicy], run_folder: Path, root: Pa
     return (run_folder.absolute() if synthetic else root) / FEDERATION_FOLDER
 
 
+def federation_mirror_folder(policies: Iterable[SitePolicy], run_folder: Path, root: Path) -> Path:
+    """Return where the copy of the federation's own account is kept, apart from the account."""
+    synthetic = all(policy.declared == "synthetic" for policy in policies)
+    return run_folder.absolute() / MIRROR_IN_RUN if synthetic else root / MIRROR_FOLDER
+
+
 def mirror_folder(policy: SitePolicy, run_folder: Path, root: Path) -> Path:
     """Return where the coordinator keeps the copy of a hospital's ledger."""
     return run_folder.absolute() / MIRROR_IN_RUN if policy.declared == "synthetic" else root / MIRROR_FOLDER

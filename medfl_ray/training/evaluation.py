@@ -61,6 +61,13 @@ def summarise(scores: Iterable[PatientScore]) -> dict[str, float]:
     return _summarise_dice(scores) if scores[0].dice is not None else _summarise_classes(scores)
 
 
+def metric_names(task: str, labels: Mapping[int, str]) -> tuple[str, ...]:
+    """Return the names that `summarise` may give for a task, whatever patients there are."""
+    if task == "classification":
+        return ("auc", "accuracy")
+    return ("dice", *(f"dice/{name}" for name in labels.values()))
+
+
 def _summarise_dice(scores: Sequence[PatientScore]) -> dict[str, float]:
     tables = [score.dice or {} for score in scores]
     per_label = {f"dice/{name}": float(np.mean([table[name] for table in tables])) for name in tables[0]}
