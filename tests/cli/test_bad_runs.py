@@ -251,6 +251,22 @@ def test_resume_without_any_whole_checkpoint(medfl, run):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+def test_resume_with_another_configuration(medfl, run):
+    path = run / "config.yaml"
+    path.write_text(re.sub(r"learning_rate: .*", "learning_rate: 0.5", path.read_text(), count=1))
+    before = (run / "metrics.jsonl").read_bytes()
+    assert_one_clear_error(medfl("run", "--resume", "run"), 2, "config.yaml of 'run'", "restore it")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_with_an_altered_receipt(medfl, run):
+    path = run / "receipts.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0].replace('"attempt":1', '"attempt":7'), *lines[1:]]) + "\n")
+    answer = medfl("receipts", "verify", "run")
+    assert_one_clear_error(answer, 1, "round 1", "changed after it was signed")
+
+
 def test_resume_with_a_damaged_attempt_number(medfl, run):
     (run / "attempt").write_text("")
     assert_one_clear_error(medfl("run", "--resume", "run"), 1, "'attempt'", "receipts.jsonl")

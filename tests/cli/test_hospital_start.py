@@ -9,7 +9,7 @@ from cli_runs import DP, assert_one_clear_error, configuration, hospital_data, r
 from actors.hospital import HospitalSpec, build_hospital, configure_logs
 from medfl_ray.config_files import parse_run_config
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.errors import CheckpointError, LedgerError, UnreadableFile
+from medfl_ray.errors import CheckpointError, ConfigError, LedgerError, PrivacyConfigError, UnreadableFile
 from medfl_ray.federation.hospital import Hospital
 from medfl_ray.federation.planning import mechanism_for
 from medfl_ray.messages import RoundPlan
@@ -114,3 +114,29 @@ def test_a_new_key_is_in_its_folder_after_a_power_cut(tmp_path, monkeypatch):
     )
     signing_key.create_key(tmp_path / "hospital.key")
     assert synced == [["hospital.key"]]
+
+
+def site_file(tmp_path, epsilon):
+    path = tmp_path / "hospital_config.yaml"
+    path.write_text(
+        "hospital: {id: north}\n"
+        f"data: {{directory: {tmp_path / 'patients'}, labels: {{1: lesion}}}}\n"
+        f"privacy: {{epsilon: {epsilon}, num_patients: 4}}\n"
+    )
+    return path
+
+
+def test_the_hospitals_own_file_wins_where_it_is_read(tmp_path):
+    write_patients(tmp_path / "patients")
+    path = site_file(tmp_path, 50)
+    data = {"hospitals": [{"id": "north", "site_config": str(path)}], "spacing_mm": [1]}
+    run = parse_run_config(configuration(data=data, privacy=DP))
+    (policy,) = list_hospitals(run)
+    spec = HospitalSpec(run, policy, 0, (policy.hospital,), tmp_path / "state")
+    assert build_hospital(spec).id == "north"
+    site_file(tmp_path, 1)
+    with pytest.raises(PrivacyConfigError, match="another policy in its own file"):
+        build_hospital(spec)
+    elsewhere = run.model_copy(update={"output": run.output.model_copy(update={"state_directory": tmp_path / "new"})})
+    with pytest.raises(ConfigError, match="where its ledger lies is not for a run to say"):
+        list_hospitals(elsewhere)

@@ -7,7 +7,7 @@ from small_runs import small_run
 
 from actors.hospital import HospitalSpec, build_hospital
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.errors import UnreadableFile
+from medfl_ray.errors import LabelError, UnreadableFile
 from medfl_ray.federation.hospital import Hospital
 from medfl_ray.federation.labels import labelled
 from medfl_ray.federation.planning import mechanism_for
@@ -132,3 +132,29 @@ def test_a_suppressed_figure_does_not_tell_by_its_absence_that_nobody_was_drawn(
     drawn, empty = ({"train_loss": value} for value in (0.4, float("nan")))
     assert labelled(drawn, "private", True) == labelled(empty, "private", True)
     assert labelled(empty, "public", True) == {}
+
+
+@pytest.mark.parametrize("changes", [{"adjacency": "zero_out"}, {"unit": "hospital"}, {"delta": 0.5}])
+def test_a_plan_that_charges_in_other_terms_is_refused(hospital, changes):
+    answer = hospital.reserve(plan_for(hospital, **changes))
+    assert isinstance(answer, ClientFailure)
+    assert "charged at patient level, add_remove" in answer.reason
+    assert hospital.export_ledger()["events"] == []
+
+
+def test_suppressed_figures_have_the_same_names_whoever_is_held_out(tmp_path, monkeypatch):
+    run = small_run(privacy=PRIVACY)
+    policy = list_hospitals(run)[0].model_copy(update={"declared": "private", "max_epsilon": 9.0})
+    hospital = build_hospital(HospitalSpec(run, policy, 0, (policy.hospital,), tmp_path))
+    full = hospital.evaluate(1, weights_of(hospital)).metrics
+    monkeypatch.setattr(hospital._parts.trainer, "evaluate", lambda weights, data: [])
+    empty = hospital.evaluate(1, weights_of(hospital)).metrics
+    assert full == empty
+    assert {metric.value for metric in full.values()} == {None}
+
+
+def test_too_few_outputs_for_the_labels_are_found_at_the_start(tmp_path):
+    run = small_run(privacy=PRIVACY, model={"out_channels": 2})
+    policy = list_hospitals(run)[0]
+    with pytest.raises(LabelError, match=r"out_channels is 2; the labels need 3"):
+        build_hospital(HospitalSpec(run, policy, 0, (policy.hospital,), tmp_path))

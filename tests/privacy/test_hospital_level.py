@@ -15,8 +15,9 @@ from small_runs import small_run
 
 from actors.coordinator import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.errors import ConfigError, PrivacyConfigError
-from medfl_ray.federation.hospital_level import FEDERATION, plan_central
+from medfl_ray.errors import ConfigError, LedgerError, PrivacyConfigError
+from medfl_ray.federation.hospital_level import FEDERATION, federation_budget, plan_central
+from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.accountant import RENYI_ORDERS
 from medfl_ray.privacy.hospital_level import (
     AdaptiveClip,
@@ -29,6 +30,7 @@ from medfl_ray.privacy.hospital_level import (
 )
 from medfl_ray.privacy.planner import solve_tree_epsilon
 from medfl_ray.privacy.tree import TreeNoise
+from medfl_ray.store.ledger import PrivacyLedger
 from medfl_ray.store.run_folder import RunFolder
 
 SIGMA, CLIP = 1.7, 0.25
@@ -206,3 +208,68 @@ def test_what_does_not_fit_is_refused(sections, words) -> None:  # type: ignore[
         base["aggregation"] = {}
     with pytest.raises(ConfigError, match=words):
         small_run(**{**base, **sections})
+
+
+def test_a_secret_cohort_and_a_deadline_do_not_go_together() -> None:
+    with pytest.raises(ConfigError, match="who is still busy after a deadline would tell"):
+        small_run(
+            privacy={"enable_dp": True, "unit": "hospital", "noise_multiplier": 1.0},
+            aggregation={"weighting": "uniform"},
+            federation={"fraction": 0.5, "deadline_s": 10},
+        )
+
+
+def test_private_hospitals_without_any_budget_are_refused() -> None:
+    run = small_run(
+        privacy={"enable_dp": True, "unit": "hospital", "noise_multiplier": 1.0}, aggregation={"weighting": "uniform"}
+    )
+    private = [policy.model_copy(update={"declared": "private"}) for policy in list_hospitals(run)]
+    with pytest.raises(PrivacyConfigError, match="the federation no budget"):
+        federation_budget(run, private)
+    assert federation_budget(run, list_hospitals(run)) == (None, False)
+
+
+def test_an_older_copy_of_the_federations_account_is_refused(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    import shutil
+
+    sections = {
+        "privacy": {"enable_dp": True, "unit": "hospital", "noise_multiplier": 5.0},
+        "aggregation": {"weighting": "uniform"},
+        "federation": {"rounds": 2, "local_steps": 1},
+        "output": {"directory": tmp_path / "runs", "state_directory": tmp_path / "state"},
+    }
+    sections["privacy"]["hospital_level"] = {"max_epsilon": 1e6}
+    run = small_run(**sections)
+    policies = tuple(policy.model_copy(update={"declared": "private"}) for policy in list_hospitals(run))
+
+    def start() -> None:
+        folder = RunFolder.create(run)
+        pool = local_pool(hospital_specs(run, policies, folder.path))
+        run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event())
+
+    start()
+    account = tmp_path / "state" / "_federation"
+    shutil.copytree(account, tmp_path / "backup")
+    start()
+    shutil.rmtree(account)
+    shutil.copytree(tmp_path / "backup", account)
+    with pytest.raises(LedgerError, match="its end is missing"):
+        start()
+
+
+@pytest.mark.parametrize("changes", [{"unit": "patient"}, {"unit": "patient", "adjacency": "zero_out"}])
+def test_an_account_is_charged_in_its_own_unit_alone(tmp_path, changes) -> None:  # type: ignore[no-untyped-def]
+    mechanism = Mechanism(
+        noise_multiplier=1.0, sample_rate=1.0, max_grad_norm=1.0, num_steps=2000, num_patients=40, delta=1e-5,
+        unit="hospital", adjacency="zero_out",
+    )  # fmt: skip
+    federation = PrivacyLedger.open(tmp_path / "a.sqlite", "federation", "x", 1e-5, None, unit="hospital")
+    federation.reserve("job", 1, 1, mechanism, None)
+    with pytest.raises(LedgerError, match=r"another unit|add/remove"):
+        federation.reserve("job", 2, 1, mechanism.model_copy(update=changes), None)
+    (tmp_path / "site").mkdir()
+    own = PrivacyLedger.open(tmp_path / "site" / "b.sqlite", "north", "x", 1e-5, 25.0)
+    for wrong in (mechanism, mechanism.model_copy(update={"unit": "patient"})):
+        with pytest.raises(LedgerError, match=r"another unit|add/remove"):
+            own.reserve("job", 1, 1, wrong, None)
+    assert own.events() == ()

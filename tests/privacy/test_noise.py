@@ -117,3 +117,14 @@ def test_a_forked_child_does_not_repeat_its_parent() -> None:
 def test_no_noise_is_refused(std: float) -> None:
     with pytest.raises(PrivacyConfigError, match="standard deviation"):
         GaussianNoise().draw(3, std)
+
+
+def test_each_draw_has_a_key_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a copy of the machine's memory would draw the same noise again."""
+    asked: list[int] = []
+    real = os.urandom
+    monkeypatch.setattr(noise_module.os, "urandom", lambda count: asked.append(count) or real(count))
+    stream = GaussianNoise()
+    for _ in range(3):
+        stream.draw(10, 1.0)
+    assert asked == [32, 16] * 3

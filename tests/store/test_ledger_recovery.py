@@ -12,10 +12,10 @@ from medfl_ray.cli.privacy_ledger import recover as recover_command
 from medfl_ray.errors import LedgerError
 from medfl_ray.messages import Mechanism
 from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import charged_segments
+from medfl_ray.store.ledger_events import charged_segments, genesis
 from medfl_ray.store.ledger_export import verify_export
 from medfl_ray.store.ledger_file import KEY_NAME, LedgerFile
-from medfl_ray.store.ledger_recovery import recover
+from medfl_ray.store.ledger_recovery import _readable_rows, recover
 from medfl_ray.store.signing_key import load_key
 
 DELTA = 1e-5
@@ -228,3 +228,39 @@ def test_charges_that_are_there_already_still_connect_the_two_histories(tmp_path
 def test_receipts_carry_the_head(site: Path) -> None:
     ledger = opened(site)
     assert ledger.spent().ledger_head == str(ledger.head())
+
+
+def with_bad_pages(path: Path, share: float) -> int:
+    """Overwrite pages in the middle of a ledger's file; return how many of its rows can still be read."""
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    content = bytearray(path.read_bytes())
+    pages = len(content) // 4096
+    for page in range(int(pages * 0.6), int(pages * (0.6 + share))):
+        content[page * 4096 : (page + 1) * 4096] = b"\xff" * 4096
+    path.write_bytes(content)
+    return len(_readable_rows(path)[0])
+
+
+def test_a_bad_page_does_not_hide_the_rows_on_the_others(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    one, two = opened(site), opened(site, "second")
+    train(one, range(60))
+    early = one.export()
+    train(two, range(60))
+    train(one, range(60, 90), "later")
+    whole, other = one.export(), two.export()
+    before = steps(one), steps(two)
+    readable = with_bad_pages(site / "ledger.sqlite", 0.1)
+    assert 0 < readable < 300
+    with pytest.raises(LedgerError, match="no mirror was given: second"):
+        recover(site / "ledger.sqlite", [early], DELTA)
+    with pytest.raises(LedgerError, match="what the others charged is unknown"):
+        recover(
+            site / "ledger.sqlite", [early, {**other, "events": [], "head": str(genesis("north", "second"))}], DELTA
+        )
+    assert (site / "ledger.sqlite").exists()
+    recover(site / "ledger.sqlite", [whole, other], DELTA)
+    assert (steps(opened(site)), steps(opened(site, "second"))) == before
