@@ -88,14 +88,20 @@ def failure_words(hospital: HospitalSummary) -> str:
 
 
 def grouped_failures(summary: RunSummary) -> list[str]:
-    """Return one sentence per hospital, stage and reason, with the rounds it happened in."""
+    """Return a sentence per attempt that published nothing, then one per hospital, stage and reason, with its rounds."""
     rounds: dict[tuple[str, str, str], list[int]] = {}
     for failure in (f for h in summary.hospitals for f in h.failures):
         rounds.setdefault((failure.hospital, failure.stage, failure.reason), []).append(failure.round)
     for failure in summary.baseline_failures:
         stage = f"baseline, {failure.stage}"
         rounds.setdefault((failure.hospital, stage, failure.reason), []).append(failure.round)
-    return [f"{h}, {stage}, {_round_words(numbers)}: {reason}" for (h, stage, reason), numbers in rounds.items()]
+    attempts = [
+        f"round {result.round}, attempt {result.receipt.attempt}, published nothing: {result.receipt.reason}"
+        for result in summary.results
+        if not result.receipt.published
+    ]
+    of_hospitals = [f"{h}, {stage}, {_round_words(numbers)}: {why}" for (h, stage, why), numbers in rounds.items()]
+    return attempts + of_hospitals
 
 
 def _round_words(numbers: list[int]) -> str:

@@ -336,13 +336,10 @@ def _summarise_hospital(name: str, read: _Read) -> HospitalSummary:
         ledger_total=_ledger_total(name, read, local),
         rounds_asked=sum(name in r.receipt.asked for r in read.results),
         rounds_trained=sum(name in r.receipt.trained and r.receipt.published for r in read.results),
-        failures=tuple(f for f in _all_failures(read) if f.hospital == name),
+        failures=tuple(f for r in read.results for f in r.receipt.failures if f.hospital == name)
+        + tuple(f for f in read.absent if f.hospital == name),
         patient_scores=evaluation.patient_scores if evaluation else None,
     )
-
-
-def _all_failures(read: _Read) -> list[ClientFailure]:
-    return [*(f for result in read.results for f in result.receipt.failures), *read.absent]
 
 
 def _with_budget(

@@ -50,7 +50,8 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line and flush it to the disk; a torn last line of an earlier crash is ended first.
+    """Append one line and flush it to the disk; the torn last line that a crash has left, which nobody was told of as
+    written, is removed first.
 
     Raises:
       CheckpointError: the disk is full or the file cannot be written.
@@ -60,7 +61,8 @@ def append_line(path: Path, line: str) -> None:
             if stream.tell() > 0:
                 stream.seek(-1, os.SEEK_END)
                 if stream.read(1) != b"\n":
-                    stream.write(b"\n")
+                    stream.seek(0)
+                    stream.truncate(stream.read().rfind(b"\n") + 1)
             stream.write(line.encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())

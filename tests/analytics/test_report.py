@@ -1,5 +1,6 @@
 """The report: self-contained, true to the folder, and silent about what was suppressed."""
 
+import html
 import json
 import re
 import stat
@@ -189,3 +190,14 @@ def test_the_local_report_is_readable_by_its_owner_alone(tmp_path, local_run):
     assert "Keep it inside the hospital" in page.text
     assert len(page.images) == 1
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_attempts_that_published_nothing_are_named_with_their_reason(make_run):
+    folder = make_run(rounds=3)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    reason = "the coordinator's process ended while the round was collecting updates"
+    first["receipt"] |= {"published": False, "weights_after": None, "reason": reason, "attempt": 9}
+    (folder / "metrics.jsonl").write_text("\n".join([json.dumps(first), *lines]) + "\n")
+    page = html.unescape(write_report(folder).read_text())
+    assert f"round 1, attempt 9, published nothing: {reason}" in page

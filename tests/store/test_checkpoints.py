@@ -108,8 +108,11 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "round-00002").round == 2
 
 
-def test_append_ends_a_torn_line_first(tmp_path):
+def test_append_removes_a_torn_line_first(tmp_path):
     path = tmp_path / "lines"
     path.write_bytes(b'{"a": 1}\n{"a": ')
     durable.append_line(path, '{"a": 2}')
-    assert path.read_text().splitlines() == ['{"a": 1}', '{"a": ', '{"a": 2}']
+    assert path.read_text().splitlines() == ['{"a": 1}', '{"a": 2}']
+    path.write_bytes(b'{"a": ')
+    durable.append_line(path, '{"a": 3}')
+    assert path.read_text() == '{"a": 3}\n'
