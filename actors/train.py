@@ -71,7 +71,7 @@ def _follow(
       MedflError: as of `run_federation`; ClusterError where the coordinator ends again and again without a new round.
     """
     import ray
-    from ray.exceptions import GetTimeoutError
+    from ray.exceptions import RayError
 
     remote = ray.remote(Coordinator).options(
         name=f"coordinator:{folder.name}",
@@ -98,10 +98,10 @@ def _follow(
             emit(Notice(message="the coordinator's process ended; it is started again and goes on from its last round"))
             # Until it is back every call would fail as if it had ended once more.
             ray.get(coordinator.process_id.options(max_task_retries=-1).remote(), timeout=RESTART_S)
-    except GetTimeoutError:
+    except RayError as error:
         raise ClusterError(
-            f"the coordinator's process ended and was not back within {RESTART_S:g} s. Nothing published is lost: "
-            f"medfl-ray run --resume {folder.name}"
+            f"the coordinator's process ended and could not be started again ({type(error).__name__}): Ray's own processes "
+            f"may have ended, on the head of the cluster. Nothing published is lost: medfl-ray run --resume {folder.name}"
         ) from None
     finally:
         ray.kill(coordinator, no_restart=True)

@@ -68,6 +68,21 @@ def test_an_actor_is_pinned_to_its_hospitals_node_and_shares_the_gpu():
     assert actor_options(["b"], 2, {"CPU": 4.0}, 0.0)["max_task_retries"] == 0
 
 
+def test_a_full_object_store_is_one_sentence(monkeypatch):
+    import ray
+    from ray.exceptions import ObjectStoreFullError
+
+    from actors.ray_pool import put
+    from medfl_ray.errors import ClusterError
+
+    def full(value):
+        raise ObjectStoreFullError
+
+    monkeypatch.setattr(ray, "put", full)
+    with pytest.raises(ClusterError, match=r"object store did not take the weights.*--resume"):
+        put([1.0])
+
+
 def test_hospitals_are_dealt_to_actors_in_turn():
     assert deal(["a", "b", "c"], None) == [("a",), ("b",), ("c",)]
     assert deal(["a", "b", "c"], 2) == [("a", "c"), ("b",)]

@@ -99,6 +99,25 @@ def test_a_killed_coordinator_is_started_again_and_the_run_ends_as_if_nothing_ha
     assert final_weights(other) == final_weights(folder)
 
 
+def test_where_rays_own_processes_end_the_run_says_so_and_is_resumed(tmp_path):
+    mark = uuid.uuid4().hex
+    running = command([str(write_config(tmp_path, rounds=40))], mark)
+    for line in iter(running.stdout.readline, ""):
+        if line.startswith("round 2/"):
+            os.kill(process_called("raylet/raylet", mark), signal.SIGKILL)
+    assert running.wait(timeout=120) == 1
+    errors = [line for line in running.stderr.read().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "Ray's own processes may have ended" in errors[0]
+    assert nothing_left(mark), left_running(mark)
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    resumed = command(["--resume", str(folder)], mark)
+    output, errors = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, errors
+    published = [json.loads(line)["round"] for line in (folder / "receipts.jsonl").read_text().splitlines()]
+    assert sorted(set(published)) == list(range(1, 41))
+
+
 def test_a_run_on_ray_stops_on_interrupt_resumes_to_the_same_weights_and_leaves_no_process(tmp_path):
     mark = uuid.uuid4().hex
     config = write_config(tmp_path, rounds=12)
