@@ -100,8 +100,9 @@ def _follow(
             ray.get(coordinator.process_id.options(max_task_retries=-1).remote(), timeout=RESTART_S)
     except RayError as error:
         raise ClusterError(
-            f"the coordinator's process ended and could not be started again ({type(error).__name__}): Ray's own processes "
-            f"may have ended, on the head of the cluster. Nothing published is lost: medfl-ray run --resume {folder.name}"
+            f"the coordinator's process ended and could not be started again ({type(error).__name__}): Ray's own "
+            "processes may have ended, on the head of the cluster. Nothing published is lost: "
+            f"medfl-ray run --resume {folder.name}"
         ) from None
     finally:
         ray.kill(coordinator, no_restart=True)

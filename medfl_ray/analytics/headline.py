@@ -88,7 +88,7 @@ def failure_words(hospital: HospitalSummary) -> str:
 
 
 def grouped_failures(summary: RunSummary) -> list[str]:
-    """Return a sentence per attempt that published nothing, then one per hospital, stage and reason, with its rounds."""
+    """Return a sentence per attempt that published nothing, then per hospital, stage and reason, with its rounds."""
     rounds: dict[tuple[str, str, str], list[int]] = {}
     for failure in (f for h in summary.hospitals for f in h.failures):
         rounds.setdefault((failure.hospital, failure.stage, failure.reason), []).append(failure.round)

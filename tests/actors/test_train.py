@@ -112,7 +112,7 @@ def test_where_rays_own_processes_end_the_run_says_so_and_is_resumed(tmp_path):
     assert nothing_left(mark), left_running(mark)
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     resumed = command(["--resume", str(folder)], mark)
-    output, errors = resumed.communicate(timeout=240)
+    _, errors = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, errors
     published = [json.loads(line)["round"] for line in (folder / "receipts.jsonl").read_text().splitlines()]
     assert sorted(set(published)) == list(range(1, 41))
