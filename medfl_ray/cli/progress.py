@@ -30,7 +30,7 @@ from medfl_ray.federation.events import (
     RunEnded,
     parse_event,
 )
-from medfl_ray.messages import ClientFailure, Metric, PrivacySpent, RoundResult
+from medfl_ray.messages import HEADLINES, ClientFailure, Metric, PrivacySpent, RoundResult
 
 STYLES = {
     "waiting": ("·", "dim"),
@@ -41,7 +41,6 @@ STYLES = {
     "left_out": ("–", "yellow"),
 }
 PHASES = {"start": "starting hospitals", "federated": "federated rounds", "evaluate": "last evaluation"}
-HEADLINES = ("dice", "auc", "accuracy")
 NARROW, TINY = 84, 48
 
 

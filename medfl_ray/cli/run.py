@@ -105,26 +105,28 @@ def _train(folder: RunFolder, ray_address: str | None, dashboard: bool) -> RunOu
 
 
 def finish_run(folder: RunFolder, outcome: RunOutcome) -> None:
-    """Write model and report of a completed run, say where they are, and set the exit code of one that is not."""
-    if outcome.completed:
-        _write_products(folder)
-    _say_goodbye(folder, outcome)
+    """Write what a run leaves, say where it is, and set the exit code of one that is not complete.
 
-
-def _write_products(folder: RunFolder) -> None:
-    if folder.run.output.export:
+    One that lost its quorum leaves a report that says so; one that was stopped leaves it to whoever resumes it.
+    """
+    if outcome.completed and folder.run.output.export:
         from medfl_ray.export.onnx_export import export_run
 
         export_run(folder.path)
-    if folder.run.output.report:
+    if folder.run.output.report and not _is_stopped(outcome):
         from medfl_ray.analytics.report import write_report
 
         write_report(folder.path)
+    _say_goodbye(folder, outcome)
+
+
+def _is_stopped(outcome: RunOutcome) -> bool:
+    return outcome.reason.startswith("stopped")
 
 
 def _say_goodbye(folder: RunFolder, outcome: RunOutcome) -> None:
     path = folder.path
-    stopped = outcome.reason.startswith("stopped")
+    stopped = _is_stopped(outcome)
     if outcome.completed or stopped:
         typer.echo(f"\n{outcome.reason}.")
     if outcome.completed:
@@ -136,6 +138,8 @@ def _say_goodbye(folder: RunFolder, outcome: RunOutcome) -> None:
         typer.echo(f"  medfl-ray export {path}                  write model.onnx again, with its parity check")
         typer.echo(f"  medfl-ray privacy ledger show {path}     what each hospital has spent")
     else:
+        if folder.run.output.report and not stopped:
+            typer.echo(f"report    {path / 'report.html'}")
         typer.echo(f"continue with: medfl-ray run --resume {path}")
     if outcome.absent:
         typer.echo(f"WARNING: never took part: {_some(outcome.absent)}; receipts.jsonl and the report say why")

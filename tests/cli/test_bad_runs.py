@@ -360,3 +360,18 @@ def test_ctrl_c_then_resume(medfl, tmp_path):
     rounds = [json.loads(line)["round"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rounds == list(range(1, done + 2))
     assert (run / "model.safetensors").is_file()
+
+
+def test_a_run_that_loses_its_quorum_leaves_a_report_that_says_so(medfl, tmp_path):
+    folder = write_patients(tmp_path / "patients")
+    data = hospital_data(folder, max_epsilon=0.1)
+    config = configuration(data=data, privacy={**DP, "epsilon": 3}, federation={"rounds": 4, "max_failed_rounds": 0})
+    config["output"] = {**config.get("output", {}), "report": True}
+    answer = medfl("run", write_config(tmp_path / "c.yaml", config))
+    assert_one_clear_error(answer, 1, "was not published", "budget")
+    (run,) = run_folders()
+    page = (run / "report.html").read_text()
+    assert "The run stopped early: 0 of 4 rounds were published." in page
+    assert "published nothing: 0 of 1 hospitals delivered an update" in page
+    assert not (run / "model.safetensors").exists()
+    assert not (run / "checkpoints").exists()

@@ -90,6 +90,20 @@ def test_a_duplicate_is_applied_once(tmp_path):
     assert "already delivered" in folder.results()[0].receipt.failures[0].reason
 
 
+def test_a_duplicate_is_charged_once(tmp_path):
+    def thrice(update):
+        yield update
+        yield update
+        yield update
+
+    run = small_run(privacy={"enable_dp": True, "noise_multiplier": 20.0, "sample_rate": 0.5})
+    _, folder, _ = start(run, tmp_path, thrice)
+    for export in json.loads((folder.path / "ledger.json").read_text()).values():
+        assert [(event["kind"], event["round"]) for event in export["events"]] == [
+            ("reserve", 1), ("settle", 1), ("reserve", 2), ("settle", 2)
+        ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("failpoint", "state", "delivered"),
     [
