@@ -75,8 +75,9 @@ def why_left_out(standing: Standing, max_failures: int) -> str | None:
     pause = min(LONGEST_EXCLUSION, 2 ** min(standing.failures - max_failures, 10))
     if standing.sat_out >= pause:
         return None
+    left = pause - standing.sat_out
     return (
-        f"left out for {pause - standing.sat_out} more rounds after {standing.failures} failures in a row; "
+        f"left out for {left} more {'round' if left == 1 else 'rounds'} after {standing.failures} failures in a row; "
         f"the last: {standing.reason}"
     )
 

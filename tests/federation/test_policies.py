@@ -111,6 +111,7 @@ def test_a_failing_hospital_sits_out_longer_each_time_and_returns_with_an_update
     standings.add(receipt(trained=("a", "b")))
     assert standings.left_out(["a", "b"], config) == {}
     assert why_left_out(Standing(100, "x", LONGEST_EXCLUSION), 2) is None
+    assert "1 more round after" in why_left_out(Standing(2, "x"), 2)
     assert "16 more rounds" in why_left_out(Standing(100, "x"), 2)
 
 
