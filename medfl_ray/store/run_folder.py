@@ -170,15 +170,16 @@ class RunFolder:
         if last is not None and (last.round, last.receipt.attempt) == (plan.round, plan.attempt):
             self._journal.move(plan, "published", last.receipt.weights_after)
             return
-        results = {(result.round, result.receipt.attempt) for result in self.results()}
-        if (plan.round, plan.attempt) not in results:
+        closed = {(result.round, result.receipt.attempt): result.receipt for result in self.results()}
+        receipt = closed.get((plan.round, plan.attempt))
+        if receipt is None:
             self.record(interrupted_round(attempt))
             self.problems.append(
                 f"round {plan.round} was interrupted while {WHILE[attempt.state]} (attempt {plan.attempt}, "
                 f"{len(attempt.delivered)} updates had arrived) and is repeated; what it has charged stays charged"
             )
         else:
-            self._journal.move(plan, "abandoned")
+            self._journal.close(receipt)
 
     def results(self) -> list[RoundResult]:
         """Return the closed rounds; a torn last line is passed over."""
@@ -300,7 +301,7 @@ class RunFolder:
 
 
 def interrupted_round(attempt: OpenAttempt) -> RoundResult:
-    """Return the record of an attempt that the coordinator's end left open: nothing published, its charges stay."""
+    """Return the record of an attempt that the run's end left open: nothing published, its charges stay."""
     plan = attempt.plan
     receipt = Receipt(
         job=plan.job,
@@ -318,6 +319,6 @@ def interrupted_round(attempt: OpenAttempt) -> RoundResult:
         published=False,
         ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
         secret_cohort=not plan.hospitals,
-        reason=f"the coordinator's process ended while the round was {WHILE[attempt.state]}",
+        reason=f"the run ended while the round was {WHILE[attempt.state]}",
     )
     return RoundResult(round=plan.round, receipt=receipt, metrics={}, duration_s=0.0)

@@ -196,7 +196,7 @@ def test_attempts_that_published_nothing_are_named_with_their_reason(make_run):
     folder = make_run(rounds=3)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     first = json.loads(lines[0])
-    reason = "the coordinator's process ended while the round was collecting updates"
+    reason = "the run ended while the round was collecting updates"
     first["receipt"] |= {"published": False, "weights_after": None, "reason": reason, "attempt": 9}
     (folder / "metrics.jsonl").write_text("\n".join([json.dumps(first), *lines]) + "\n")
     page = html.unescape(write_report(folder).read_text())
