@@ -146,6 +146,7 @@ def private_step(case: Case, engine: GradientEngine) -> Step:
         for parameter, piece in zip(case.parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter).clone()
         case.optimizer.step()
+        case.optimizer.zero_grad()
 
     return step
 

@@ -43,7 +43,7 @@ class OneAtATime:
             loss = self._loss(forward(self._network, images, self._mixed_precision), targets)
             gradient, value = torch.autograd.grad(loss, self._parameters), loss.item()
             del loss
-            if images[:, 0].numel() >= LARGE_PATIENT_VOXELS and not images.is_cuda:
+            if is_large((images, targets)):
                 release_freed_memory()
             yield gradient, value
 
@@ -90,6 +90,8 @@ class InGroups:
 
     def _pass(self, some: list[Patient]) -> tuple[tuple[Tensor, ...], list[float]]:
         """Return gradients, each with a first axis of patients, and the patients' losses."""
+        if is_large(some[0]):  # what lies between the tensors of the last pass would add to the memory of this one
+            release_freed_memory()
         members = self._load_members(len(some))
         logits = forward(members, stack([images for images, _ in some]), self._mixed_precision)
         own_logits = unstack(logits, len(some))
@@ -102,6 +104,12 @@ class InGroups:
         members = self._members[num_members]
         repeat_weights(self._network, members)
         return members.train(self._network.training)
+
+
+def is_large(patient: Patient) -> bool:
+    """Say whether a pass over a patient takes hundreds of megabytes of a CPU's memory."""
+    images = patient[0]
+    return not images.is_cuda and images[:, 0].numel() >= LARGE_PATIENT_VOXELS
 
 
 def trained_parameters(network: nn.Module) -> list[nn.Parameter]:

@@ -251,6 +251,7 @@ class Trainer:
         for mean in private_steps(mechanism, self._space.size, data.num_train_patients, gradients):
             self._set_gradients(mean)
             yield
+            self._drop_gradients()  # while the next patients' gradients are computed they would only take memory
 
     def group_size(self) -> int:
         """Return how many patients' gradients are computed in one pass, measured once on made-up patients.

@@ -10,7 +10,7 @@ from medfl_ray.config import ModelConfig, TrainingConfig
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.privacy.dpsgd import PatientGradientSum
-from medfl_ray.training import engine_choice
+from medfl_ray.training import engine_choice, patient_gradients
 from medfl_ray.training.engine_choice import choose_engine, choose_group_size, make_patient_like
 from medfl_ray.training.losses import dice_ce, make_loss
 from medfl_ray.training.patient_gradients import GradientEngine, InGroups, OneAtATime, Patient
@@ -173,10 +173,11 @@ def test_trainer_learns_with_either(engine: str) -> None:
     assert later.mean_loss < first.mean_loss
 
 
-def test_large_volumes_go_patient_by_patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A group would hold the activations of all its patients, and a large convolution gains nothing from it."""
+def test_large_volumes_go_two_by_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger group would hold the activations of all its patients, and a large convolution gains nothing from it."""
     timed = measured(monkeypatch, {1: 1.0, 2: 0.1, 4: 0.1, 8: 0.1})
-    monkeypatch.setattr(engine_choice, "LARGE_PATIENT_VOXELS", 32 * 32)
-    assert size_for("auto", network_of()) == 1
+    monkeypatch.setattr(patient_gradients, "LARGE_PATIENT_VOXELS", 32 * 32)
+    assert size_for("auto", network_of()) == 2
     assert timed == []
+    assert size_for("single", network_of()) == 1
     assert size_for("grouped", network_of()) > 1
