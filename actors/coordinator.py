@@ -173,6 +173,7 @@ def run_in_process(
         )
     finally:
         pool.close()
+        store.close()
 
 
 class Coordinator:

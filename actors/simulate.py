@@ -127,26 +127,31 @@ class Simulation:
         """
         from actors.coordinator import open_federation_ledger, run_mirror
 
-        root = state_root(self._run)
+        root, own = state_root(self._run), (self._run, self._policies, self._folder)
         store = RunFolder(self._folder, self._run, federation_folder(self._policies, self._folder, root))
-        return run_federation(
-            RunParts(
-                run=self._run,
-                job=store.job,
-                policies=self._policies,
-                pool=self.pool,
-                store=store,
-                mirror=run_mirror(self._run, self._policies, self._folder, root),
-                initial_weights=self._first_weights,
-                emit=self._timed,
-                stop=stop or threading.Event(),
-                open_federation_ledger=partial(open_federation_ledger, self._run, self._policies, self._folder, root),
-                is_signed=signature_is_valid,
-                select=None
-                if select is None
-                else (lambda number, able: tuple(sorted(set(select(number)) & set(able)))),
+        try:
+            return run_federation(
+                RunParts(
+                    run=self._run,
+                    job=store.job,
+                    policies=self._policies,
+                    pool=self.pool,
+                    store=store,
+                    mirror=run_mirror(*own, root),
+                    initial_weights=self._first_weights,
+                    emit=self._timed,
+                    stop=stop or threading.Event(),
+                    open_federation_ledger=partial(
+                        open_federation_ledger, self._run, self._policies, self._folder, root
+                    ),
+                    is_signed=signature_is_valid,
+                    select=None
+                    if select is None
+                    else (lambda number, able: tuple(sorted(set(select(number)) & set(able)))),
+                )
             )
-        )
+        finally:
+            store.close()
 
     def _first_weights(self, in_channels: int, out_channels: int) -> tuple[Layout, Vector]:
         """Have the network built once, for the warm-up and the run alike."""

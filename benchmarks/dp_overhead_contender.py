@@ -140,13 +140,13 @@ def private_step(case: Case, engine: GradientEngine) -> Step:
     sizes = [parameter.numel() for parameter in case.parameters]
 
     def step() -> None:
+        case.optimizer.zero_grad()
         for gradient, _ in engine(iter(case.patients)):
             total.add(gradient)
         pieces = torch.split(total.release().to(torch.float32), sizes)
         for parameter, piece in zip(case.parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter).clone()
         case.optimizer.step()
-        case.optimizer.zero_grad()
 
     return step
 

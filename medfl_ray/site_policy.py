@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from medfl_ray.config import Declared, HospitalId, Positive, PositiveFloat, Section
+from medfl_ray.config import Declared, HospitalId, Positive, PositiveFloat, RunConfig, Section
 from medfl_ray.config_files import parse_model, read_yaml
 
 
@@ -50,6 +52,18 @@ class SitePolicy(Section):
 def default_delta(num_patients: int) -> float:
     """Return min(1e-5, 1 / (10 num_patients)), the delta of an account by default."""
     return min(1e-5, 1.0 / (10 * num_patients))
+
+
+def budget_hash(run: RunConfig) -> str:
+    """Return the SHA-256 of what decides how much a run may spend: its privacy section and what is declared of data."""
+    declared = run.data.model_dump(
+        mode="json", include={"name": True, "declared": True, "hospitals": True}, exclude_defaults=True
+    )
+    for hospital in declared.get("hospitals", ()):
+        hospital.pop("directory", None)
+        hospital.pop("site_config", None)
+    text = json.dumps([run.privacy.model_dump(mode="json", exclude_defaults=True), declared], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class ServerSection(Section):

@@ -23,6 +23,7 @@ from medfl_ray.federation.ports import FederationState
 from medfl_ray.federation.round_context import RoundContext, Tally
 from medfl_ray.federation.selection import enough_updates
 from medfl_ray.messages import ClientFailure, PrivacySpent, Receipt, RoundPlan, RoundResult, SiteEvaluation
+from medfl_ray.site_policy import budget_hash
 from medfl_ray.training.schedules import learning_rate
 
 
@@ -232,6 +233,7 @@ def close_round(
         secret_cohort=context.secret_cohorts,
         reason=reason,
         late=dict(sorted(tally.late.items())),
+        budget_hash=budget_hash(context.run),
     )
     context.past.standings.add(receipt)
     context.past.owed = {f.hospital: plan for f in tally.failures if f.stage == "late" and f.round == plan.round}

@@ -6,6 +6,8 @@ charge in a hospital's ledger has a round that explains it.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +53,12 @@ class RoundJournal:
         engine = create_engine(f"sqlite:///{self._path}", pool_size=1, max_overflow=0)
         event.listen(engine, "connect", _prepare)
         return engine
+
+    def dispose(self) -> None:
+        """Let go of the file; the next call opens it again."""
+        engine = self.__dict__.pop("_engine", None)
+        if engine is not None:
+            engine.dispose()
 
     def open(self, plan: RoundPlan) -> None:
         """Note a round before anything is reserved for it.
@@ -124,9 +132,11 @@ class RoundJournal:
                 "applied twice. Continue with medfl-ray run --resume"
             ) from None
         except DBAPIError as error:
+            text = str(error.orig)
+            why = os.strerror(errno.ENOSPC) if "full" in text else f"SQLite says {text}"
             raise CheckpointError(
-                f"{JOURNAL_NAME} cannot be used: SQLite says {error.orig}. Free space, or restore the file from a "
-                "backup; the run continues from its last checkpoint with medfl-ray run --resume."
+                f"{JOURNAL_NAME} cannot be used: {why}. Free space, or restore the file from a backup; the run "
+                "continues from its last checkpoint with medfl-ray run --resume."
             ) from None
 
 

@@ -28,6 +28,7 @@ from medfl_ray.messages import (
     SiteEvaluation,
 )
 from medfl_ray.params import Layout, Vector, to_tensors
+from medfl_ray.site_policy import budget_hash
 from medfl_ray.store.checkpoints import Checkpoint, last_good_checkpoint, save_checkpoint
 from medfl_ray.store.durable import append_line, replace_file
 from medfl_ray.store.receipts import FIRST, read_receipts, receipt_hash, sign_receipt, verify_receipts
@@ -104,6 +105,10 @@ class RunFolder:
                 ) from None
             yield
 
+    def close(self) -> None:
+        """Let go of the files that are held open."""
+        self._journal.dispose()
+
     def discard_if_unused(self) -> None:
         """Remove the folder of a run that ended before its first attempt: nothing was trained, charged or kept."""
         if not (self.path / "attempt").exists():
@@ -137,7 +142,7 @@ class RunFolder:
                 "Restore one from a backup, or start a new run from its config.yaml"
             )
         results = self.results()
-        self._refuse_other_config(results)
+        self._refuse_other_budget()
         self.problems = [f"{problem}; the checkpoint before it is used" for problem in damaged]
         kept = {(result.round, result.receipt.attempt) for result in results}
         found = checkpoint.result if checkpoint is not None else None
@@ -149,12 +154,13 @@ class RunFolder:
             self._close(attempt, found)
         return checkpoint
 
-    def _refuse_other_config(self, results: Sequence[RoundResult]) -> None:
+    def _refuse_other_budget(self) -> None:
         """A budget or delta that is changed between two attempts would make what was spent before look cheaper."""
-        if results and results[-1].receipt.config_hash != self.run.config_hash:
+        known = {receipt.budget_hash for receipt in self.signed_receipts()} - {""}
+        if known and budget_hash(self.run) not in known:
             raise ConfigError(
-                f"config.yaml of {self.path.name!r} is not what its last round was run with; restore it, or start a "
-                "new run from the changed file"
+                f"config.yaml of {self.path.name!r} has another privacy section, or declares other hospitals, than "
+                "its last round was run with; restore it, or start a new run from the changed file"
             )
 
     def _complete_receipts(self, results: Sequence[RoundResult]) -> None:

@@ -253,7 +253,7 @@ def test_resume_without_any_whole_checkpoint(medfl, run):
 
 def test_resume_with_another_configuration(medfl, run):
     path = run / "config.yaml"
-    path.write_text(re.sub(r"learning_rate: .*", "learning_rate: 0.5", path.read_text(), count=1))
+    path.write_text(re.sub(r"max_grad_norm: .*", "max_grad_norm: 0.5", path.read_text(), count=1))
     before = (run / "metrics.jsonl").read_bytes()
     assert_one_clear_error(medfl("run", "--resume", "run"), 2, "config.yaml of 'run'", "restore it")
     assert (run / "metrics.jsonl").read_bytes() == before
