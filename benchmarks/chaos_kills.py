@@ -275,13 +275,8 @@ def warm_up(out: Path) -> None:
         folder = RunFolder.create(configure(private, out / str(private))).path
         run = RunFolder.open(folder).run
         policies = policies_of(run)
-        run_in_process(
-            run, policies, folder, local_pool(hospital_specs(run, policies, folder)), _ignore, threading.Event()
-        )
-
-
-def _ignore(event: object) -> None:
-    """Take an event that nobody looks at."""
+        pool = local_pool(hospital_specs(run, policies, folder))
+        run_in_process(run, policies, folder, pool, lambda event: None, threading.Event())
 
 
 def _lines(path: Path) -> list[str]:

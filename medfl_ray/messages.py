@@ -93,6 +93,19 @@ class RoundPlan(Message):
         """SHA-256 of the whole plan, in hex; receipts name it."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
+    @property
+    def receipt_fields(self) -> dict[str, Any]:
+        """What a receipt takes from the plan, whatever became of the round."""
+        return {
+            "job": self.job,
+            "round": self.round,
+            "attempt": self.attempt,
+            "plan_hash": self.digest,
+            "config_hash": self.config_hash,
+            "asked": self.hospitals,
+            "weights_before": self.weights_checksum,
+        }
+
     def among(self, hospitals: Sequence[str]) -> RoundPlan:
         """Return the plan for some of its hospitals, who are asked again."""
         return self.model_copy(update={"hospitals": tuple(hospitals)})

@@ -79,19 +79,24 @@ def _remembered(folder: Path) -> list[dict[str, Any]]:
     places = [place for place in (folder, folder / MIRROR_IN_RUN) if (place / MIRROR_NAME).exists()]
     copies = [LedgerMirror(place).export(*account) for place in places for account in LedgerMirror(place).accounts()]
     exports = [export for export in copies if export is not None]
-    return [*exports, *_of_run(folder)] if not places or (folder / "ledger.json").exists() else exports
+    return [*exports, *exports_of_run(folder)] if not places or (folder / "ledger.json").exists() else exports
 
 
 def _exports(run: Path | None, state: Path | None, delta: float) -> list[dict[str, Any]]:
     if (run is None) == (state is None):
         raise LedgerError("give either a run's folder or --state with a hospital's state folder")
-    exports = _of_run(run) if run is not None else _of_state(state or Path(), delta)
+    exports = exports_of_run(run) if run is not None else _of_state(state or Path(), delta)
     if not exports:
         raise LedgerError("there is no account: nothing has been charged here")
     return exports
 
 
-def _of_run(run: Path) -> list[dict[str, Any]]:
+def exports_of_run(run: Path) -> list[dict[str, Any]]:
+    """Return the ledgers that were exported with a finished run.
+
+    Raises:
+      LedgerError: there are none, or the file is damaged.
+    """
     path = run / "ledger.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from medfl_ray.cli.privacy_ledger import exports_of_run
+from medfl_ray.cli.run import some_of
 from medfl_ray.errors import ReceiptError
 
 if TYPE_CHECKING:
     from medfl_ray.messages import PrivacySpent, SignedReceipt
 
 app = typer.Typer(no_args_is_help=True)
+SHOWN_NAMES = 6
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run.")]
-SHOWN_NAMES = 6
 
 
 @app.command()
@@ -89,13 +91,8 @@ def _check_ledgers(run: Path, receipts: list[SignedReceipt]) -> int:
     Raises:
       ReceiptError: one does not.
     """
-    import json
-
-    path = run / "ledger.json"
-    if not path.is_file():
-        return 0
-    exports = json.loads(path.read_text(encoding="utf-8"))
-    hashes = {name: {row.get("hash") for row in export.get("events", ())} for name, export in exports.items()}
+    exports = exports_of_run(run) if (run / "ledger.json").is_file() else []
+    hashes = {export["hospital"]: {row.get("hash") for row in export["events"]} for export in exports}
     named = set()
     for receipt in receipts:
         for hospital, spent in receipt.spent.items():
@@ -117,10 +114,10 @@ def _row_hash(spent: PrivacySpent) -> str:
 
 def _lines_of(receipt: SignedReceipt) -> list[str]:
     outcome = "published" if receipt.published else f"not published: {receipt.reason or 'no reason was kept'}"
-    asked = "a secret cohort" if receipt.secret_cohort else _some(receipt.asked)
+    asked = "a secret cohort" if receipt.secret_cohort else some_of(receipt.asked, SHOWN_NAMES)
     lines = [f"round {receipt.round}, attempt {receipt.attempt}, {receipt.ended_at}: {outcome}", f"  asked    {asked}"]
     if receipt.trained:
-        lines.append(f"  trained  {_some(receipt.trained)}")
+        lines.append(f"  trained  {some_of(receipt.trained, SHOWN_NAMES)}")
     lines += [f"  {failure.stage:8} {failure.hospital}: {failure.reason}" for failure in receipt.failures]
     for hospital, spent in receipt.spent.items():
         lines.append(
@@ -128,8 +125,3 @@ def _lines_of(receipt: SignedReceipt) -> list[str]:
             f"{spent.adjacency.replace('_', '/')}, delta {spent.delta:g})"
         )
     return lines
-
-
-def _some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:SHOWN_NAMES])
-    return shown if len(names) <= SHOWN_NAMES else f"{shown} and {len(names) - SHOWN_NAMES} more"

@@ -142,13 +142,14 @@ def _say_goodbye(folder: RunFolder, outcome: RunOutcome) -> None:
             typer.echo(f"report    {path / 'report.html'}")
         typer.echo(f"continue with: medfl-ray run --resume {path}")
     if outcome.absent:
-        typer.echo(f"WARNING: never took part: {_some(outcome.absent)}; receipts.jsonl and the report say why")
+        typer.echo(f"WARNING: never took part: {some_of(outcome.absent)}; receipts.jsonl and the report say why")
     if stopped:
         raise typer.Exit(130)
     if not outcome.completed:
         raise QuorumLost(outcome.reason)
 
 
-def _some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:SHOWN_NAMES])
-    return shown if len(names) <= SHOWN_NAMES else f"{shown} and {len(names) - SHOWN_NAMES} more"
+def some_of(names: tuple[str, ...], most: int = SHOWN_NAMES) -> str:
+    """Return the first names, at most so many, and how many more there are."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 
 from medfl_ray import params
 from medfl_ray.aggregation.fixed_point import PartialSum, add_update, empty_sum, merge_sums
@@ -26,34 +27,43 @@ def collect_updates(
 
     A hospital whose process or connection failed is asked again after a pause, where that is no second release.
     """
-    total, asked, retry = empty_sum(context.layout.size), list(ready), 0
+    total, asked, retry = empty_sum(context.layout.size), list(ready), 1
+    expected = expected_updates(context, plan, state)
     unprotected = [hospital for hospital in ready if hospital not in plan.mechanisms and context.central is None]
     while True:
         known = len(tally.failures)
-        total = take_answers(context, plan, asked, state, total, tally)
-        retry += 1
+        total = take_answers(context, expected, asked, state.weights, total, tally)
         asked = asked_again(tally.failures[known:], unprotected)
-        wait_s = pause_before(retry)
-        if not asked or retry > context.run.federation.retries or not tally.time_for(wait_s, plan.deadline_s):
+        if not asked or not waits_for_retry(context, plan, tally, retry):
             return total
-        time.sleep(wait_s)
+        retry += 1
+
+
+def waits_for_retry(context: RoundContext, plan: RoundPlan, tally: Tally, retry: int) -> bool:
+    """Wait before hospitals are asked again; return whether they may be: the retries, or the time, may be used up."""
+    wait_s = pause_before(retry)
+    if retry > context.run.federation.retries or not tally.time_for(wait_s, plan.deadline_s):
+        return False
+    time.sleep(wait_s)
+    return True
 
 
 def take_answers(
     context: RoundContext,
-    plan: RoundPlan,
+    expected: Expected,
     asked: Sequence[str],
-    state: FederationState,
+    weights: params.Vector,
     total: PartialSum,
     tally: Tally,
 ) -> PartialSum:
     """Ask hospitals to train and add what they answer, until all have, the deadline passes, or it is enough."""
+    plan = expected.plan
     for hospital in asked:
         context.tell(HospitalState(hospital=hospital, state="training", num_steps=plan.num_steps[hospital]))
     answered: set[str] = set()
-    with closing(context.pool.train(plan, asked, state.weights)) as answers:
+    with closing(context.pool.train(plan, asked, weights)) as answers:
         for answer in answers:
-            total = take_answer(context, plan, answer, state, total, tally)
+            total = take_answer(context, expected, answer, total, tally)
             answered.update(hospitals_of(answer))
             if plan.enough is not None and total.num_updates >= plan.enough:
                 break
@@ -75,7 +85,7 @@ def call_off(context: RoundContext, plan: RoundPlan, surplus: Sequence[str], tal
 
 
 def take_answer(
-    context: RoundContext, plan: RoundPlan, answer: Answer, state: FederationState, total: PartialSum, tally: Tally
+    context: RoundContext, expected: Expected, answer: Answer, total: PartialSum, tally: Tally
 ) -> PartialSum:
     """Add one answer to the sum, or take down why it is not in it."""
     reason = answer.reason if isinstance(answer, ClientFailure) else ""
@@ -84,24 +94,30 @@ def take_answer(
     else:
         try:
             if isinstance(answer, SummedUpdates):
-                total = add_sum(context, total, answer, plan, tally)
+                total = add_sum(context, total, answer, expected.plan, tally)
             else:
-                total = screen_and_add(context, total, answer, expected_updates(context, plan, answer, state), tally)
+                total = screen_and_add(context, total, answer, expected_of(context, expected, answer), tally)
         except UpdateRejected as error:
             reason = str(error)
-            refuse(plan, answer, reason, tally)
+            refuse(expected.plan, answer, reason, tally)
     for hospital in hospitals_of(answer):
         context.tell(HospitalState(hospital=hospital, state="failed" if reason else "done", detail=reason))
     return total
 
 
-def expected_updates(context: RoundContext, plan: RoundPlan, update: ClientUpdate, state: FederationState) -> Expected:
-    """Say what an update has to fit: the round's plan, or that of the last round where it missed the deadline."""
-    if context.run.federation.stragglers == "keep" and update.round != plan.round:
-        plan = context.past.owed.get(update.hospital, plan)
+def expected_updates(context: RoundContext, plan: RoundPlan, state: FederationState) -> Expected:
+    """Say what the updates of a round have to fit."""
     return Expected(
         plan, context.layout, context.weight, params.norm(state.weights), may_be_zero=context.central is not None
     )
+
+
+def expected_of(context: RoundContext, expected: Expected, update: ClientUpdate) -> Expected:
+    """Say what one update has to fit: the round's plan, or that of the last round where it missed the deadline."""
+    owed = context.past.owed.get(update.hospital)
+    if context.run.federation.stragglers == "keep" and owed is not None and update.round != expected.plan.round:
+        return replace(expected, plan=owed)
+    return expected
 
 
 def hospitals_of(answer: Answer) -> list[str]:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
@@ -29,6 +29,7 @@ from medfl_ray.messages import (
     PrivacySpent,
     RoundPlan,
     SiteEvaluation,
+    Stage,
 )
 from medfl_ray.params import Vector
 from medfl_ray.privacy.hospital_level import clip_update
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 Answer = TypeVar("Answer")
-Stage = Literal["start", "reserve", "train", "evaluate", "screen"]
 PictureMaker = Callable[[Trainer, Vector, "HospitalData"], tuple[bytes, ...]]
 LocalReporter = Callable[[int, Mapping[str, float], list[PatientScore], tuple[bytes, ...]], None]
 

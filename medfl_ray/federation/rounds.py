@@ -15,10 +15,10 @@ from medfl_ray.aggregation.strategies import released_weights
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import LedgerError
 from medfl_ray.failpoints import failpoint
-from medfl_ray.federation.collecting import collect_updates
+from medfl_ray.federation.collecting import collect_updates, waits_for_retry
 from medfl_ray.federation.events import HospitalState
 from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION
-from medfl_ray.federation.policies import Decision, asked_again, judge_round, pause_before
+from medfl_ray.federation.policies import Decision, asked_again, judge_round
 from medfl_ray.federation.ports import FederationState
 from medfl_ray.federation.round_context import RoundContext, Tally
 from medfl_ray.federation.selection import enough_updates
@@ -144,9 +144,8 @@ def ask_to_reserve(
     answers = dict(context.pool.reserve(plan))
     for retry in range(1, context.run.federation.retries + 1):
         again = asked_again(answer for answer in answers.values() if isinstance(answer, ClientFailure))
-        if not again or not tally.time_for(pause_before(retry), plan.deadline_s):
+        if not again or not waits_for_retry(context, plan, tally, retry):
             break
-        time.sleep(pause_before(retry))
         answers |= context.pool.reserve(plan.among(again))
     return answers
 
@@ -216,17 +215,11 @@ def close_round(
     # Under hospital-level DP an update is not noised before it is summed, and its hash would confirm a guess of it.
     hashes = {} if context.central is not None else tally.update_hashes
     receipt = Receipt(
-        job=plan.job,
-        round=plan.round,
-        attempt=plan.attempt,
-        plan_hash=plan.digest,
-        config_hash=plan.config_hash,
-        asked=plan.hospitals,
+        **plan.receipt_fields,
         trained=tuple(sorted(tally.trained)),
         failures=tuple(sorted(tally.failures, key=lambda failure: failure.hospital)),
         update_hashes=dict(sorted(hashes.items())),
         spent=dict(sorted(tally.spent.items())),
-        weights_before=plan.weights_checksum,
         weights_after=weights_after,
         published=weights_after is not None,
         ended_at=datetime.now(UTC).isoformat(timespec="seconds"),

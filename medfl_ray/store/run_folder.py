@@ -141,42 +141,42 @@ class RunFolder:
                 f"none of the {len(damaged)} checkpoints of {self.path.name!r} can be read ({damaged[0]}). "
                 "Restore one from a backup, or start a new run from its config.yaml"
             )
-        results = self.results()
-        self._refuse_other_budget()
         self.problems = [f"{problem}; the checkpoint before it is used" for problem in damaged]
+        results, receipts = self.results(), self.signed_receipts()
+        self._refuse_other_budget(receipts)
         kept = {(result.round, result.receipt.attempt) for result in results}
         found = checkpoint.result if checkpoint is not None else None
         if found is not None and (found.round, found.receipt.attempt) not in kept:
             results.append(found)
             append_line(self.path / "metrics.jsonl", found.model_dump_json())
-        self._complete_receipts(results)
+        self._complete_receipts(results, receipts)
+        closed = {(result.round, result.receipt.attempt): result.receipt for result in results}
         for attempt in self._journal.unfinished():
-            self._close(attempt, found)
+            self._close(attempt, found, closed)
         return checkpoint
 
-    def _refuse_other_budget(self) -> None:
+    def _refuse_other_budget(self, receipts: Sequence[Receipt]) -> None:
         """A budget or delta that is changed between two attempts would make what was spent before look cheaper."""
-        known = {receipt.budget_hash for receipt in self.signed_receipts()} - {""}
+        known = {receipt.budget_hash for receipt in receipts} - {""}
         if known and budget_hash(self.run) not in known:
             raise ConfigError(
                 f"config.yaml of {self.path.name!r} has another privacy section, or declares other hospitals, than "
                 "its last round was run with; restore it, or start a new run from the changed file"
             )
 
-    def _complete_receipts(self, results: Sequence[RoundResult]) -> None:
+    def _complete_receipts(self, results: Sequence[RoundResult], receipts: Sequence[Receipt]) -> None:
         """Write the receipts that a crash between metrics.jsonl and receipts.jsonl left out."""
-        written = {(receipt.round, receipt.attempt) for receipt in read_receipts(self.path / RECEIPTS)[0]}
+        written = {(receipt.round, receipt.attempt) for receipt in receipts}
         for result in results:
             if (result.round, result.receipt.attempt) not in written:
                 self._append_receipt(result.receipt)
 
-    def _close(self, attempt: OpenAttempt, last: RoundResult | None) -> None:
+    def _close(self, attempt: OpenAttempt, last: RoundResult | None, closed: Mapping[tuple[int, int], Receipt]) -> None:
         """Close an attempt that a crash interrupted: published where its checkpoint is there, else abandoned."""
         plan = attempt.plan
         if last is not None and (last.round, last.receipt.attempt) == (plan.round, plan.attempt):
             self._journal.move(plan, "published", last.receipt.weights_after)
             return
-        closed = {(result.round, result.receipt.attempt): result.receipt for result in self.results()}
         receipt = closed.get((plan.round, plan.attempt))
         if receipt is None:
             self.record(interrupted_round(attempt))
@@ -310,17 +310,11 @@ def interrupted_round(attempt: OpenAttempt) -> RoundResult:
     """Return the record of an attempt that the run's end left open: nothing published, its charges stay."""
     plan = attempt.plan
     receipt = Receipt(
-        job=plan.job,
-        round=plan.round,
-        attempt=plan.attempt,
-        plan_hash=plan.digest,
-        config_hash=plan.config_hash,
-        asked=plan.hospitals,
+        **plan.receipt_fields,
         trained=attempt.delivered,
         failures=(),
         update_hashes={},
         spent={},
-        weights_before=plan.weights_checksum,
         weights_after=None,
         published=False,
         ended_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -15,6 +15,7 @@ from medfl_ray.data.cases import PreparedCase
 from medfl_ray.params import flatten
 from medfl_ray.training.heap import LARGE_PATIENT_VOXELS
 from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals, why_not_together
+from medfl_ray.training.patient_gradients import is_large
 from medfl_ray.training.trainer import LocalJob, Trainer
 
 CANDIDATES = (4, 8, 12, 16)
@@ -53,7 +54,7 @@ def explain_hospitals_per_group(trainer: Trainer) -> GroupChoice:
     if configured is not None:
         return GroupChoice(configured, f"Hospitals are trained in groups of {configured}, as configured.")
     patient = trainer.make_up_patient()
-    if not patient[0].is_cuda and patient[0][:, 0].numel() >= LARGE_PATIENT_VOXELS:
+    if is_large(patient):
         return GroupChoice(
             1,
             "Hospitals are trained one after the other: a patient has "
