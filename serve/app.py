@@ -1,7 +1,5 @@
 """The serving application: `serve run serve.app:app`, or `import_path: serve.app:build` with arguments in a config."""
 
-from __future__ import annotations
-
 from ray.serve import Application
 
 from serve.deployments import application
@@ -9,7 +7,7 @@ from serve.settings import ServeSettings
 
 
 def build(args: ServeSettings) -> Application:
-    """Return the application for the `args` of a Serve configuration."""
+    """Return the application for the `args` of a Serve configuration, which Serve checks against this annotation."""
     return application(args)
 
 

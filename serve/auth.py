@@ -45,6 +45,11 @@ def default_tokens_file() -> Path:
     return state_root() / "serve" / "tokens.json"
 
 
+def tokens_path(given: Path | None) -> Path:
+    """Return the file of tokens: the one that is given, else MEDFL_SERVE_TOKENS, else the default."""
+    return given or Path(os.environ.get("MEDFL_SERVE_TOKENS") or default_tokens_file())
+
+
 def read_tokens(path: Path) -> tuple[Token, ...]:
     """Read a file of tokens; none where there is no file.
 
@@ -121,6 +126,11 @@ class TokenBook:
         self._tokens = read_tokens(path)
         self._seen = self._changed_at()
         self._looked_at = time.monotonic()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is known."""
+        return not self._tokens
 
     def identify(self, authorization: str | None) -> Token:
         """Return the token of an Authorization header.

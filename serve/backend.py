@@ -1,4 +1,4 @@
-"""What the routes ask: models and their answers. It fixes the version, bounds the time and sends again what was lost."""
+"""What the routes ask: models and their answers. Fixes the version, bounds the time, sends again what was lost."""
 
 from __future__ import annotations
 
@@ -57,9 +57,7 @@ class ModelSummary:
 class Backend:
     """Answers requests about models. Each gets one version, when it comes in, and keeps it until its answer."""
 
-    def __init__(
-        self, replicas: Replicas, catalogue: Catalogue, metrics: ServingMetrics, timeout_s: float
-    ) -> None:
+    def __init__(self, replicas: Replicas, catalogue: Catalogue, metrics: ServingMetrics, timeout_s: float) -> None:
         """Take the replicas, the catalogue that follows their source, and the longest time of one request."""
         self._replicas, self.catalogue, self._metrics, self._timeout_s = replicas, catalogue, metrics, timeout_s
 
@@ -74,7 +72,7 @@ class Backend:
           NotServed, Unavailable: see `Catalogue.resolve`.
         """
         key = self.catalogue.resolve(model, version)
-        description = await self._in_time(self.catalogue.description(key))
+        description = await self._in_time(self._sent_again(key, lambda: self.catalogue.description(key)))
         return ModelSummary(key.name, key.version, self.catalogue.versions(model), description)
 
     async def infer(self, key: ModelKey, tensor: npt.NDArray[np.float32]) -> TensorAnswer:

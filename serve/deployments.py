@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,8 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from starlette.types import ASGIApp
 
-from serve.auth import TokenBook, default_tokens_file
+from medfl_ray.errors import ConfigError
+from serve.auth import TokenBook, tokens_path
 from serve.backend import Backend
 from serve.http_app import build_http_app
 from serve.logs import configure_logs
@@ -109,10 +108,7 @@ def _http_app(settings: ServeSettings) -> ASGIApp:
     replicas = RayReplicas(ray_serve.get_deployment_handle(MODELS))
     catalogue = Catalogue(open_source(settings), replicas.describe, settings.only, metrics.served)
     backend = Backend(replicas, catalogue, metrics, settings.limits.inference_timeout_s)
-    tokens = TokenBook(tokens_file(settings))
+    tokens = TokenBook(tokens_path(settings.tokens))
+    if tokens.is_empty:
+        raise ConfigError("there are no tokens, so nobody could use the service; make one: medfl-ray tokens add NAME")
     return build_http_app(backend, settings, tokens, metrics, behind_proxy=True)
-
-
-def tokens_file(settings: ServeSettings) -> Path:
-    """Return the file of tokens that the service reads."""
-    return settings.tokens or Path(os.environ.get("MEDFL_SERVE_TOKENS") or default_tokens_file())

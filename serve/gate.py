@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: its id, its token, its limits; and afterwards the log and figures."""
+"""What every request passes before a route sees it: id, token and limits; afterwards the log and the figures."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from serve.settings import Limits
 OPEN_ROUTES = frozenset({"/v2/health/live", "/v2/health/ready"})
 METRICS_ROUTE = "/metrics"
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
+LEFT = 499  # the client went before there was an answer
 MOST_HEADER_BYTES = 32 * 1024
 log = structlog.get_logger("medfl_ray.serve")
 
@@ -59,7 +60,7 @@ class Gate:
         finally:
             seconds, route = time.perf_counter() - started, _route(scope)
             self._metrics.ended(route, answer.status, seconds)
-            if scope["path"] not in OPEN_ROUTES:
+            if _path(scope) not in OPEN_ROUTES:
                 self._note(scope, route, answer.status, seconds)
 
     async def _pass(self, scope: Scope, headers: Headers, receive: Receive, answer: _Answer) -> None:
@@ -68,16 +69,21 @@ class Gate:
         except Refusal as refusal:
             await refusal_response(refusal)(scope, receive, answer)
             return
-        await self._app(scope, receive, answer)
+        try:
+            await self._app(scope, receive, answer)
+        except Exception:  # the application has answered and logged it already; what is left would only be noise
+            if not answer.has_begun:
+                raise
 
     def _check(self, scope: Scope, headers: Headers) -> None:
+        path = _path(scope)
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             raise TooLarge(f"the request's headers are larger than {MOST_HEADER_BYTES} bytes")
-        if scope["path"] not in OPEN_ROUTES:
+        if path not in OPEN_ROUTES:
             token = self._tokens.identify(headers.get("authorization"))
             scope["state"]["token"] = token.name
             self._rate.admit(token.name)
-            role: Role = "observe" if scope["path"] == METRICS_ROUTE else "infer"
+            role: Role = "observe" if path == METRICS_ROUTE else "infer"
             check_role(token, role)
         check_declared_size(headers.get("content-length"), self._limits)
 
@@ -99,7 +105,12 @@ class _Answer:
 
     def __init__(self, send: Send, request_id: str | None) -> None:
         self._send, self._request_id = send, request_id
-        self.status = 499  # until something is sent, the client has left
+        self.status = LEFT
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has been sent a status."""
+        return self.status != LEFT
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -122,6 +133,12 @@ def refusal_response(refusal: Refusal) -> JSONResponse:
 def _request_id(given: str | None, make: Callable[[], str] = lambda: secrets.token_hex(16)) -> str:
     """Return the client's id if it is harmless in a log, else a new one."""
     return given if given is not None and REQUEST_ID.fullmatch(given) else make()
+
+
+def _path(scope: Scope) -> str:
+    """Return the address below the prefix that the application is mounted at, as the router will see it."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def _route(scope: Scope) -> str:

@@ -13,13 +13,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 import medfl_ray
 from medfl_ray.errors import MedflError
 from serve.auth import TokenBook
 from serve.backend import Backend
-from serve.gate import METRICS_ROUTE, Gate, refusal_response
+from serve.gate import LEFT, METRICS_ROUTE, Gate, refusal_response
 from serve.open_inference_routes import open_inference_router
 from serve.refusals import Refusal, status_of
 from serve.serving_metrics import ServingMetrics
@@ -102,8 +103,12 @@ def _answer_errors(app: FastAPI) -> None:
         log.error("request_failed", error=type(error).__name__, request_id=request_id)
         return JSONResponse({"error": f"the service failed on this request; its log has {request_id}"}, OUR_FAULT)
 
+    async def left(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": "the client went before its request was complete"}, LEFT)
+
     handlers: dict[type[Exception], Callable[[Request, Exception], Any]] = {
         MedflError: expected,
+        ClientDisconnect: left,
         HTTPException: http,
         RequestValidationError: invalid,
         Exception: unexpected,

@@ -61,7 +61,9 @@ class InferRequest:
     id: str | None
 
 
-def read_request(body: Path, header_length: str | None, description: PackageDescription, most_json: int) -> InferRequest:
+def read_request(
+    body: Path, header_length: str | None, description: PackageDescription, most_json: int
+) -> InferRequest:
     """Read a request's body from its file; a binary tensor stays on the disk until it is used.
 
     Args:
@@ -289,7 +291,5 @@ def metadata(name: str, versions: tuple[str, ...], description: PackageDescripti
     }
 
 
-def _entry(
-    name: str, datatype: Literal["FP32", "UINT8"], shape: list[int]
-) -> dict[str, Any]:
+def _entry(name: str, datatype: Literal["FP32", "UINT8"], shape: list[int]) -> dict[str, Any]:
     return {"name": name, "datatype": datatype, "shape": shape}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -18,9 +19,10 @@ from medfl_ray.errors import InferenceError, MedflError
 from medfl_ray.export.description import PackageDescription
 from serve.backend import ReplicaLost
 from serve.model_loader import ModelKey
-from serve.refusals import Unavailable
+from serve.refusals import TimedOut, Unavailable
 from serve.replica import ClassAnswer, SegmentAnswer, TensorAnswer
 
+LOAD_TIMEOUT_S = 120.0
 T = TypeVar("T")
 log = structlog.get_logger("medfl_ray.serve")
 
@@ -34,7 +36,10 @@ class RayReplicas:
 
     async def describe(self, key: ModelKey) -> PackageDescription:
         """Load a version."""
-        return await self._call(self._for(key).describe.remote(key.text))
+        try:
+            return await asyncio.wait_for(self._call(self._for(key).describe.remote(key.text)), LOAD_TIMEOUT_S)
+        except TimeoutError:
+            raise TimedOut(f"no replica had the model loaded within {LOAD_TIMEOUT_S:g} s") from None
 
     async def infer(self, key: ModelKey, tensor: npt.NDArray[np.float32]) -> TensorAnswer:
         """Run preprocessed images."""

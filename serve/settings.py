@@ -81,4 +81,7 @@ class ServeSettings(Section):
         values: dict[str, Any] = {
             field: os.environ[name] for name, field in ENVIRONMENT.items() if os.environ.get(name)
         }
+        # Another process, where a relative path would be another file, opens them.
+        for field in {"models", "tokens"} & values.keys():
+            values[field] = Path(values[field]).expanduser().absolute()
         return cls(**values)
