@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from torch import nn
 
 from medfl_ray.config import ModelConfig
 from medfl_ray.data.preprocess import Preprocessing
-from medfl_ray.export.description import DESCRIPTION, PackageDescription, Variant
-from medfl_ray.export.onnx_export import INPUT, OUTPUT, export_onnx, network_of
+from medfl_ray.export.onnx_export import export_onnx, network_of
 from medfl_ray.export.package import ModelPackage
-from medfl_ray.models.catalogue import onnx_size_note, size_divisor
-from medfl_ray.params import checksum, flatten
+from medfl_ray.params import flatten
 
 
 def model_package(
@@ -51,33 +47,6 @@ def write_package(directory: Path, package: ModelPackage, seed: int = 0) -> nn.M
     """Write a package with random weights into a folder and return the network that it holds."""
     torch.manual_seed(seed)
     network = network_of(package)
-    weights = flatten(network)
     directory.mkdir(parents=True, exist_ok=True)
-    parity = export_onnx(package, weights, directory)
-    content = (directory / "model.onnx").read_bytes()
-    description = PackageDescription(
-        name=package.name,
-        task=package.task,
-        network=package.model,
-        spatial_dims=2 if package.spatial_dims == 2 else 3,
-        channels=package.channels,
-        labels=package.labels,
-        out_channels=package.out_channels,
-        patch_size=package.patch_size,
-        size_divisor=size_divisor(package.model),
-        dynamic_batch=True,
-        dynamic_space=not onnx_size_note(package.model),
-        dynamic_space_note=onnx_size_note(package.model),
-        preprocessing=package.preprocessing,
-        privacy=package.privacy,
-        weights_checksum=checksum(weights),
-        opset=onnx.load_from_string(content).opset_import[0].version,
-        input=INPUT,
-        output=OUTPUT,
-        variants={
-            "float32": Variant(file="model.onnx", sha256=hashlib.sha256(content).hexdigest(), size_bytes=len(content))
-        },
-        parity=vars(parity),
-    )
-    (directory / DESCRIPTION).write_text(description.model_dump_json(indent=1), encoding="utf-8")
+    export_onnx(package, flatten(network), directory)
     return network
