@@ -1,4 +1,4 @@
-"""Model packages of a few bytes: each version marks every voxel with its own class, so that a mask names its version."""
+"""Model packages of a few bytes: each version marks every voxel with its own class, so that a mask names it."""
 
 from __future__ import annotations
 

@@ -98,7 +98,9 @@ HOSTILE = {
     "no data": json.dumps(json_request(data=None)).encode(),
     "too few values": json.dumps(json_request(data=[1.0] * 63)).encode(),
     "negative shape": json.dumps({"inputs": [{**json_request()["inputs"][0], "shape": [-1, 1, 4, 4, 4]}]}).encode(),
-    "absurd shape": json.dumps({"inputs": [{**json_request()["inputs"][0], "shape": [2**40, 1, 2**40, 4, 4]}]}).encode(),
+    "absurd shape": json.dumps(
+        {"inputs": [{**json_request()["inputs"][0], "shape": [2**40, 1, 2**40, 4, 4]}]}
+    ).encode(),
     "shape of words": json.dumps({"inputs": [{**json_request()["inputs"][0], "shape": ["a"] * 5}]}).encode(),
     "many axes": json.dumps({"inputs": [{**json_request()["inputs"][0], "shape": [1] * 5000}]}).encode(),
     "wrong channels": json.dumps(json_request((1, 3, 4, 4, 4))).encode(),
