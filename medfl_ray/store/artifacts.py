@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from medfl_ray.errors import ArtifactDamaged, RegistryError
 from medfl_ray.failpoints import failpoint
-from medfl_ray.store.durable import sync_folder
+from medfl_ray.store.durable import file_sha256, sync_folder
 
 BLOBS = "blobs/sha256"
 INCOMING = "incoming"
@@ -57,6 +57,11 @@ class ArtifactStore:
                 "pip install 'medfl-ray[s3]'; a local folder needs nothing"
             ) from None
         self.is_local = isinstance(self._fs, LocalFileSystem)
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder of a local store; None of any other."""
+        return Path(self._root) if self.is_local else None
 
     def put(self, path: Path) -> Artifact:
         """Keep a file's content, durable when this returns; content that is there and whole is not written again.
@@ -94,7 +99,7 @@ class ArtifactStore:
                 self._fs.get_file(place, str(into))
             except FileNotFoundError:
                 raise _gone(artifact) from None
-            if _sha256(into) != artifact.sha256:
+            if file_sha256(into) != artifact.sha256:
                 into.unlink(missing_ok=True)
                 raise _damaged(artifact)
             with into.open("rb") as stream:
@@ -184,11 +189,6 @@ def _copy(source: Path, target: Path) -> Artifact:
     return Artifact(sha256=digest.hexdigest(), size_bytes=size)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _fresh_listings(root: str) -> dict[str, Any]:
     """Let s3fs ask the bucket each time: another machine may have written since."""
     return {"use_listings_cache": False} if root.startswith(("s3://", "s3a://")) else {}
@@ -211,6 +211,6 @@ def _gone(artifact: Artifact) -> ArtifactDamaged:
 
 def _damaged(artifact: Artifact) -> ArtifactDamaged:
     return ArtifactDamaged(
-        f"the registry's file {artifact.sha256[:12]}... does not have the content that was registered: it is damaged or "
-        "was exchanged. It is not used; restore it from a backup, or register the model again"
+        f"the registry's file {artifact.sha256[:12]}... does not have the content that was registered: it is damaged "
+        "or was exchanged. It is not used; restore it from a backup, or register the model again"
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, insert, select
 
 from medfl_ray.errors import RegistryAltered, RegistryError
 from medfl_ray.store.durable import sync_folder
@@ -68,13 +68,8 @@ class Action(NamedTuple):
     details: Mapping[str, Any]
 
 
-def append(connection: Connection, key: SigningKey, action: Action) -> AuditEvent:
-    """Write the next row; it counts once the surrounding transaction ends.
-
-    Raises:
-      RegistryAltered: the row before it is not what the key signed; nothing is built on it.
-    """
-    head = checked_head(connection, key.public_key)
+def append(connection: Connection, key: SigningKey, head: LedgerHead, action: Action) -> AuditEvent:
+    """Write the row behind a checked head; it counts once the surrounding transaction ends."""
     unsigned = AuditEvent(
         sequence=head.sequence + 1,
         at=datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -90,53 +85,59 @@ def append(connection: Connection, key: SigningKey, action: Action) -> AuditEven
     return event
 
 
-def checked_head(connection: Connection, public_key: str) -> LedgerHead:
-    """Return the last row, which must be genuine and as many as its number says.
-
-    Raises:
-      RegistryAltered: it is not, or rows are missing.
-    """
-    count, last = connection.execute(select(func.count(), func.max(audit_log.c.sequence))).one()
-    if not count:
-        return FIRST
-    if count != last:
-        raise _bad(int(count), f"the log has {count} rows and the last is numbered {last}, so that some are missing")
-    event = event_at(connection, last)
-    assert event is not None
-    before = event_at(connection, last - 1)
-    problem = link_problem(event, last - 1, before.hash if before else FIRST.hash, public_key, _signer(public_key))
-    if problem:
-        raise _bad(last, problem)
-    return event.head
+def is_empty(connection: Connection) -> bool:
+    """Say whether nothing was ever recorded."""
+    return connection.execute(select(audit_log.c.sequence).limit(1)).first() is None
 
 
 def event_at(connection: Connection, sequence: int) -> AuditEvent | None:
     """Return one row, or None where there is none."""
     row = connection.execute(select(audit_log).where(audit_log.c.sequence == sequence)).mappings().first()
-    return None if row is None else _event(row)
+    return None if row is None else _event(dict(row))
 
 
-def events(connection: Connection, subject: str | None = None) -> list[AuditEvent]:
-    """Return the rows in order, of one subject or of all; unchecked, see `verify`."""
-    query = select(audit_log).order_by(audit_log.c.sequence)
-    if subject is not None:
-        query = query.where(audit_log.c.subject == subject)
-    return [_event(row) for row in connection.execute(query).mappings()]
+def events(connection: Connection, after: int = 0) -> list[AuditEvent]:
+    """Return the rows behind a number, in order; unchecked, see `verify`."""
+    query = select(audit_log).where(audit_log.c.sequence > after).order_by(audit_log.c.sequence)
+    return [_event(dict(row)) for row in connection.execute(query).mappings()]
 
 
-def verify(rows: Sequence[AuditEvent], public_key: str) -> LedgerHead:
-    """Check that all rows of a log follow one another, unaltered and signed; return the last.
+def verify(rows: Sequence[AuditEvent], public_key: str, head: LedgerHead = FIRST) -> LedgerHead:
+    """Check that rows follow a head and one another, unaltered and signed; return the last.
 
     Raises:
       RegistryAltered: names the first row that is wrong, and in what.
     """
-    head = FIRST
     for row in rows:
-        problem = link_problem(row, head.sequence, head.hash, public_key, _signer(public_key))
+        problem = link_problem(
+            row, head.sequence, head.hash, public_key, f"that of the registry's key {public_key[:16]}..."
+        )
         if problem:
-            raise _bad(head.sequence + 1, problem)
+            raise RegistryAltered(
+                f"row {head.sequence + 1} of the audit log is bad: {problem}. Nothing is promoted or served from this "
+                "registry until its database is restored from a backup"
+            )
         head = row.head
     return head
+
+
+class Chain:
+    """The log as this process knows it: each row is checked once, and the last must still be there afterwards."""
+
+    def __init__(self) -> None:
+        """Start with nothing checked."""
+        self._checked = FIRST
+
+    def check(self, connection: Connection, public_key: str) -> LedgerHead:
+        """Check the rows that came since, and return the last.
+
+        Raises:
+          RegistryAltered: names the first bad row, or says that rows are gone.
+        """
+        known = self._checked
+        _must_hold(connection, known, "this process")
+        self._checked = verify(events(connection, known.sequence), public_key, known)
+        return self._checked
 
 
 class LastSeen:
@@ -155,13 +156,9 @@ class LastSeen:
         seen = self._read()
         if seen is None:
             return
-        event = event_at(connection, seen.sequence)
-        if event is None or event.hash != seen.hash:
-            raise RegistryAltered(
-                f"the audit log no longer holds row {seen.sequence}, which this machine has seen: rows were removed, or "
-                f"an old copy of the database was put in its place. Find out why, restore it, or remove {SEEN_NAME!r} "
-                "beside the registry's key if the older state is to stand"
-            )
+        _must_hold(
+            connection, seen, "this machine", f", or remove {SEEN_NAME!r} beside the registry's key if it is to stand"
+        )
 
     def note(self, head: LedgerHead) -> None:
         """Remember a row that was committed. A crash before this, or two writers at once, leave an earlier one."""
@@ -217,8 +214,8 @@ def checked_reason(reason: str) -> str:
     plain = reason.strip()
     if not plain or len(plain) > MAX_REASON or not plain.isprintable():
         raise RegistryError(
-            f"the reason is empty, not one line, or longer than {MAX_REASON} characters; say in a sentence why, and name "
-            "no patient: it is kept for good"
+            f"the reason is empty, not one line, or longer than {MAX_REASON} characters; say in a sentence why, and "
+            "name no patient: it is kept for good"
         )
     return plain
 
@@ -232,12 +229,10 @@ def _event(row: Mapping[str, Any]) -> AuditEvent:
     return AuditEvent.model_construct(**fields)
 
 
-def _signer(public_key: str) -> str:
-    return f"that of the registry's key {public_key[:16]}..."
-
-
-def _bad(sequence: int, problem: str) -> RegistryAltered:
-    return RegistryAltered(
-        f"row {sequence} of the audit log is bad: {problem}. Nothing is promoted or served from this registry until its "
-        "database is restored from a backup"
-    )
+def _must_hold(connection: Connection, seen: LedgerHead, who: str, otherwise: str = "") -> None:
+    event = event_at(connection, seen.sequence) if seen.sequence else None
+    if seen.sequence and (event is None or event.hash != seen.hash):
+        raise RegistryAltered(
+            f"the audit log no longer holds row {seen.sequence}, which {who} has seen: rows were removed, or an old "
+            f"copy of the database was put in its place. Find out why, and restore the newest state{otherwise}"
+        )

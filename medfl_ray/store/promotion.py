@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,8 +10,9 @@ from medfl_ray.messages import HEADLINES
 from medfl_ray.store.lineage import Figure, Lineage, is_better
 
 LEAST_AGREEMENT = 0.999
-LEAST_PARITY_DICE = 0.999
+LEAST_PARITY_DICE = 0.99
 SHOWN_NAMES = 6
+OVERRIDE = "Promote another version, or this one with a reason that is kept for good (--override)"
 Outcome = Literal["passed", "failed", "unknown"]
 
 
@@ -37,7 +38,7 @@ class Check(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    name: Literal["metric", "champion", "worst hospital", "parity", "privacy"]
+    name: Literal["metric", "champion", "worst hospital", "parity", "privacy", "stage"]
     outcome: Outcome
     text: str
 
@@ -49,6 +50,7 @@ class Decision(BaseModel):
 
     allowed: bool
     checks: tuple[Check, ...]
+    when_unknown: Literal["refuse", "allow"] = "refuse"
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -60,22 +62,36 @@ class Decision(BaseModel):
         """What could not be judged."""
         return tuple(check.text for check in self.checks if check.outcome == "unknown")
 
+    @property
+    def objections(self) -> str:
+        """Why a version is refused, and what can be done."""
+        unknown = self.unknown if self.when_unknown == "refuse" else ()
+        advice = f"Evaluate it on public images (models register --evaluation). {OVERRIDE}" if unknown else OVERRIDE
+        return f"{'; '.join((*self.reasons, *unknown))}. {advice}"
 
-def decide(candidate: Lineage, champion: Lineage | None, gate: Gate) -> Decision:
+    def as_details(self, gate: Gate) -> dict[str, Any]:
+        """Return what the audit log keeps of it."""
+        return {"gate": gate.model_dump(), "checks": [check.model_dump() for check in self.checks]}
+
+
+def decide(candidate: Lineage, champion: Lineage | None, gate: Gate, withdrawn: bool = False) -> Decision:
     """Judge a version against thresholds, today's champion, its parity check and its privacy statement.
 
     A privacy statement with a gap and a parity check that was not passed are failures; only a figure can be unknown.
     """
     metric = gate.metric or default_metric(candidate)
-    checks = (
+    checks: tuple[Check, ...] = (
         _threshold(candidate, metric, gate.least),
         _against_champion(candidate, champion, metric, gate.tolerance),
         _worst_hospital(candidate, metric, gate.worst_hospital),
         _parity(candidate),
         _privacy(candidate),
     )
+    if withdrawn:
+        checks = (*checks, Check(name="stage", outcome="failed", text="the version was retired"))
     refused = ("failed", "unknown") if gate.when_unknown == "refuse" else ("failed",)
-    return Decision(allowed=all(check.outcome not in refused for check in checks), checks=checks)
+    allowed = all(check.outcome not in refused for check in checks)
+    return Decision(allowed=allowed, checks=checks, when_unknown=gate.when_unknown)
 
 
 def default_metric(lineage: Lineage) -> str:
@@ -108,19 +124,15 @@ def _against_champion(candidate: Lineage, champion: Lineage | None, metric: str,
         return Check(name="champion", outcome="unknown", text=f"{whose} {metric} is {why}, so they cannot be compared")
     if candidate.metrics_of != champion.metrics_of:
         text = (
-            f"{metric} was measured on {candidate.metrics_of} and the champion's on {champion.metrics_of}, so that they "
-            "cannot be compared"
+            f"{metric} was measured on {candidate.metrics_of} and the champion's on {champion.metrics_of}, so that "
+            "they cannot be compared"
         )
         return Check(name="champion", outcome="unknown", text=text)
     allowed = old.value + tolerance if is_better(metric, 0, 1) else old.value - tolerance
     missed = is_better(metric, allowed, new.value)
-    words = "more" if missed else "at most"
-    text = f"{metric} is {new.value:.4f}, the champion's {old.value:.4f}; it is {words} than {tolerance:g} worse"
-    return Check(
-        name="champion",
-        outcome="failed" if missed else "passed",
-        text=text if missed else text.replace("at most than", "at most"),
-    )
+    words = "more than" if missed else "no more than"
+    text = f"{metric} is {new.value:.4f}, the champion's {old.value:.4f}: {words} {tolerance:g} worse"
+    return Check(name="champion", outcome="failed" if missed else "passed", text=text)
 
 
 def _worst_hospital(candidate: Lineage, metric: str, floor: float | None) -> Check:
@@ -136,7 +148,9 @@ def _worst_hospital(candidate: Lineage, metric: str, floor: float | None) -> Che
     if hidden or not known:
         text = f"{metric} at {_some(hidden) or 'every hospital'} is not shown, so that the worst hospital is not known"
         return Check(name="worst hospital", outcome="unknown", text=text)
-    return Check(name="worst hospital", outcome="passed", text=f"{metric} reaches {floor:g} at all {len(known)} hospitals")
+    return Check(
+        name="worst hospital", outcome="passed", text=f"{metric} reaches {floor:g} at all {len(known)} hospitals"
+    )
 
 
 def _parity(candidate: Lineage) -> Check:
@@ -163,7 +177,9 @@ def _privacy(candidate: Lineage) -> Check:
         gaps += [f"{_some(silent)} has no epsilon"] if silent else []
     if not privacy.spent or privacy.unit not in ("patient", "hospital"):
         gaps.append("it names no unit" if privacy.spent else "it names nobody's epsilon")
-    gaps += [f"{name} has another unit" for name, s in sorted(privacy.spent.items()) if s.unit not in (None, privacy.unit)]
+    gaps += [
+        f"{name} has another unit" for name, s in sorted(privacy.spent.items()) if s.unit not in (None, privacy.unit)
+    ]
     if gaps:
         text = f"the privacy statement has gaps: {'; '.join(gaps[:SHOWN_NAMES])}"
         return Check(name="privacy", outcome="failed", text=text)
