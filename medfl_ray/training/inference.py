@@ -6,6 +6,7 @@ Shapes: N images of one size, C channels, L output channels, S voxels per axis.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,11 @@ from torch.nn import functional
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.errors import ModelError
 
+# Serving blends its windows by the same figures: the export writes them into the package.
 OVERLAP = 0.25
+SIGMA_SCALE = 0.125
+BLENDING: Final = "gaussian"
+PADDING: Final = "constant"
 WINDOWS_AT_ONCE = 4
 # Small images go through the network together, up to about as many voxels as one volume of 64 voxels an edge has.
 VOXELS_AT_ONCE = 64**3
@@ -29,8 +34,9 @@ def segment(network: nn.Module, images: Tensor, patch_size: tuple[int, ...]) -> 
 
     at_once = max(WINDOWS_AT_ONCE, len(images))
     logits = sliding_window_inference(
-        images, patch_size, at_once, network, overlap=OVERLAP, mode="gaussian", padding_mode="constant"
-    )
+        images, patch_size, at_once, network,
+        overlap=OVERLAP, mode=BLENDING, sigma_scale=SIGMA_SCALE, padding_mode=PADDING,
+    )  # fmt: skip
     if not isinstance(logits, Tensor):
         raise ModelError(
             "the network has several outputs; a segmentation network has one, so switch deep supervision off"
