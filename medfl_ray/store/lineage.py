@@ -18,15 +18,16 @@ class _Part(BaseModel):
 class DataSet(_Part):
     """What one hospital trained on, in public words.
 
-    `fingerprint` is 64 hex digits. `of` says of what: contents, an HMAC under the hospital's own key, which only the
-    hospital can compare; or declaration, a hash of what the hospital declares of the data set.
+    `fingerprint` is 64 hex digits. `of` says of what: of public or synthetic files' contents or, where they are many,
+    their names and sizes; of the recipe of phantoms; of what a hospital declares of private data. A hash of private
+    contents would tell whether one patient was added or taken away, which differential privacy keeps back.
     """
 
     name: str
     declared: Literal["private", "public", "synthetic"]
     num_patients: int
     fingerprint: str
-    of: Literal["contents", "declaration"]
+    of: Literal["contents", "names and sizes", "recipe", "declaration"]
 
 
 class EpsilonSpent(_Part):
@@ -65,6 +66,15 @@ class PrivacyRecord(_Part):
     differential_privacy: bool
     unit: str | None = None
     spent: dict[str, EpsilonSpent] = Field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The largest epsilon with its unit, delta and adjacency, or that there is none."""
+        if not self.differential_privacy:
+            return "no differential privacy"
+        gaps = [spent for spent in self.spent.values() if spent.missing]
+        largest = max(self.spent.values(), key=lambda spent: spent.epsilon or 0, default=None)
+        return "not known" if largest is None else str(gaps[0] if gaps else largest)
 
 
 class Figure(_Part):

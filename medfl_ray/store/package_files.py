@@ -130,8 +130,8 @@ def check_folder(folder: Path, record: VersionRecord) -> None:
         _check_file(folder / name, artifact)
 
 
-def verify_package(folder: Path, public_key: str | None = None) -> VersionRecord:
-    """Check a fetched package without its registry, and return its record.
+def verify_package(folder: Path, public_key: str | None = None) -> tuple[VersionRecord, str]:
+    """Check a fetched package without its registry; return its record and the key that signed it.
 
     Args:
       public_key: the registry's, 64 hex digits, from a source other than the package. Without it damage is found, not
@@ -148,9 +148,10 @@ def verify_package(folder: Path, public_key: str | None = None) -> VersionRecord
         raise RegistryError(
             f"{folder.name!r} has no readable {RECORD}; fetch the model from its registry: medfl-ray models fetch"
         ) from None
-    record = read_document(document if isinstance(document, Mapping) else {}, public_key)
+    document = document if isinstance(document, Mapping) else {}
+    record = read_document(document, public_key)
     check_folder(folder, record)
-    return record
+    return record, public_key or str(document["public_key"])
 
 
 def _check_file(path: Path, artifact: Artifact) -> None:
