@@ -13,6 +13,7 @@ from contourpy import FillType, contour_generator
 from matplotlib.colors import to_rgb
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, RTStructureSetStorage, generate_uid
+from scipy.spatial import KDTree
 
 from medfl_ray.data.segmentation_object import MANUFACTURER, MODEL_NAME, SERIES_NUMBER, referable_headers
 from medfl_ray.data.uploads import Upload
@@ -27,6 +28,7 @@ COPIED = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyInstanceUID", "StudyID", "StudyDate",
     "StudyTime", "AccessionNumber", "ReferringPhysicianName", "FrameOfReferenceUID",
 )  # fmt: skip
+NEIGHBOURS, STEPS_PER_VOXEL, FROM_CENTRE = 8, 50, 0.05
 COLOURS = ("#ff8a3d", "#35c4f0", "#ffd84d", "#7be08b", "#ff6fae", "#b79bff", "#58e0c9", "#ff5f5f")
 
 
@@ -78,11 +80,21 @@ def _straightened(ring: Points) -> Points:
 
 
 def _keyhole(outline: Points, hole: Points) -> Points:
-    """Join a hole to its outline by a cut of no width between their nearest points."""
-    distances = ((outline[:, None, :] - hole[None, :, :]) ** 2).sum(axis=-1)
-    outer, inner = np.unravel_index(int(distances.argmin()), distances.shape)
-    around = np.roll(hole, -int(inner), axis=0)
+    """Join a hole to its outline by a short cut of no width; it keeps off voxel centres, whose side it would blur."""
+    nearest = min(NEIGHBOURS, len(outline))
+    distances, found = KDTree(outline).query(hole, k=nearest)
+    order = np.argsort(distances, axis=None)
+    pairs = [(int(np.reshape(found, -1)[flat]), int(flat) // nearest) for flat in order]
+    outer, inner = next((p for p in pairs if _keeps_off_centres(outline[p[0]], hole[p[1]])), pairs[0])
+    around = np.roll(hole, -inner, axis=0)
     return np.concatenate([outline[: outer + 1], around, around[:1], outline[outer:]])
+
+
+def _keeps_off_centres(start: Points, end: Points) -> bool:
+    """Whether a line between two points stays away from whole-numbered points."""
+    steps = int(np.ceil(np.abs(end - start).max() * STEPS_PER_VOXEL)) + 1
+    along = start + np.linspace(0, 1, steps)[:, None] * (end - start)
+    return bool(np.linalg.norm(along - np.rint(along), axis=1).min() > FROM_CENTRE)
 
 
 def _contours(

@@ -13,6 +13,7 @@ import pydicom
 import pydicom.data
 import pytest
 from pydicom.sr.codedict import codes
+from pydicom.uid import generate_uid
 
 from medfl_ray.data.contours import fill_regions
 from medfl_ray.data.label_codes import SYNONYMS, code_of
@@ -25,7 +26,7 @@ from medfl_ray.errors import DataError, GeometryError
 LIMITS = UploadLimits()
 LABELS = {0: "background", 1: "liver", 3: "left kidney", 4: "something new"}
 TEST_FILES = Path(pydicom.data.__file__).parent / "test_files"
-ENHANCED = ("emri_small.dcm", "eCT_Supplemental.dcm")
+PICTURE = TEST_FILES / "JPGExtended.dcm"
 
 
 def blobs(shape, seed=0):
@@ -112,10 +113,15 @@ def test_segments_are_coded_and_named(series):
     assert seg.SegmentSequence[0].SegmentedPropertyCategoryCodeSequence[0].CodeValue == "91723000"
 
 
-@pytest.mark.parametrize("name", ENHANCED)
 @pytest.mark.parametrize("format", ["dicom-seg", "rtstruct"])
-def test_enhanced_multi_frame_images(name, format):
-    with opened_upload(TEST_FILES / name, LIMITS) as upload:
+def test_an_enhanced_multi_frame_image(tmp_path, dicom, format):
+    from highdicom.legacy import LegacyConvertedEnhancedCTImage
+
+    builder = dicom()
+    enhanced = LegacyConvertedEnhancedCTImage(builder.slices, generate_uid(), 5, generate_uid(), 1)
+    enhanced.save_as(tmp_path / "enhanced.dcm")
+    with opened_upload(tmp_path / "enhanced.dcm", LIMITS) as upload:
+        assert np.array_equal(upload.volume.array[0][::-1], builder.stored * 2.0 - 1000)  # highdicom turns the axis
         mask = blobs(upload.volume.spatial_shape)
         read = pydicom.dcmread(io.BytesIO(write_mask(mask, upload, LABELS, format)))
         if format == "dicom-seg":
@@ -167,7 +173,8 @@ def test_nifti_and_nrrd_keep_the_affine(tmp_path, write_nifti, affine):
         assert np.allclose(written.affine, affine, atol=1e-5)
         qform, code = written.get_qform(coded=True)
         assert code == 0 or np.allclose(qform, affine, atol=1e-3)
-        voxels, header = nrrd.read_data_and_header(write_mask(mask, upload, LABELS, "nrrd"))
+        (tmp_path / "mask.nrrd").write_bytes(write_mask(mask, upload, LABELS, "nrrd"))
+    voxels, header = nrrd.read(str(tmp_path / "mask.nrrd"))
     assert np.array_equal(voxels, mask)
     assert np.allclose(header["space directions"].T, (LPS_TO_RAS @ affine)[:3, :3])
     assert np.allclose(header["space origin"], (LPS_TO_RAS @ affine)[:3, 3])
@@ -199,16 +206,13 @@ def test_an_empty_mask_and_a_wrong_shape(series, format):
 
 
 def test_a_single_picture_has_a_seg_and_no_contours():
-    with opened_upload(TEST_FILES / "RG1_UNCI.dcm" if (TEST_FILES / "RG1_UNCI.dcm").exists() else PICTURE, LIMITS) as u:
+    with opened_upload(PICTURE, LIMITS) as u:
         mask = np.zeros(u.volume.spatial_shape, np.uint8)
         mask[3:9, 4:8] = 1
         seg = pydicom.dcmread(io.BytesIO(write_mask(mask, u, {1: "nodule"}, "dicom-seg")))
         assert np.array_equal(np.squeeze(seg.pixel_array), mask)
         with pytest.raises(DataError, match="frame of reference"):
             write_mask(mask, u, {1: "nodule"}, "rtstruct")
-
-
-PICTURE = TEST_FILES / "JPGExtended.dcm"
 
 
 def test_volumes_by_hand(series):
