@@ -68,11 +68,9 @@ class Gate:
     async def _pass(self, scope: Scope, headers: Headers, receive: Receive, answer: _Answer) -> None:
         try:
             self._check(scope, headers)
+            await self._app(scope, receive, answer)
         except Refusal as refusal:
             await refusal_response(refusal)(scope, receive, answer)
-            return
-        try:
-            await self._app(scope, receive, answer)
         except Exception as error:  # noqa: BLE001 - no words of a traceback leave the service
             request_id = scope["state"]["request_id"]
             log.error("request_failed", error=type(error).__name__, where=_where(error), request_id=request_id)
