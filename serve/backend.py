@@ -18,7 +18,7 @@ from medfl_ray.export.description import PackageDescription
 from medfl_ray.export.predictor import Segmentation
 from serve.model_loader import Catalogue, ModelKey
 from serve.refusals import TimedOut, Unavailable
-from serve.replica import ClassAnswer, SegmentAnswer, TensorAnswer, WorkReport
+from serve.replica import SegmentAnswer, TensorAnswer, WorkReport
 from serve.serving_metrics import ServingMetrics
 
 ATTEMPTS = 3
@@ -38,8 +38,6 @@ class Replicas(Protocol):
     async def describe(self, key: ModelKey) -> PackageDescription: ...
 
     async def infer(self, key: ModelKey, tensor: npt.NDArray[np.float32]) -> TensorAnswer: ...
-
-    async def classify(self, key: ModelKey, volume: Volume) -> ClassAnswer: ...
 
     def segment(self, key: ModelKey, volume: Volume) -> AsyncIterator[float | SegmentAnswer]: ...
 
@@ -82,11 +80,6 @@ class Backend:
           TimedOut, Unavailable: no replica answered.
         """
         return await self._counted(key, lambda: self._replicas.infer(key, tensor), lambda answer: answer.report)
-
-    async def classify(self, model: str, version: str | None, volume: Volume) -> ClassAnswer:
-        """Return the class probabilities of a volume, and the version that they come from."""
-        key = self.catalogue.resolve(model, version)
-        return await self._counted(key, lambda: self._replicas.classify(key, volume), lambda answer: answer.report)
 
     async def segment(
         self, model: str, version: str | None, volume: Volume, progress: Progress | None = None
@@ -155,11 +148,6 @@ class LocalReplicas:
     async def infer(self, key: ModelKey, tensor: npt.NDArray[np.float32]) -> TensorAnswer:
         """Run preprocessed images."""
         answer: TensorAnswer = await self._replica.infer(key.text, tensor)
-        return answer
-
-    async def classify(self, key: ModelKey, volume: Volume) -> ClassAnswer:
-        """Classify a volume."""
-        answer: ClassAnswer = await self._replica.classify(key.text, volume)
         return answer
 
     async def segment(self, key: ModelKey, volume: Volume) -> AsyncIterator[float | SegmentAnswer]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
-from starlette.types import ASGIApp
 
 from medfl_ray.errors import ConfigError
 from serve.auth import TokenBook, tokens_path
@@ -88,7 +88,7 @@ def _batching_replica(settings: ServeSettings) -> type[ModelReplica]:
 
 
 def _ingress(settings: ServeSettings) -> Any:
-    def build() -> ASGIApp:
+    def build() -> FastAPI:
         configure_logs()
         return _http_app(settings)
 
@@ -102,7 +102,7 @@ def _ingress(settings: ServeSettings) -> Any:
     )
 
 
-def _http_app(settings: ServeSettings) -> ASGIApp:
+def _http_app(settings: ServeSettings) -> FastAPI:
     """Build the ingress in its own process; refuses to start without tokens, which would shut everybody out."""
     metrics = ServingMetrics(settings.drift_threshold, settings.drift_smoothing, ray_too=True)
     replicas = RayReplicas(ray_serve.get_deployment_handle(MODELS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+import traceback
 from collections.abc import Callable
 
 import structlog
@@ -21,6 +22,7 @@ from serve.settings import Limits
 OPEN_ROUTES = frozenset({"/v2/health/live", "/v2/health/ready"})
 METRICS_ROUTE = "/metrics"
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
+OUR_FAULT = 500
 LEFT = 499  # the client went before there was an answer
 MOST_HEADER_BYTES = 32 * 1024
 log = structlog.get_logger("medfl_ray.serve")
@@ -71,9 +73,12 @@ class Gate:
             return
         try:
             await self._app(scope, receive, answer)
-        except Exception:  # the application has answered and logged it already; what is left would only be noise
+        except Exception as error:  # noqa: BLE001 - no words of a traceback leave the service
+            request_id = scope["state"]["request_id"]
+            log.error("request_failed", error=type(error).__name__, where=_where(error), request_id=request_id)
             if not answer.has_begun:
-                raise
+                text = f"the service failed on this request; its log has the reason under {request_id}"
+                await JSONResponse({"error": text}, OUR_FAULT)(scope, receive, answer)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         path = _path(scope)
@@ -133,6 +138,12 @@ def refusal_response(refusal: Refusal) -> JSONResponse:
 def _request_id(given: str | None, make: Callable[[], str] = lambda: secrets.token_hex(16)) -> str:
     """Return the client's id if it is harmless in a log, else a new one."""
     return given if given is not None and REQUEST_ID.fullmatch(given) else make()
+
+
+def _where(error: Exception) -> str:
+    """Return the function and line that failed; a traceback's text could hold what a client sent."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.name}:{last.lineno}"
 
 
 def _path(scope: Scope) -> str:

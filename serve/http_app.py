@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp
 
 import medfl_ray
 from medfl_ray.errors import MedflError
@@ -26,7 +25,6 @@ from serve.refusals import Refusal, status_of
 from serve.serving_metrics import ServingMetrics
 from serve.settings import ServeSettings
 
-OUR_FAULT = 500
 log = structlog.get_logger("medfl_ray.serve")
 
 
@@ -37,8 +35,8 @@ def build_http_app(
     metrics: ServingMetrics,
     routers: Sequence[APIRouter] = (),
     behind_proxy: bool = False,
-) -> ASGIApp:
-    """Return the ASGI application; while it runs, it follows the models' source.
+) -> FastAPI:
+    """Return the application; while it runs, it follows the models' source.
 
     Args:
       routers: what is served beside the Open Inference Protocol.
@@ -64,7 +62,10 @@ def build_http_app(
         return PlainTextResponse(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     _answer_errors(app)
-    return Gate(app, tokens, settings.limits, metrics, sets_request_id=not behind_proxy)
+    app.add_middleware(
+        Gate, tokens=tokens, limits=settings.limits, metrics=metrics, sets_request_id=not behind_proxy
+    )  # the only one, and so before every route
+    return app
 
 
 async def _follow(backend: Backend, poll_s: float) -> None:
@@ -77,7 +78,7 @@ async def _follow(backend: Backend, poll_s: float) -> None:
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Give every error the protocol's form, and none of them words of a traceback."""
+    """Give every expected error the protocol's form; the gate answers the others."""
 
     async def expected(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, MedflError)
@@ -98,11 +99,6 @@ def _answer_errors(app: FastAPI) -> None:
         where = ".".join(str(part) for part in first["loc"])
         return JSONResponse({"error": f"{where[:128]}: {first['msg']}"}, 400)
 
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        request_id = request.scope.get("state", {}).get("request_id", "none")
-        log.error("request_failed", error=type(error).__name__, request_id=request_id)
-        return JSONResponse({"error": f"the service failed on this request; its log has {request_id}"}, OUR_FAULT)
-
     async def left(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse({"error": "the client went before its request was complete"}, LEFT)
 
@@ -111,7 +107,6 @@ def _answer_errors(app: FastAPI) -> None:
         ClientDisconnect: left,
         HTTPException: http,
         RequestValidationError: invalid,
-        Exception: unexpected,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)

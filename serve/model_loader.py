@@ -7,7 +7,6 @@ be loaded does not.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,10 @@ from typing import Protocol
 
 import structlog
 
-from medfl_ray.errors import ConfigError, MedflError
-from medfl_ray.export.description import DESCRIPTION, PackageDescription, read_description
+from medfl_ray.errors import MedflError
+from medfl_ray.export.description import PackageDescription
 from serve.refusals import NotServed, Unavailable
 
-CHAMPION = "champion"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 log = structlog.get_logger("medfl_ray.serve")
 
 
@@ -61,63 +58,6 @@ class ModelSource(Protocol):
     def package(self, key: ModelKey, into: Path) -> Path:
         """Return the folder of one version's package, fetched into a folder if it is not on this machine."""
         ...
-
-
-class FolderSource:
-    """Packages in a folder: FOLDER/NAME/VERSION/, FOLDER/NAME/, or the folder itself; a version never changes.
-
-    The file FOLDER/NAME/champion names the version that is served by default; without it, it is the highest.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Take a folder that exists.
-
-        Raises:
-          ConfigError: it does not.
-        """
-        if not folder.is_dir():
-            raise ConfigError(f"there is no folder {folder.name!r} of models; give MEDFL_MODELS a folder of packages")
-        self._folder = folder
-
-    def offers(self) -> dict[str, Offer]:
-        """Return every model with its versions."""
-        found: dict[str, dict[str, Path]] = {}
-        for key, folder in self._packages():
-            found.setdefault(key.name, {})[key.version] = folder
-        return {name: self._offer(name, tuple(sorted(versions, key=_order))) for name, versions in found.items()}
-
-    def package(self, key: ModelKey, into: Path) -> Path:
-        """Return the package's own folder; nothing is copied."""
-        for found, folder in self._packages():
-            if found == key:
-                return folder
-        raise NotServed(f"the model {key.name!r} has no version {key.version!r}")
-
-    def _packages(self) -> list[tuple[ModelKey, Path]]:
-        if (self._folder / DESCRIPTION).is_file():
-            return [(ModelKey(served_name(read_description(self._folder).name), "1"), self._folder)]
-        packages = []
-        for model in sorted(path for path in self._folder.iterdir() if NAME.fullmatch(path.name)):
-            if (model / DESCRIPTION).is_file():
-                packages.append((ModelKey(model.name, "1"), model))
-            elif model.is_dir():
-                versions = [p for p in model.iterdir() if NAME.fullmatch(p.name) and (p / DESCRIPTION).is_file()]
-                packages.extend((ModelKey(model.name, version.name), version) for version in versions)
-        return packages
-
-    def _offer(self, name: str, versions: tuple[str, ...]) -> Offer:
-        chosen = self._folder / name / CHAMPION
-        champion = chosen.read_text(encoding="utf-8").strip() if chosen.is_file() else versions[-1]
-        return Offer(versions, champion if champion in versions else None)
-
-
-def _order(version: str) -> tuple[int, str]:
-    return (int(version) if version.isdecimal() else 0, version)
-
-
-def served_name(name: str) -> str:
-    """Return a name that may stand in an address: other characters than letters, digits, '.', '_', '-' become '-'."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "model"
 
 
 class Catalogue:

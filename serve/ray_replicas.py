@@ -20,7 +20,7 @@ from medfl_ray.export.description import PackageDescription
 from serve.backend import ReplicaLost
 from serve.model_loader import ModelKey
 from serve.refusals import TimedOut, Unavailable
-from serve.replica import ClassAnswer, SegmentAnswer, TensorAnswer
+from serve.replica import SegmentAnswer, TensorAnswer
 
 LOAD_TIMEOUT_S = 120.0
 T = TypeVar("T")
@@ -44,10 +44,6 @@ class RayReplicas:
     async def infer(self, key: ModelKey, tensor: npt.NDArray[np.float32]) -> TensorAnswer:
         """Run preprocessed images."""
         return await self._call(self._for(key).infer.remote(key.text, tensor))
-
-    async def classify(self, key: ModelKey, volume: Volume) -> ClassAnswer:
-        """Classify a volume."""
-        return await self._call(self._for(key).classify.remote(key.text, volume))
 
     async def segment(self, key: ModelKey, volume: Volume) -> AsyncIterator[float | SegmentAnswer]:
         """Segment a volume."""

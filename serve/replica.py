@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
@@ -85,15 +85,6 @@ class TensorAnswer:
     report: WorkReport
 
 
-@dataclass(frozen=True, eq=False)
-class ClassAnswer:
-    """Probabilities by class name, of one version."""
-
-    key: ModelKey
-    probabilities: dict[str, float]
-    report: WorkReport
-
-
 class ModelReplica:
     """Runs any version of the source's models; a request names the version that it was given at the ingress."""
 
@@ -159,14 +150,6 @@ class ModelReplica:
         report = WorkReport(time.perf_counter() - started, tuple(sizes))
         return TensorAnswer(model.key, parts[0] if len(parts) == 1 else np.concatenate(parts), report)
 
-    async def classify(self, model_id: str, volume: Volume) -> ClassAnswer:
-        """Return the class probabilities of a volume."""
-        started = time.perf_counter()
-        model = await self.load(model_id)
-        shifts = await asyncio.to_thread(_shifts, model, volume)
-        probabilities = await self._on_compute_thread(lambda: model.predictor.classify(volume))
-        return ClassAnswer(model.key, probabilities, WorkReport(time.perf_counter() - started, (1,), shifts))
-
     async def segment(self, model_id: str, volume: Volume) -> AsyncIterator[float | SegmentAnswer]:
         """Yield the fraction that is done, again and again, and at the end the mask."""
         async with self._volumes:
@@ -183,7 +166,7 @@ class ModelReplica:
                 if steps.fraction_done - told >= 0.05:  # each word costs a message between processes
                     told = steps.fraction_done
                     yield told
-            segmentation = await asyncio.to_thread(steps.finish)
+            segmentation = replace(await asyncio.to_thread(steps.finish), model=model.key.name)
             yield SegmentAnswer(
                 model.key, segmentation, WorkReport(time.perf_counter() - started, tuple(sizes), shifts)
             )
@@ -210,7 +193,7 @@ class ModelReplica:
     def _open(self, key: ModelKey) -> LoadedModel:
         scaling = self._settings.scaling
         with TemporaryDirectory(prefix="medfl-model-") as folder:
-            package = self._source.package(key, Path(folder))
+            package = self._source.package(key, Path(folder) / "package")
             model = OnnxModel.open(package, self._settings.variant, num_threads=scaling.num_cpus)
         return LoadedModel(key, Predictor(model, key.version))
 
