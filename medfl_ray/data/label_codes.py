@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-from pydicom.sr.coding import Code
 from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
 
 # Context groups of segmented property types, by the category that DICOM gives them (PS3.16, CID 7150).
 GROUPS = {"MorphologicallyAbnormalStructure": 7194, "AnatomicalStructure": 7192, "Tissue": 7191, "BodySubstance": 7197}
@@ -58,7 +58,7 @@ class LabelCode:
     @property
     def is_generic(self) -> bool:
         """Whether no group knows the name."""
-        return self.kind == codes.SCT.Tissue
+        return bool(self.kind == codes.SCT.Tissue)
 
 
 def code_of(name: str) -> LabelCode:

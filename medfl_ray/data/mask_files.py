@@ -6,7 +6,7 @@ import gzip
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import nibabel as nib
 import nrrd
@@ -87,21 +87,12 @@ def check_writable(upload: Upload, format: MaskFormat) -> None:
         )
 
 
-def volumes_ml(mask: Mask, volume: Volume, labels: Mapping[int, str]) -> dict[str, float]:
-    """Return the volume of each label in millilitres; for a picture, whose slices have no thickness, nothing."""
-    if len(volume.spatial_shape) != 3:
-        return {}
-    voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
-    counts = np.bincount(mask.ravel(), minlength=256)
-    return {name: float(counts[value]) * voxel_ml for value, name in sorted(labels.items()) if value > 0}
-
-
 def _three_axes(mask: Mask) -> Mask:
     return mask if mask.ndim == 3 else mask[..., None]
 
 
 def _nifti(mask: Mask, volume: Volume) -> bytes:
-    image = nib.Nifti1Image(_three_axes(mask), volume.affine, dtype=np.uint8)
+    image: Any = nib.Nifti1Image(_three_axes(mask), volume.affine, dtype=np.uint8)  # type: ignore[no-untyped-call]
     image.header.set_xyzt_units("mm")
     image.header.set_sform(volume.affine, code="scanner")
     # A qform cannot shear; readers that look at it first must not see another place than those that read the sform.

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import highdicom
 import numpy as np
-from highdicom.seg import Segmentation, SegmentAlgorithmTypeValues, SegmentationTypeValues, SegmentDescription
+from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentationTypeValues, SegmentDescription
 from highdicom.sr.coding import CodedConcept
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import ExplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from medfl_ray.data.label_codes import LabelCode, code_of
 from medfl_ray.data.uploads import Upload
@@ -43,7 +43,7 @@ def referable_headers(upload: Upload) -> tuple[FileDataset, ...]:
     for header in upload.headers:
         missing = [keyword for keyword in NEEDED if not header.get(keyword)]
         if missing:
-            raise DataError(f"the images have no {missing[0]}, so that no DICOM object can refer to them; ask for nifti")
+            raise DataError(f"the images have no {missing[0]}, and no DICOM object can refer to them; ask for nifti")
         for keyword in MAY_BE_EMPTY:
             if keyword not in header:
                 setattr(header, keyword, "")

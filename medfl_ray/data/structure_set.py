@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,7 +65,7 @@ def outlines(plane: npt.NDArray[np.bool_]) -> Iterator[Points]:
     padded = np.pad(plane.astype(np.float64), 1)
     generator = contour_generator(z=padded, fill_type=FillType.OuterOffset)
     for points, offsets in zip(*generator.filled(0.5, np.inf), strict=True):
-        rings = [_straightened(points[a:b][:-1, ::-1] - 1.0) for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        rings = [_straightened(points[a:b][:-1, ::-1] - 1.0) for a, b in pairwise(offsets)]
         outline = rings[0]
         for hole in rings[1:]:
             outline = _keyhole(outline, hole)
@@ -166,7 +167,7 @@ def _empty_object(header: FileDataset, origin: MaskOrigin) -> FileDataset:
         plan.SpecificCharacterSet = header.SpecificCharacterSet
     for keyword in COPIED:
         setattr(plan, keyword, header.get(keyword, ""))
-    now = datetime.datetime.now(tz=datetime.UTC)
+    now = dt.datetime.now(tz=dt.UTC)
     plan.Modality, plan.SeriesInstanceUID = "RTSTRUCT", generate_uid()
     plan.SeriesNumber, plan.InstanceNumber = SERIES_NUMBER + 1, 1
     plan.Manufacturer, plan.ManufacturerModelName, plan.OperatorsName = MANUFACTURER, MODEL_NAME, ""

@@ -6,7 +6,7 @@ import gzip
 import math
 import zlib
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
@@ -79,7 +79,7 @@ def _needed_bytes(start: bytes, limits: UploadLimits) -> tuple[int, int]:
         raise UnreadableFile(
             "the NIfTI header is truncated, or its voxels lie in another file; send one .nii or .nii.gz file"
         )
-    kind = nib.Nifti1Header if size == NIFTI1_BYTES else nib.Nifti2Header
+    kind: Any = nib.Nifti1Header if size == NIFTI1_BYTES else nib.Nifti2Header
     try:
         header = kind(start[:size], check=False)
         dtype = header.get_data_dtype()

@@ -17,7 +17,7 @@ from pydicom.uid import generate_uid
 
 from medfl_ray.data.contours import fill_regions
 from medfl_ray.data.label_codes import SYNONYMS, code_of
-from medfl_ray.data.mask_files import MASK_FORMATS, MaskOrigin, volumes_ml, write_mask
+from medfl_ray.data.mask_files import MASK_FORMATS, MaskOrigin, write_mask
 from medfl_ray.data.upload_limits import UploadLimits
 from medfl_ray.data.uploads import opened_upload
 from medfl_ray.data.volume import LPS_TO_RAS
@@ -213,16 +213,6 @@ def test_a_single_picture_has_a_seg_and_no_contours():
         assert np.array_equal(np.squeeze(seg.pixel_array), mask)
         with pytest.raises(DataError, match="frame of reference"):
             write_mask(mask, u, {1: "nodule"}, "rtstruct")
-
-
-def test_volumes_by_hand(series):
-    upload, _ = series
-    mask = np.zeros(upload.volume.spatial_shape, np.uint8)
-    mask[1:3, 2:5, 3:8] = 3
-    voxel_ml = abs(0.9 * 0.9 + 0.1 * 0.1) * 2.5 / 1000
-    assert volumes_ml(mask, upload.volume, LABELS) == pytest.approx(
-        {"liver": 0, "left kidney": 30 * voxel_ml, "something new": 0}
-    )
 
 
 @pytest.mark.parametrize(
