@@ -270,6 +270,22 @@ def test_a_package_that_is_not_whole_is_refused(tmp_path, package, damage):
     assert registry.versions() == []
 
 
+def test_a_file_that_changes_while_it_is_registered_is_refused(tmp_path, package, monkeypatch):
+    from medfl_ray.store.artifacts import ArtifactStore
+
+    put = ArtifactStore.put
+
+    def put_late(store, path):
+        if path.name == "model.onnx":
+            path.write_bytes(b"written by another export in this moment")
+        return put(store, path)
+
+    monkeypatch.setattr(ArtifactStore, "put", put_late)
+    with pytest.raises(RegistryError, match="not the file that"):
+        Registry(tmp_path / "registry").register("lesions", package, lineage())
+    assert Registry(tmp_path / "registry").versions() == []
+
+
 def test_an_onnx_file_that_the_description_does_not_name_stays_out(tmp_path, package):
     (package / "model.float16.onnx").write_bytes(b"left from an earlier export")
     version = Registry(tmp_path / "registry").register("lesions", package, lineage())
