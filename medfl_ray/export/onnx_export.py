@@ -22,13 +22,13 @@ from torch.export import Dim
 
 from medfl_ray.data.dataset import HospitalData
 from medfl_ray.errors import ExportError
-from medfl_ray.export.description import DESCRIPTION, PackageDescription, SlidingWindow, Variant
+from medfl_ray.export.description import DESCRIPTION, PackageDescription, Variant
 from medfl_ray.export.package import ModelPackage, load_run, open_public_data, read_package
 from medfl_ray.export.parity import Image, Parity, measure_parity, parity_images, patches_of
 from medfl_ray.export.weights import load_weights
 from medfl_ray.models.catalogue import build_network, onnx_size_note, size_divisor
 from medfl_ray.params import Vector, checksum, layout_of, load_into
-from medfl_ray.training.inference import BLENDING, OVERLAP, PADDING, SIGMA_SCALE
+from medfl_ray.training.inference import WINDOW
 
 INPUT, OUTPUT = "image", "logits"
 MODEL = "model.onnx"
@@ -116,7 +116,7 @@ def _describe(
         dynamic_space=not note,
         dynamic_space_note=note,
         preprocessing=package.preprocessing,
-        sliding_window=SlidingWindow(overlap=OVERLAP, mode=BLENDING, sigma_scale=SIGMA_SCALE, padding=PADDING),
+        sliding_window=WINDOW,
         privacy=package.privacy,
         weights_checksum=checksum(weights),
         opset=next(entry.version for entry in model.opset_import if entry.domain == ""),

@@ -6,20 +6,16 @@ Shapes: N images of one size, C channels, L output channels, S voxels per axis.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from medfl_ray.data.cases import PreparedCase
+from medfl_ray.data.windows import SlidingWindow
 from medfl_ray.errors import ModelError
 
-# Serving blends its windows by the same figures: the export writes them into the package.
-OVERLAP = 0.25
-SIGMA_SCALE = 0.125
-BLENDING: Final = "gaussian"
-PADDING: Final = "constant"
+WINDOW = SlidingWindow()
 WINDOWS_AT_ONCE = 4
 # Small images go through the network together, up to about as many voxels as one volume of 64 voxels an edge has.
 VOXELS_AT_ONCE = 64**3
@@ -34,8 +30,8 @@ def segment(network: nn.Module, images: Tensor, patch_size: tuple[int, ...]) -> 
 
     at_once = max(WINDOWS_AT_ONCE, len(images))
     logits = sliding_window_inference(
-        images, patch_size, at_once, network,
-        overlap=OVERLAP, mode=BLENDING, sigma_scale=SIGMA_SCALE, padding_mode=PADDING,
+        images, patch_size, at_once, network, overlap=WINDOW.overlap, mode=WINDOW.mode,
+        sigma_scale=WINDOW.sigma_scale, padding_mode=WINDOW.padding,
     )  # fmt: skip
     if not isinstance(logits, Tensor):
         raise ModelError(
