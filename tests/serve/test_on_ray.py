@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 import socket
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import nibabel as nib
 import numpy as np
 import pytest
 from local_service import wait_until_ready
@@ -79,6 +81,16 @@ def deployed(ray_cluster, tmp_path_factory) -> Iterator[Deployed]:
     ray_serve.shutdown()
 
 
+async def segment(client: httpx.AsyncClient, scan: bytes) -> tuple[int, str, set[int]]:
+    """Send one volume of several windows; return its status, its version, and the classes in the mask."""
+    answer = await client.post("/v2/models/tiny/segment", content=scan)
+    if answer.status_code != 200:
+        return answer.status_code, answer.text, set()
+    mask = nib.Nifti1Image.from_bytes(gzip.decompress(answer.content)).get_fdata()
+    assert mask.shape == (17, 18, 19)
+    return 200, answer.headers["X-Model-Version"], {int(value) // 10 for value in np.unique(mask)}
+
+
 async def ask(client: httpx.AsyncClient, num_windows: int = 24) -> tuple[int, str, set[int]]:
     """Send one request of several batches; return its status, the version that it names, and the classes in it."""
     body, headers = binary_request((num_windows, 1, 8, 8, 8), **LABELS_ONLY)
@@ -91,7 +103,7 @@ async def ask(client: httpx.AsyncClient, num_windows: int = 24) -> tuple[int, st
 
 
 def test_no_request_fails_or_mixes_versions_while_a_model_is_promoted_and_rolled_back(deployed):
-    over = threading.Event()
+    over, scan = threading.Event(), nib.Nifti1Image(np.zeros((17, 18, 19), np.float32), np.eye(4)).to_bytes()
 
     def change() -> None:
         for count in range(1000):
@@ -105,9 +117,9 @@ def test_no_request_fails_or_mixes_versions_while_a_model_is_promoted_and_rolled
             limits=httpx.Limits(max_connections=NUM_REQUESTS),
         ) as client:  # fmt: skip
             answers = []
-            for _ in range(3):  # all of a wave are under way at once
+            for _ in range(2):  # all of a wave are under way at once
                 answers += await asyncio.gather(*(ask(client) for _ in range(NUM_REQUESTS)))
-            return answers
+            return answers + await asyncio.gather(*(segment(client, scan) for _ in range(NUM_REQUESTS)))
 
     changing = threading.Thread(target=change)
     changing.start()

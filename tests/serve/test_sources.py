@@ -1,9 +1,12 @@
 """Where models come from: folders and the registry."""
 
 import pytest
+from model_registry import lineage
 from tiny_models import promote, write_model
 
-from medfl_ray.errors import ConfigError
+from medfl_ray.errors import ArtifactDamaged, ConfigError, MedflError
+from medfl_ray.store.promotion import Gate
+from medfl_ray.store.registry import Registry
 from serve.model_loader import ModelKey, Offer
 from serve.refusals import NotServed
 from serve.settings import ServeSettings
@@ -47,8 +50,46 @@ def test_either_a_folder_or_a_registry(tmp_path):
 def test_the_environment_fills_the_settings(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEDFL_MODELS", "packages")
+    monkeypatch.setenv("MEDFL_REGISTRY", "for the other commands")
     monkeypatch.setenv("MEDFL_SERVE_TOKENS", "/etc/tokens.json")
     settings = ServeSettings.from_environment()
     assert settings.models == tmp_path / "packages"  # another process would take a relative path for another folder
     assert str(settings.tokens) == "/etc/tokens.json"
     assert settings.registry is None
+
+
+@pytest.fixture
+def registry(tmp_path):
+    """A registry with two versions of one model; none is promoted."""
+    registry = Registry(tmp_path / "registry")
+    for mark in (1, 2):
+        write_model(tmp_path / f"package-{mark}", mark=mark)
+        registry.register("tiny", tmp_path / f"package-{mark}", lineage())
+    return registry
+
+
+def test_a_registrys_champion_is_served_and_every_version_may_be_asked_for(registry, tmp_path):
+    source = RegistrySource(registry)
+    assert source.offers() == {"tiny": Offer(("1", "2"), None)}
+    registry.promote("tiny", 1, gate=Gate())
+    assert source.offers()["tiny"].champion == "1"
+    registry.promote("tiny", 2, gate=Gate())
+    assert source.offers()["tiny"].champion == "2"
+    registry.rollback("tiny")
+    assert source.offers()["tiny"].champion == "1"
+    folder = source.package(ModelKey("tiny", "2"), tmp_path / "fetched")
+    assert (folder / "model.onnx").read_bytes() == (tmp_path / "package-2" / "model.onnx").read_bytes()
+
+
+def test_a_damaged_artifact_is_not_served(registry, tmp_path):
+    source = RegistrySource(registry)
+    (artifact,) = {version.files["model.onnx"] for version in registry.versions("tiny") if version.version == 1}
+    (path,) = [file for file in (tmp_path / "registry").rglob("*") if artifact.sha256 in str(file) and file.is_file()]
+    content = bytearray(path.read_bytes())
+    content[10] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(content)
+    with pytest.raises(ArtifactDamaged):
+        source.package(ModelKey("tiny", "1"), tmp_path / "fetched")
+    with pytest.raises(MedflError):
+        source.package(ModelKey("tiny", "7"), tmp_path / "fetched")
