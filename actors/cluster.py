@@ -80,11 +80,13 @@ def disconnect() -> None:
 
 
 def secure_environment() -> None:
-    """Set, before Ray is imported, what keeps our own cluster on loopback and behind a token."""
+    """Set, before Ray is imported, what keeps our own cluster on loopback, behind a token, and small in memory."""
     # Unless this is 0, Ray 2.55 rewrites a 127.0.0.1 node address to the machine's own and listens everywhere.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; silences its notice
+    # Serve's proxy takes this from its environment; without it an upload is whole in memory, twice.
+    os.environ.setdefault("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "serve.flow_control:middlewares")
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

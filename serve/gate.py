@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.auth import Role, TokenBook, check_role
+from serve.flow_control import hold_back
 from serve.limits import RateLimit, check_declared_size, limited
 from serve.refusals import Refusal, TooLarge, TooMany, Unauthenticated
 from serve.serving_metrics import ServingMetrics
@@ -37,18 +38,19 @@ class Gate:
         tokens: TokenBook,
         limits: Limits,
         metrics: ServingMetrics,
-        sets_request_id: bool,
+        behind_proxy: bool,
         open_routes: frozenset[str] = OPEN_ROUTES,
     ) -> None:
         """Stand before an application.
 
         Args:
           open_routes: addresses that need no token.
-          sets_request_id: write X-Request-ID into answers; Serve's proxy does so itself, with the id that it gave us.
+          behind_proxy: whether Serve's proxy stands before us. It writes X-Request-ID into answers itself, and hands
+            over bodies as fast as they come.
         """
         self._app, self._tokens, self._limits, self._metrics = app, tokens, limits, metrics
         self._rate = RateLimit(limits.requests_per_minute, limits.burst)
-        self._sets_request_id, self._open_routes = sets_request_id, open_routes
+        self._behind_proxy, self._open_routes = behind_proxy, open_routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one request through, or answer it here."""
@@ -60,7 +62,9 @@ class Gate:
             return
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get("x-request-id"))
-        answer = _Answer(send, request_id if self._sets_request_id else None)
+        if self._behind_proxy:
+            hold_back(receive)
+        answer = _Answer(send, None if self._behind_proxy else request_id)
         scope.setdefault("state", {})["request_id"] = request_id
         started = time.perf_counter()
         self._metrics.started()

@@ -41,7 +41,7 @@ def build_http_app(
 
     Args:
       routers: what is served beside the Open Inference Protocol.
-      behind_proxy: whether Serve's proxy stands before it, which writes X-Request-ID itself.
+      behind_proxy: whether Serve's proxy stands before it.
     """
 
     @contextlib.asynccontextmanager
@@ -72,7 +72,7 @@ def build_http_app(
         tokens=tokens,
         limits=settings.limits,
         metrics=metrics,
-        sets_request_id=not behind_proxy,
+        behind_proxy=behind_proxy,
         open_routes=open_routes,
     )  # the only one, and so before every route
     return app

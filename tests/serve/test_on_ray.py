@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import nibabel as nib
 import numpy as np
+import psutil
 import pytest
 from local_service import wait_until_ready
 from tiny_models import binary_request, json_request, promote, read_answer, write_model
@@ -226,6 +227,39 @@ def test_hostile_connections_are_refused_within_five_seconds(deployed):
     assert time.monotonic() - started < 30
     with deployed.client() as client:
         assert client.post(INFER, json=json_request()).status_code == 200
+
+
+def memory_of_serving() -> dict[int, int]:
+    """Bytes of memory that the proxy and the ingress have for themselves, by process."""
+    found = {}
+    for process in psutil.process_iter(["name", "cmdline"]):
+        words = " ".join(process.info["cmdline"] or ())
+        if words.startswith("ray::") and ("Proxy" in words or "ingress" in words):
+            memory = process.memory_info()
+            found[process.pid] = memory.rss - memory.shared
+    return found
+
+
+def test_a_large_upload_is_never_whole_in_memory(deployed):
+    before, peak, over = memory_of_serving(), {}, threading.Event()
+    assert len(before) >= 2
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            for process, size in memory_of_serving().items():
+                peak[process] = max(size, peak.get(process, 0))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        with deployed.client() as client:
+            parts = (b"\1" * 2**20 for _ in range(600))
+            answer = client.post(INFER, content=parts, headers={"Inference-Header-Content-Length": "10"})
+    finally:
+        over.set()
+        watching.join()
+    assert answer.status_code == 400  # it came to its end and was read
+    assert max(peak[process] - size for process, size in before.items()) < 200 * 2**20
 
 
 def test_the_proxys_request_id_comes_back_once(deployed):
