@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import logging
@@ -232,11 +233,12 @@ def test_hostile_connections_are_refused_within_five_seconds(deployed):
 def memory_of_serving() -> dict[int, int]:
     """Bytes of memory that the proxy and the ingress have for themselves, by process."""
     found = {}
-    for process in psutil.process_iter(["name", "cmdline"]):
-        words = " ".join(process.info["cmdline"] or ())
-        if words.startswith("ray::") and ("Proxy" in words or "ingress" in words):
-            memory = process.memory_info()
-            found[process.pid] = memory.rss - memory.shared
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            words = " ".join(process.cmdline())
+            if words.startswith("ray::") and ("Proxy" in words or "ingress" in words):
+                memory = process.memory_info()
+                found[process.pid] = memory.rss - memory.shared
     return found
 
 
