@@ -233,9 +233,7 @@ class OutputConfig(Section):
     )
     report: bool = Field(True, description="Write report.html.")
     export: bool = Field(True, description="Write model.onnx with its parity figure.")
-    register_model: bool = Field(
-        True, description="Register the exported model of a completed run as a candidate, under the run's name."
-    )
+    register_model: bool = Field(True, description="Register a completed run's exported model as a candidate.")
     keep_checkpoints: Positive = Field(3, description="Checkpoints kept besides the best one.")
 
 

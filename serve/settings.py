@@ -86,6 +86,8 @@ class ServeSettings(Section):
         values: dict[str, Any] = {
             field: os.environ[name] for name, field in ENVIRONMENT.items() if os.environ.get(name)
         }
+        if "models" in values:
+            values.pop("registry", None)  # set for the other commands, very likely
         # Another process, where a relative path would be another file, opens them.
         for field in {"models", "tokens"} & values.keys():
             values[field] = Path(values[field]).expanduser().absolute()

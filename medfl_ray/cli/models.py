@@ -80,8 +80,8 @@ def list_models(
         return
     if not versions:
         typer.echo("the registry holds no version; medfl-ray models register RUN adds one")
-        return
-    _print_table(versions)
+    for version in versions:
+        _print_version(version)
 
 
 @app.command()
@@ -244,27 +244,16 @@ def _document(version: ModelVersion) -> dict[str, object]:
     return {"stage": version.stage, **version.record.model_dump(mode="json"), **signed}
 
 
-def _print_table(versions: list[ModelVersion]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _print_version(version: ModelVersion) -> None:
     from medfl_ray.store.promotion import default_metric
 
-    table = Table("version", "stage", "run", "round", "figure", "largest epsilon", "registered")
-    for version in versions:
-        lineage = version.lineage
-        metric = default_metric(lineage)
-        figure = lineage.metrics[metric].text if metric in lineage.metrics else "not known"
-        table.add_row(
-            str(version),
-            version.stage,
-            lineage.run,
-            str(lineage.round),
-            f"{metric} {figure}",
-            lineage.privacy.text,
-            f"{version.record.at} by {version.record.actor}",
-        )
-    Console().print(table, highlight=False)
+    lineage = version.lineage
+    metric = default_metric(lineage)
+    figure = lineage.metrics[metric].text if metric in lineage.metrics else "not known"
+    typer.echo(f"{version}  {version.stage}, registered {version.record.at} by {version.record.actor}")
+    typer.echo(f"  run      {lineage.run}, round {lineage.round}, {lineage.strategy}")
+    typer.echo(f"  {metric:8} {figure} on {lineage.metrics_of}")
+    typer.echo(f"  privacy  {lineage.privacy.text}")
 
 
 def _print_decision(decision: Decision) -> None:

@@ -173,7 +173,8 @@ def _means(run: RunConfig, evaluations: Evaluations) -> tuple[dict[str, Figure],
     names = sorted({name for evaluation in evaluations.values() for name in evaluation.metrics})
     shown = sorted(name for name, e in evaluations.items() if any(m.value is not None for m in e.metrics.values()))
     where = ", ".join(shown) if len(shown) <= SHOWN_NAMES else f"{len(shown)} hospitals"
-    phantoms = "" if run.data.phantom is None else f", phantoms of seed {run.data.phantom.seed}"
+    made = run.data.phantom
+    phantoms = "" if made is None else f", phantoms {Path(made.preset).stem} of seed {made.seed}"
     whose = f"held-out patients of {where}{phantoms}" if shown else "held-out patients, whose figures are not shown"
     return {name: _mean(name, evaluations) for name in names}, whose
 

@@ -8,12 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medfl_ray.errors import ArtifactDamaged, RegistryError
 from medfl_ray.failpoints import failpoint
 from medfl_ray.store.artifacts import Artifact, ArtifactStore
-from medfl_ray.store.durable import file_sha256, sync_folder
+from medfl_ray.store.durable import file_sha256, sha256, sync_folder
 from medfl_ray.store.model_records import ModelVersion, VersionRecord, read_document
 
 DESCRIPTION = "model.json"
@@ -30,11 +30,18 @@ PACKAGE_FILES = (
 """What may be registered. A run's folder holds pictures, ledgers and keys too, which never leave it this way."""
 
 
-def package_files(folder: Path) -> dict[str, Path]:
+class PackageFile(NamedTuple):
+    """A file of a package, and the SHA-256 that it must have; None where nothing says."""
+
+    path: Path
+    sha256: str | None
+
+
+def package_files(folder: Path) -> dict[str, PackageFile]:
     """Return a package's files by name.
 
     Raises:
-      RegistryError: model.json or one of the ONNX files it names is missing, changed since, or no plain file.
+      RegistryError: model.json or one of the ONNX files it names is missing, or no plain file.
     """
     found = {name: folder / name for name in PACKAGE_FILES if os.path.lexists(folder / name)}
     for name, path in found.items():
@@ -44,31 +51,47 @@ def package_files(folder: Path) -> dict[str, Path]:
             )
     if DESCRIPTION not in found:
         raise RegistryError(f"{folder.name!r} has no {DESCRIPTION}; export the model first: medfl-ray export RUN")
-    variants = _variants(found[DESCRIPTION])
-    for variant, (name, digest) in variants.items():
+    expected = _described(found[DESCRIPTION])
+    for name in expected:
         if name not in found:
-            raise RegistryError(f"{folder.name!r} lacks the file of variant {variant!r}; run medfl-ray export again")
-        if file_sha256(found[name]) != digest:
+            raise RegistryError(
+                f"{folder.name!r} lacks {name!r}, which {DESCRIPTION} names; run medfl-ray export again"
+            )
+    belonging = {name: path for name, path in found.items() if not name.endswith(".onnx") or name in expected}
+    return {name: PackageFile(path, expected.get(name)) for name, path in belonging.items()}
+
+
+def keep_package(store: ArtifactStore, folder: Path) -> dict[str, Artifact]:
+    """Keep a package's files, each the one that model.json describes, also where somebody writes it meanwhile.
+
+    Raises:
+      RegistryError: the package is not whole, or a file is another.
+    """
+    kept = {}
+    for name, file in package_files(folder).items():
+        kept[name] = store.put(file.path)
+        if file.sha256 not in (None, kept[name].sha256):
             raise RegistryError(
                 f"{name!r} of {folder.name!r} is not the file that {DESCRIPTION} describes; run medfl-ray export again"
             )
-    described = {name for name, _ in variants.values()}
-    return {name: path for name, path in found.items() if not name.endswith(".onnx") or name in described}
+    return kept
 
 
-def _variants(path: Path) -> dict[str, tuple[str, str]]:
-    """Return file and SHA-256 of each variant; store does not know export, so it reads these two fields itself."""
+def _described(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of model.json itself and of each variant; store does not know export, so it reads these."""
     try:
-        variants = json.loads(path.read_bytes())["variants"]
-        files = {str(name): (str(entry["file"]), str(entry["sha256"])) for name, entry in variants.items()}
+        content = path.read_bytes()
+        variants = json.loads(content)["variants"]
+        files = {str(entry["file"]): str(entry["sha256"]) for entry in variants.values()}
+        complete = "float32" in variants
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
         raise RegistryError(
-            f"{DESCRIPTION} of {path.parent.name!r} names no ONNX files; it is damaged or of an earlier version: run "
-            "medfl-ray export again"
+            f"{DESCRIPTION} of {path.parent.name!r} names no float32 ONNX file; it is damaged or of an earlier "
+            "version: run medfl-ray export again"
         ) from None
-    if "float32" not in files:
-        raise RegistryError(f"{path.parent.name!r} has no float32 model; run medfl-ray export again")
-    return files
+    return {**files, DESCRIPTION: sha256(content)}
 
 
 def fetch_into(store: ArtifactStore, version: ModelVersion, into: Path) -> Path:

@@ -22,7 +22,7 @@ from medfl_ray.store.audit_log import Action, AuditEvent, Chain, LastSeen, actin
 from medfl_ray.store.database import Database
 from medfl_ray.store.lineage import Lineage, is_better
 from medfl_ray.store.model_records import VERSION_LABEL, ModelState, ModelVersion, Sealed, VersionRecord, checked_name
-from medfl_ray.store.package_files import fetch_into, package_files
+from medfl_ray.store.package_files import fetch_into, keep_package
 from medfl_ray.store.promotion import Decision, Gate, decide
 from medfl_ray.store.registry_key import RegistryKey
 from medfl_ray.store.registry_rows import Alias, ReadRows, WriteRows
@@ -83,7 +83,7 @@ class Registry:
         """
         checked_name(name)
         who = acting_user(actor)
-        files = {file: self._artifacts.put(path) for file, path in package_files(package_dir).items()}
+        files = keep_package(self._artifacts, package_dir)
         failpoint("registry.register.files")
 
         def change(rows: WriteRows) -> ModelVersion:
