@@ -19,11 +19,21 @@ from medfl_ray.export.predictor import label_values
 PRESET, SEED = "brain_glioma_demo", 7
 # Full-resolution convolutions at every level, as volumes are segmented in practice; 64^3 windows of two channels.
 SHORT_RUN = (
-    "name=inference", "model.type=segresnet", "model.features=[8,16,32,64]", "data.phantom.num_hospitals=2",
-    "data.phantom.patients_per_hospital=10", "data.phantom.size_voxels=128", "training.patch_size_voxels=64",
-    "training.batch_size=2", "training.foreground_fraction=0.7", "federation.rounds=8", "federation.local_steps=8",
-    "federation.baselines=[]", "privacy.enable_dp=false",
-)  # fmt: skip
+    "name=inference",
+    "model.type=segresnet",
+    "model.features=[8,16,32,64]",
+    "data.phantom.num_hospitals=2",
+    "data.phantom.patients_per_hospital=8",
+    "data.phantom.size_voxels=128",
+    "training.patch_size_voxels=64",
+    "training.batch_size=2",
+    "training.foreground_fraction=0.7",
+    "federation.rounds=6",
+    "federation.local_steps=10",
+    "federation.eval_every=6",
+    "federation.baselines=[]",
+    "privacy.enable_dp=false",
+)
 QUICK_RUN = (
     "model.features=[4,8]", "training.patch_size_voxels=32", "data.phantom.size_voxels=64", "federation.rounds=2"
 )  # fmt: skip
