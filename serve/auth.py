@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import os
 import re
 import secrets
@@ -12,16 +13,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
+import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from medfl_ray.errors import ConfigError
 from medfl_ray.store.durable import replace_file
 from medfl_ray.store.state_folders import state_root
-from serve.refusals import Forbidden, Unauthenticated
+from serve.refusals import Forbidden, Unauthenticated, Unavailable
 
 Role = Literal["infer", "observe"]
 TOKEN = re.compile(r"[A-Za-z0-9_-]{20,128}")
 RELOAD_S = 1.0
+log = structlog.get_logger("medfl_ray.serve")
 
 
 class Token(BaseModel):
@@ -137,6 +140,7 @@ class TokenBook:
 
         Raises:
           Unauthenticated: there is none, or it is not known.
+          Unavailable: the file was damaged since; a token that somebody meant to revoke must not stay valid.
         """
         scheme, _, secret = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not TOKEN.fullmatch(secret.strip()):
@@ -155,8 +159,14 @@ class TokenBook:
             return
         self._looked_at = now
         changed_at = self._changed_at()
-        if changed_at != self._seen:
+        if changed_at == self._seen:
+            return
+        try:
             self._tokens, self._seen = read_tokens(self._path), changed_at
+        except ConfigError as error:
+            self._looked_at = -math.inf
+            log.error("tokens_unreadable", reason=str(error))
+            raise Unavailable("the service's file of tokens cannot be used; its operator must repair it") from None
 
     def _changed_at(self) -> int:
         try:

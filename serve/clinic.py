@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fastapi import APIRouter, Request
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
@@ -215,7 +216,7 @@ async def receive_form(request: Request, folder: Path, limits: UploadLimits) -> 
                     await _write_parts(_parts_of(file), folder / UPLOAD, limits)
                     return folder / UPLOAD, fields
             return None, fields
-    except (MultiPartException, HTTPException) as error:
+    except (MultiPartException, HTTPException, FormParserError) as error:
         if isinstance(error.__cause__, Refusal):
             raise error.__cause__ from None
         raise Refusal("the form is damaged or has more than one file; send one, zipped if it is a series") from None

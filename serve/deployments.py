@@ -13,16 +13,18 @@ from ray import serve as ray_serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
+from medfl_ray.data.upload_limits import UploadLimits
 from medfl_ray.errors import ConfigError
 from serve.auth import TokenBook, tokens_path
 from serve.backend import Backend
+from serve.clinic import clinical_routers
 from serve.http_app import build_http_app
 from serve.logs import configure_logs
 from serve.model_loader import Catalogue, ModelSource
 from serve.ray_replicas import RayReplicas
 from serve.replica import LoadedModel, ModelReplica, WindowBatch
 from serve.serving_metrics import ServingMetrics
-from serve.settings import ServeSettings
+from serve.settings import Limits, ServeSettings
 from serve.sources import open_source
 
 MODELS, INGRESS = "models", "ingress"
@@ -33,7 +35,8 @@ INGRESS_REQUESTS = 512
 
 def application(settings: ServeSettings) -> Application:
     """Return the application: an ingress that speaks HTTP, and model replicas that it sends work to."""
-    return _ingress(settings).bind(_models(settings).bind(_source_of(settings), settings))
+    bound: Application = _ingress(settings).bind(_models(settings).bind(_source_of(settings), settings))
+    return bound
 
 
 def _source_of(settings: ServeSettings) -> Callable[[], ModelSource]:
@@ -75,7 +78,9 @@ def _batching_replica(settings: ServeSettings) -> type[ModelReplica]:
         return max(len(batches), math.ceil(most * voxels / capacity))
 
     class BatchingReplica(ModelReplica):
-        @ray_serve.multiplexed(max_num_models_per_replica=settings.models_per_replica)
+        @ray_serve.multiplexed(  # type: ignore[untyped-decorator]
+            max_num_models_per_replica=settings.models_per_replica
+        )
         async def load(self, model_id: str) -> LoadedModel:
             return await ModelReplica.load(self, model_id)
 
@@ -111,4 +116,10 @@ def _http_app(settings: ServeSettings) -> FastAPI:
     tokens = TokenBook(tokens_path(settings.tokens))
     if tokens.is_empty:
         raise ConfigError("there are no tokens, so nobody could use the service; make one: medfl-ray tokens add NAME")
-    return build_http_app(backend, settings, tokens, metrics, behind_proxy=True)
+    routers = clinical_routers(backend, upload_limits(settings.limits), settings.pacs)
+    return build_http_app(backend, settings, tokens, metrics, routers, behind_proxy=True)
+
+
+def upload_limits(limits: Limits) -> UploadLimits:
+    """Return the limits of uploaded images that follow from those of requests."""
+    return UploadLimits(max_upload_bytes=limits.max_upload_bytes, upload_seconds=limits.upload_timeout_s)

@@ -32,16 +32,23 @@ class Gate:
     """ASGI middleware around the whole application; there is no way in beside it."""
 
     def __init__(
-        self, app: ASGIApp, tokens: TokenBook, limits: Limits, metrics: ServingMetrics, sets_request_id: bool
+        self,
+        app: ASGIApp,
+        tokens: TokenBook,
+        limits: Limits,
+        metrics: ServingMetrics,
+        sets_request_id: bool,
+        open_routes: frozenset[str] = OPEN_ROUTES,
     ) -> None:
         """Stand before an application.
 
         Args:
+          open_routes: addresses that need no token.
           sets_request_id: write X-Request-ID into answers; Serve's proxy does so itself, with the id that it gave us.
         """
         self._app, self._tokens, self._limits, self._metrics = app, tokens, limits, metrics
         self._rate = RateLimit(limits.requests_per_minute, limits.burst)
-        self._sets_request_id = sets_request_id
+        self._sets_request_id, self._open_routes = sets_request_id, open_routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one request through, or answer it here."""
@@ -62,17 +69,15 @@ class Gate:
         finally:
             seconds, route = time.perf_counter() - started, _route(scope)
             self._metrics.ended(route, answer.status, seconds)
-            if _path(scope) not in OPEN_ROUTES:
+            if _path(scope) not in self._open_routes:
                 self._note(scope, route, answer.status, seconds)
 
     async def _pass(self, scope: Scope, headers: Headers, receive: Receive, answer: _Answer) -> None:
         try:
             self._check(scope, headers)
+            await self._app(scope, receive, answer)
         except Refusal as refusal:
             await refusal_response(refusal)(scope, receive, answer)
-            return
-        try:
-            await self._app(scope, receive, answer)
         except Exception as error:  # noqa: BLE001 - no words of a traceback leave the service
             request_id = scope["state"]["request_id"]
             log.error("request_failed", error=type(error).__name__, where=_where(error), request_id=request_id)
@@ -84,7 +89,7 @@ class Gate:
         path = _path(scope)
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
             raise TooLarge(f"the request's headers are larger than {MOST_HEADER_BYTES} bytes")
-        if path not in OPEN_ROUTES:
+        if path not in self._open_routes:
             token = self._tokens.identify(headers.get("authorization"))
             scope["state"]["token"] = token.name
             self._rate.admit(token.name)

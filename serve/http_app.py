@@ -19,11 +19,12 @@ import medfl_ray
 from medfl_ray.errors import MedflError
 from serve.auth import TokenBook
 from serve.backend import Backend
-from serve.gate import LEFT, METRICS_ROUTE, Gate, refusal_response
+from serve.gate import LEFT, METRICS_ROUTE, OPEN_ROUTES, Gate, refusal_response
 from serve.open_inference_routes import open_inference_router
 from serve.refusals import Refusal, status_of
 from serve.serving_metrics import ServingMetrics
 from serve.settings import ServeSettings
+from serve.sign_in import SIGN_IN_ROUTES, sign_in_router
 
 log = structlog.get_logger("medfl_ray.serve")
 
@@ -52,6 +53,10 @@ def build_http_app(
             await task
 
     app = FastAPI(title="medfl-ray", version=medfl_ray.__version__, docs_url=None, redoc_url=None, lifespan=following)
+    open_routes = OPEN_ROUTES
+    if settings.slicer_sign_in:
+        app.include_router(sign_in_router(tokens))
+        open_routes |= SIGN_IN_ROUTES
     app.include_router(open_inference_router(backend, settings.limits))
     for router in routers:
         app.include_router(router)
@@ -63,7 +68,12 @@ def build_http_app(
 
     _answer_errors(app)
     app.add_middleware(
-        Gate, tokens=tokens, limits=settings.limits, metrics=metrics, sets_request_id=not behind_proxy
+        Gate,
+        tokens=tokens,
+        limits=settings.limits,
+        metrics=metrics,
+        sets_request_id=not behind_proxy,
+        open_routes=open_routes,
     )  # the only one, and so before every route
     return app
 

@@ -48,7 +48,7 @@ def served(
         yield f"http://{host}:{port}"
         ray_serve.delete(APPLICATION)  # requests that are being answered come to their end
         if not cluster.started:
-            ray_serve.shutdown()
+            ray_serve.shutdown()  # type: ignore[no-untyped-call]
     finally:
         disconnect()
 

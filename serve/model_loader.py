@@ -78,6 +78,7 @@ class Catalogue:
           on_change: called with each version that has become the served one.
         """
         self._source, self._describe, self._only, self._on_change = source, describe, only, on_change
+        self._has_looked = False
         self._offers: dict[str, Offer] = {}
         self._champions: dict[str, ModelKey] = {}
         self._refused: set[ModelKey] = set()
@@ -85,8 +86,8 @@ class Catalogue:
 
     @property
     def ready(self) -> bool:
-        """Whether a model is loaded and can answer."""
-        return bool(self._champions)
+        """Whether every champion of the first look was loaded, if it could be, and one can answer."""
+        return self._has_looked and bool(self._champions)
 
     @property
     def champions(self) -> Mapping[str, ModelKey]:
@@ -147,6 +148,7 @@ class Catalogue:
                 self._champions.pop(name, None)
             elif self._champions.get(name) != (key := ModelKey(name, offer.champion)):
                 await self._take_over(key)
+        self._has_looked = True
 
     async def _take_over(self, key: ModelKey) -> None:
         try:

@@ -255,7 +255,8 @@ def write_answer(
             "datatype": "UINT8" if tensor.dtype == np.uint8 else "FP32",
         }
         if binary:
-            blobs.append(memoryview(np.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("<"))).cast("B"))
+            little_endian = np.ascontiguousarray(tensor, dtype="u1" if tensor.dtype == np.uint8 else "<f4")
+            blobs.append(little_endian.data.cast("B"))
             entry["parameters"] = {"binary_data_size": len(blobs[-1])}
         else:
             entry["data"] = tensor.reshape(-1).tolist()

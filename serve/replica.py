@@ -24,6 +24,7 @@ from medfl_ray.errors import InferenceError
 from medfl_ray.export.description import PackageDescription
 from medfl_ray.export.onnx_session import OnnxModel
 from medfl_ray.export.predictor import Predictor, Segmentation, SegmentationSteps
+from medfl_ray.export.sliding_window import batches
 from serve.drift import shift_of
 from serve.model_loader import ModelKey, ModelSource
 from serve.settings import ServeSettings
@@ -112,15 +113,15 @@ class ModelReplica:
         """Return the logits of windows, and how many windows ran together."""
         return (await self.run_together([batch]))[0]
 
-    async def run_together(self, batches: list[WindowBatch]) -> list[tuple[Array, int]]:
+    async def run_together(self, asked: list[WindowBatch]) -> list[tuple[Array, int]]:
         """Run windows of several requests for one version in one onnxruntime call per shape of window."""
-        answers: list[tuple[Array, int] | None] = [None] * len(batches)
+        answers: list[tuple[Array, int] | None] = [None] * len(asked)
         groups: dict[tuple[object, ...], list[int]] = {}
-        for place, batch in enumerate(batches):
+        for place, batch in enumerate(asked):
             groups.setdefault((batch.model.key, batch.windows.shape[1:]), []).append(place)
         for places in groups.values():
-            windows = [batches[place].windows for place in places]
-            model = batches[places[0]].model.predictor.model
+            windows = [asked[place].windows for place in places]
+            model = asked[places[0]].model.predictor.model
             joined = windows[0] if len(windows) == 1 else np.concatenate(windows)
             logits = await self._on_compute_thread(lambda model=model, joined=joined: model.run(joined))  # type: ignore[misc]
             first = 0
@@ -130,11 +131,18 @@ class ModelReplica:
         return [answer for answer in answers if answer is not None]
 
     async def describe(self, model_id: str) -> PackageDescription:
-        """Load a version, run it once, and return what its package says of itself."""
+        """Load a version, take an empty image through it, and return what its package says of itself.
+
+        The first image through a new process would else wait for libraries to be imported.
+        """
         model = await self.load(model_id)
         description = model.description
-        example = np.zeros((1, description.num_channels, *description.patch_size), dtype=np.float32)
-        await self.run_windows(WindowBatch(model, example))
+        empty = np.zeros((description.num_channels, *description.patch_size), dtype=np.float32)
+        if description.task == "segmentation":
+            async for _ in self.segment(model_id, Volume(empty, np.eye(4))):
+                continue
+        else:
+            await self.run_windows(WindowBatch(model, empty[None]))
         return description
 
     async def infer(self, model_id: str, tensor: Array) -> TensorAnswer:
@@ -158,14 +166,14 @@ class ModelReplica:
             yield 0.0
             steps = await asyncio.to_thread(model.predictor.start, volume)
             shifts = await asyncio.to_thread(_shifts, model, volume)
-            size, sizes = self._windows_at_once(model.description.patch_size), []
+            sizes: list[int] = []
             told = 0.0
-            for first in range(0, len(steps.plan), size):
-                numbers = range(first, min(first + size, len(steps.plan)))
-                sizes.append(await self._run_part(model, steps, numbers))
+            async for together in self._blended(model, steps):
+                sizes.append(together)
                 if steps.fraction_done - told >= 0.05:  # each word costs a message between processes
                     told = steps.fraction_done
                     yield told
+            yield steps.fraction_done
             segmentation = replace(await asyncio.to_thread(steps.finish), model=model.key.name)
             yield SegmentAnswer(
                 model.key, segmentation, WorkReport(time.perf_counter() - started, tuple(sizes), shifts)
@@ -181,11 +189,23 @@ class ModelReplica:
         if since is not None and time.monotonic() - since > self._settings.limits.inference_timeout_s:
             raise InferenceError("onnxruntime has not come back for longer than a request may take")
 
-    async def _run_part(self, model: LoadedModel, steps: SegmentationSteps, numbers: Sequence[int]) -> int:
-        windows = await asyncio.to_thread(steps.windows, list(numbers))
-        logits, together = await self.run_windows(WindowBatch(model, windows))
-        await asyncio.to_thread(_add_all, steps, numbers, logits)
-        return together
+    async def _blended(self, model: LoadedModel, steps: SegmentationSteps) -> AsyncIterator[int]:
+        """Run all windows; yield how many ran together. While one batch runs, the one before it is blended."""
+        size = self._windows_at_once(model.description.patch_size)
+        ready: tuple[Sequence[int], Array] | None = None
+        for numbers in batches(len(steps.plan), size):
+            windows = await asyncio.to_thread(steps.windows, numbers)
+            running = asyncio.ensure_future(self.run_windows(WindowBatch(model, windows)))
+            try:
+                if ready is not None:
+                    await asyncio.to_thread(_add_all, steps, *ready)
+                logits, together = await running
+            finally:
+                running.cancel()  # of a request that is gone; nothing where it has ended
+            ready = (numbers, logits)
+            yield together
+        if ready is not None:
+            await asyncio.to_thread(_add_all, steps, *ready)
 
     def _windows_at_once(self, shape: Sequence[int]) -> int:
         return max(1, self._settings.voxels_per_batch // max(1, math.prod(shape)))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from medfl_ray.config_base import Fraction, Positive, PositiveFloat, Section
+from serve.pacs import PacsTarget
 
 ENVIRONMENT = {
     "MEDFL_MODELS": "models",
@@ -72,6 +73,10 @@ class ServeSettings(Section):
         default=0.5, description="Mean shift of input intensities, in standard deviations, that raises the alert."
     )
     drift_smoothing: Fraction = Field(default=0.1, description="Weight of the newest volume in the mean shift.")
+    slicer_sign_in: bool = Field(
+        default=False, description="Let 3D Slicer's MONAI Label plug-in sign in with a token as its password."
+    )
+    pacs: tuple[PacsTarget, ...] = Field(default=(), description="PACS that results may be sent to.")
     limits: Limits = Limits()
     scaling: Scaling = Scaling()
 
@@ -81,6 +86,8 @@ class ServeSettings(Section):
         values: dict[str, Any] = {
             field: os.environ[name] for name, field in ENVIRONMENT.items() if os.environ.get(name)
         }
+        if "models" in values:
+            values.pop("registry", None)  # set for the other commands, very likely
         # Another process, where a relative path would be another file, opens them.
         for field in {"models", "tokens"} & values.keys():
             values[field] = Path(values[field]).expanduser().absolute()

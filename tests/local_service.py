@@ -19,10 +19,11 @@ from starlette.types import ASGIApp
 from serve.auth import TokenBook, add_token
 from serve.backend import Backend, LocalReplicas
 from serve.http_app import build_http_app
-from serve.model_loader import Catalogue, FolderSource
+from serve.model_loader import Catalogue
 from serve.replica import ModelReplica
 from serve.serving_metrics import ServingMetrics
 from serve.settings import ServeSettings
+from serve.sources import FolderSource
 
 
 @dataclass

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,13 +35,21 @@ def deploy(
     ] = None,
     max_replicas: Annotated[int, typer.Option(min=1, help="Replicas under load.")] = 1,
     tokens: Annotated[Path | None, typer.Option(help="File of tokens; see medfl-ray tokens.")] = None,
+    slicer: Annotated[
+        bool, typer.Option("--slicer", help="Let 3D Slicer's MONAI Label plug-in sign in, a token as its password.")
+    ] = False,
     ray_address: Annotated[str | None, typer.Option(help="Address of a Ray cluster to join.")] = None,
 ) -> None:
     """Serve a model over HTTP until Ctrl-C: Open Inference Protocol, volumes in and masks out, MONAI Label."""
     from serve.auth import tokens_path
     from serve.launcher import served
 
-    settings = _settings(model, registry, variant, cpus or _cores(), max_replicas, tokens_path(tokens).absolute())
+    scaling = {"num_cpus": cpus or _cores(), "max_replicas": max_replicas}
+    settings = _settings(
+        model,
+        registry,
+        {"variant": variant, "scaling": scaling, "tokens": tokens_path(tokens).absolute(), "slicer_sign_in": slicer},
+    )
     _make_first_token(tokens_path(tokens))
     typer.echo("starting  Ray, Serve and the model")
     with served(settings, host, port, ray_address) as url, _stop_signals() as stop:
@@ -50,9 +58,7 @@ def deploy(
         typer.echo("stopping  requests that are being answered come to their end")
 
 
-def _settings(
-    model: str, registry: str | None, variant: Variant, cpus: int, max_replicas: int, tokens: Path
-) -> ServeSettings:
+def _settings(model: str, registry: str | None, common: dict[str, Any]) -> ServeSettings:
     """Take the model for a folder if there is one of that name, else for a registered model.
 
     Raises:
@@ -61,8 +67,6 @@ def _settings(
     from serve.settings import ServeSettings
     from serve.sources import open_source
 
-    scaling = {"num_cpus": cpus, "max_replicas": max_replicas}
-    common = {"tokens": tokens, "variant": variant, "scaling": scaling}
     if registry is None and Path(model).is_dir():
         return ServeSettings.model_validate({"models": Path(model).absolute(), **common})
     settings = ServeSettings.model_validate({"registry": registry, "only": model, **common})

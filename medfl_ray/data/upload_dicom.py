@@ -153,7 +153,8 @@ def _num_voxels(header: FileDataset, file: Path, number: int, limits: UploadLimi
         shape = tuple(int(header.get(key) or 0) for key in ("Rows", "Columns"))
         frames = int(header.get("NumberOfFrames") or 1)
         samples, bits = int(header.get("SamplesPerPixel") or 1), int(header.get("BitsAllocated") or 0)
-        encapsulated = bool(header.file_meta.TransferSyntaxUID.is_compressed)
+        syntax = header.file_meta.TransferSyntaxUID
+        packed = bool(syntax.is_encapsulated or syntax.is_deflated)
     except DAMAGE as error:
         raise UnreadableFile(
             f"DICOM file {number} has a damaged size or transfer syntax ({type(error).__name__}); export it again"
@@ -175,7 +176,7 @@ def _num_voxels(header: FileDataset, file: Path, number: int, limits: UploadLimi
     if str(header.get("PhotometricInterpretation", "")) == "YBR_FULL_422":
         needed = needed * 2 // 3
     size = file.stat().st_size
-    if not encapsulated and size < needed:
+    if not packed and size < needed:
         raise UnreadableFile(
             f"DICOM file {number} is truncated: its pixels need {needed} bytes and the whole file has {size}"
         )

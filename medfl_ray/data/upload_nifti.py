@@ -87,11 +87,19 @@ def _needed_bytes(start: bytes, limits: UploadLimits) -> tuple[int, int]:
         raise UnreadableFile(f"the NIfTI header is damaged ({type(error).__name__}); write it again") from None
     if dtype.names or dtype.kind == "c" or dtype.itemsize > 8:
         raise UnreadableFile(f"the NIfTI voxels are of type {dtype.name}; expected whole numbers, float32 or float64")
+    _check_spacing(header)
     dimensions = [int(value) for value in header["dim"]]
     if not 2 <= dimensions[0] <= 5:
         raise UnreadableFile(f"the NIfTI header has {dimensions[0]} axes; expected 2, 3, or 4 with channels last")
     num_voxels = check_shape(tuple(dimensions[1 : 1 + dimensions[0]]), limits)
     return _offset(float(header["vox_offset"]), size, limits) + num_voxels * dtype.itemsize, num_voxels
+
+
+def _check_spacing(header: Any) -> None:
+    """Refuse spacings of nothing, which nibabel would take for a millimetre; an sform states them itself."""
+    spacing = [float(value) for value in header["pixdim"][1:4]]
+    if int(header["sform_code"]) <= 0 and not all(math.isfinite(value) and value for value in spacing):
+        raise UnreadableFile("the NIfTI header has a voxel spacing of zero or nothing; correct it")
 
 
 def _offset(value: float, header_bytes: int, limits: UploadLimits) -> int:

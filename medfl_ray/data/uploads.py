@@ -22,7 +22,7 @@ from medfl_ray.data.upload_limits import Grant, UploadLimits, no_grant
 from medfl_ray.data.upload_nifti import is_nifti, read_nifti_upload
 from medfl_ray.data.upload_nrrd import read_nrrd_upload
 from medfl_ray.data.volume import Volume
-from medfl_ray.errors import UnreadableFile
+from medfl_ray.errors import DataError, UnreadableFile
 
 Kind = Literal["nifti", "nrrd", "dicom"]
 
@@ -65,12 +65,18 @@ def read_upload(
     """
     try:
         return _read(path, limits, workspace, series, grant)
+    except DataError:
+        raise
     except MemoryError:
         raise UnreadableFile("the upload asks for more memory than it may have; it is damaged, or too large") from None
     except RecursionError:
         raise UnreadableFile("the upload is nested too deeply; it is damaged") from None
     except OSError as error:
         raise UnreadableFile(f"the file cannot be read ({error.strerror or type(error).__name__})") from None
+    except Exception as error:  # noqa: BLE001 - a stranger's values fail anywhere: as numbers, as text, as sequences
+        raise UnreadableFile(
+            f"the upload is damaged ({type(error).__name__}); export it again from its source"
+        ) from None
 
 
 def _read(path: Path, limits: UploadLimits, workspace: Path, series: Sequence[str], grant: Grant) -> Upload:

@@ -11,23 +11,23 @@ from local_service import LocalService, local_service, running
 from tiny_models import promote, write_model
 
 
-@pytest.fixture
-def models(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two versions of one model; the first is promoted."""
-    folder = tmp_path / "models"
+    folder = tmp_path_factory.mktemp("served") / "models"
     write_model(folder / "tiny" / "1", mark=1)
     write_model(folder / "tiny" / "2", mark=2)
     promote(folder, 1)
     return folder
 
 
-@pytest.fixture
-def service(models: Path, tmp_path: Path) -> LocalService:
+@pytest.fixture(scope="module")
+def service(models: Path) -> LocalService:
     """The application over one replica in this process."""
-    return local_service(models, tmp_path)
+    return local_service(models, models.parent, limits={"burst": 10_000, "stall_timeout_s": 0.5})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(service: LocalService) -> Iterator[httpx.Client]:
     """A client with a valid token, of a running application."""
     with running(service) as client:
