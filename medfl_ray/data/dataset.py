@@ -104,6 +104,16 @@ class HospitalData:
         return len(self._cases_of_patient)
 
     @property
+    def train(self) -> Sequence[PreparedCase]:
+        """Training cases, prepared on first use; of private data for use inside the hospital only."""
+        return self._cases
+
+    @property
+    def train_loaders(self) -> tuple[Loader, ...]:
+        """What reads and prepares each training case."""
+        return tuple(loader for hospital in self._hospitals for patient in hospital.train for loader in patient)
+
+    @property
     def holdout(self) -> Sequence[PreparedCase]:
         """Held-out cases, prepared on first use."""
         return self._holdout

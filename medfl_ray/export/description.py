@@ -40,13 +40,15 @@ class Fingerprint(_Part):
 class Variant(_Part):
     """One ONNX file of the package and what its precision costs, measured on the images that `images` names.
 
-    `dice_loss` is 1 minus the Dice with the float32 labels; `speed` is float32's seconds over this one's.
+    `dice_loss` is 1 minus the Dice with the float32 labels; `truth_loss` is what float32's Dice with the true labels
+    is above this one's, where the images have labels; `speed` is float32's seconds over this one's.
     """
 
     file: str
     sha256: str
     size_bytes: int
     dice_loss: float | None = None
+    truth_loss: float | None = None
     speed: float | None = None
     images: str = ""
 

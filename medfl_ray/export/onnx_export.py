@@ -7,9 +7,9 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,14 @@ from torch.export import Dim
 
 from medfl_ray.data.dataset import HospitalData
 from medfl_ray.errors import ExportError
-from medfl_ray.export.description import DESCRIPTION, PackageDescription, Variant
+from medfl_ray.export.calibration import CalibrationFolder, open_images
+from medfl_ray.export.description import DESCRIPTION, PackageDescription, Variant, VariantName
+from medfl_ray.export.fingerprint import fingerprint_of
+from medfl_ray.export.model_card import CARDS, write_card
+from medfl_ray.export.optimise import graph_forms, slim
 from medfl_ray.export.package import ModelPackage, load_run, open_public_data, read_package
-from medfl_ray.export.parity import Image, Parity, measure_parity, parity_images, patches_of
+from medfl_ray.export.parity import NUM_IMAGES, Image, Parity, measure_parity, parity_images, patches_of
+from medfl_ray.export.variants import FILES, write_variant
 from medfl_ray.export.weights import load_weights
 from medfl_ray.models.catalogue import build_network, onnx_size_note, size_divisor
 from medfl_ray.params import Vector, checksum, layout_of, load_into
@@ -34,20 +39,33 @@ INPUT, OUTPUT = "image", "logits"
 MODEL = "model.onnx"
 
 
-def export_run(run_dir: Path) -> Parity:
-    """Write model.onnx and model.json of a finished run from its model.safetensors.
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote into a folder."""
+
+    parity: Parity
+    description: PackageDescription
+
+
+def export_run(
+    run_dir: Path, variants: Sequence[VariantName] = (), calibration: CalibrationFolder | None = None
+) -> Exported:
+    """Write a finished run's model package into its folder: model.onnx, variants, model.json and the model card.
 
     Raises:
       ConfigError: the folder is not a run's.
       ExportError: the run has not ended, its weights do not fit, or parity failed; then no model.onnx is left.
     """
-    for name in (MODEL, DESCRIPTION):
+    for name in (MODEL, *FILES.values(), DESCRIPTION, *CARDS):
         (run_dir / name).unlink(missing_ok=True)
     run = load_run(run_dir)
     data = open_public_data(run)
     package = read_package(run_dir, run, data)
     layout = layout_of(network_of(package))
-    return export_onnx(package, load_weights(run_dir / "model.safetensors", layout), run_dir, data)
+    weights = load_weights(run_dir / "model.safetensors", layout)
+    exported = export_onnx(package, weights, run_dir, data, variants, calibration)
+    write_card(run_dir, run, exported.description)
+    return exported
 
 
 def network_of(package: ModelPackage) -> nn.Module:
@@ -57,29 +75,59 @@ def network_of(package: ModelPackage) -> nn.Module:
     ).eval()
 
 
-def export_onnx(package: ModelPackage, weights: Vector, directory: Path, data: HospitalData | None = None) -> Parity:
-    """Write model.onnx and, beside it, model.json with everything that serving needs.
+def export_onnx(
+    package: ModelPackage,
+    weights: Vector,
+    directory: Path,
+    data: HospitalData | None = None,
+    variants: Sequence[VariantName] = (),
+    calibration: CalibrationFolder | None = None,
+) -> Exported:
+    """Write model.onnx, the variants asked for and, beside them, model.json with everything that serving needs.
 
     Args:
       weights: [P].
-      data: a hospital's data that are not private, for the parity check; phantoms when None.
+      data: a hospital's data that are not private, for parity, calibration and fingerprint; phantoms when None.
+      calibration: a folder to take instead of these for the variants, and for parity where there is nothing else.
 
     Raises:
-      ExportError: torch cannot export the network, the file is not valid ONNX, or parity failed.
+      ExportError: torch cannot export the network, the file is not valid ONNX, parity failed, or a variant loses too
+        much.
     """
     network = network_of(package)
     load_into(network, weights)
-    images, origin = parity_images(package, data)
+    shown = open_images(package, data, calibration) if variants or calibration is not None else None
+    if shown is not None and calibration is not None:
+        images, origin = list(shown.measured[:NUM_IMAGES]), shown.origin
+    else:
+        images, origin = parity_images(package, data)
     sizes = _sizes(package)
     batches = [patches_of(images[:1], sizes[0]), *(patches_of(images, size) for size in sizes)]
-    model = _to_onnx(network, batches[-1], dynamic_space=len(sizes) > 1)
+    plain = _to_onnx(network, batches[-1], dynamic_space=len(sizes) > 1)
     with _unfinished(directory / MODEL) as path:
-        _save_checked(model, path)
-        parity = measure_parity(network, _runner(path), batches, origin)
-        description = _describe(package, weights, model, _variant(path), parity)
+        parity = _save_first_equal(plain, path, lambda run: measure_parity(network, run, batches, origin))
+        description = _describe(package, weights, plain, _variant(path), parity, data)
+    if shown is not None:
+        made = {name: write_variant(name, directory, slim(plain), description, shown) for name in variants}
+        description = description.model_copy(update={"variants": {**description.variants, **made}})
     with _unfinished(directory / DESCRIPTION) as path:
         path.write_text(description.model_dump_json(indent=1), encoding="utf-8")
-    return parity
+    return Exported(parity, description)
+
+
+def _save_first_equal(
+    plain: onnx.ModelProto, path: Path, check: Callable[[Callable[[Image], Image]], Parity]
+) -> Parity:
+    """Write the fastest form of a graph that holds parity, the exporter's own at the latest."""
+    failed: ExportError | None = None
+    for model in graph_forms(plain):
+        try:
+            _save_checked(model, path)
+            return check(_runner(path))
+        except ExportError as error:
+            failed = error
+    assert failed is not None
+    raise failed
 
 
 def _sizes(package: ModelPackage) -> list[tuple[int, ...]]:
@@ -99,7 +147,12 @@ def _variant(path: Path) -> Variant:
 
 
 def _describe(
-    package: ModelPackage, weights: Vector, model: onnx.ModelProto, float32: Variant, parity: Parity
+    package: ModelPackage,
+    weights: Vector,
+    model: onnx.ModelProto,
+    float32: Variant,
+    parity: Parity,
+    data: HospitalData | None,
 ) -> PackageDescription:
     note = onnx_size_note(package.model)
     return PackageDescription(
@@ -117,6 +170,7 @@ def _describe(
         dynamic_space_note=note,
         preprocessing=package.preprocessing,
         sliding_window=WINDOW,
+        fingerprint=fingerprint_of(data) if data is not None else None,
         privacy=package.privacy,
         weights_checksum=checksum(weights),
         opset=next(entry.version for entry in model.opset_import if entry.domain == ""),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from medfl_ray.errors import ExportError, InferenceError
 from medfl_ray.export.description import PackageDescription, VariantName, read_description
+from medfl_ray.export.onnx_check import check_onnx_content
 
 Array = npt.NDArray[np.float32]
 ONNX_TYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -67,12 +68,12 @@ class OnnxModel:
           providers: onnxruntime's execution providers, best first; by default a GPU where there is one.
 
         Raises:
-          ExportError: the variant does not exist, its file is not the one that model.json names, it keeps weights in
-            other files, or onnxruntime cannot load it.
+          ExportError: the variant does not exist, its file is not the one that model.json names, it asks for other
+            files or libraries, or onnxruntime cannot load it.
         """
         description = read_description(package_dir)
         content = _read_checked(package_dir, description, variant)
-        refuse_external_data(content)
+        check_onnx_content(content, description.variants[variant].file)
         return cls(content, description, num_threads, providers)
 
     @property
@@ -116,39 +117,6 @@ def _read_checked(package_dir: Path, description: PackageDescription, variant: V
             "SHA-256); it is damaged or was exchanged. Fetch or export it again"
         )
     return content
-
-
-def refuse_external_data(content: bytes) -> None:
-    """Check that a model carries all its weights; a reference to another file could read any file of the machine.
-
-    Raises:
-      ExportError: it has such references, or is not ONNX.
-    """
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load_from_string(content)
-    except DecodeError:
-        raise ExportError("the model's file is not ONNX; export it again") from None
-    graphs = [model.graph, *(function for function in model.functions)]
-    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for graph in graphs for tensor in _tensors(graph)):
-        raise ExportError("the model keeps weights in other files, which is refused; export it as a single file")
-
-
-def _tensors(graph: Any) -> Iterator[Any]:
-    """Yield every tensor of a graph or function, those of inner graphs and attributes included."""
-    yield from getattr(graph, "initializer", ())
-    for sparse in getattr(graph, "sparse_initializer", ()):
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield attribute.t
-            yield from attribute.tensors
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _tensors(inner)
 
 
 def _options(num_threads: int) -> Any:

@@ -37,11 +37,11 @@ def parity_images(package: ModelPackage, data: HospitalData | None) -> tuple[lis
     if data is not None:
         count = min(NUM_IMAGES, len(data.holdout))
         return [data.holdout[i].image for i in range(count)], f"{count} held-out {data.declared} images"
-    return [_phantom(package, index) for index in range(NUM_IMAGES)], f"{NUM_IMAGES} phantoms"
+    return [phantom_image(package, index) for index in range(NUM_IMAGES)], f"{NUM_IMAGES} phantoms"
 
 
-def _phantom(package: ModelPackage, index: int) -> Image:
-    """Render a head and deal its channels to the model's, however many it has."""
+def phantom_image(package: ModelPackage, index: int) -> Image:
+    """Render a prepared head [C, *S] and deal its channels to the model's, however many it has."""
     from medfl_ray.data.phantoms.render import render_phantom
 
     rendered = render_phantom("brain_tumour" if package.spatial_dims == 3 else "tumour_slices", 0, index).image

@@ -75,7 +75,7 @@ def package_for(model: dict[str, Any], task: Any, patch_size: tuple[int, ...]) -
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_package() -> Callable[[dict[str, Any], Any, tuple[int, ...]], ModelPackage]:
     """Return a builder of packages."""
     return package_for

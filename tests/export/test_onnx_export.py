@@ -40,7 +40,7 @@ def test_parity_and_dynamic_sizes(
 ) -> None:
     package = make_package({"type": name, **fields}, "segmentation", patch)
     network = network_of(package)
-    parity = export_onnx(package, flatten(network), tmp_path)
+    parity = export_onnx(package, flatten(network), tmp_path).parity
     assert parity.max_abs_difference < 1e-3
     assert parity.agreement > 0.999
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
@@ -59,7 +59,7 @@ def test_package_of_a_classifier(make_run: Callable[..., Path]) -> None:
         data={"phantom": phantom, "task": "classification", "spatial_dims": 2},
         model={"type": "densenet", "features": [4], "in_channels": 2, "out_channels": 2},
     )
-    parity = export_run(folder)
+    parity = export_run(folder).parity
     assert parity.images == "1 held-out synthetic images"
     description = read_description(folder)
     assert description.channels == ("T1c", "FLAIR")
@@ -70,7 +70,7 @@ def test_package_of_a_classifier(make_run: Callable[..., Path]) -> None:
 
 def test_private_data_are_not_opened_for_parity(make_run: Callable[..., Path]) -> None:
     folder = make_run()
-    assert export_run(folder).images == "2 phantoms"
+    assert export_run(folder).parity.images == "2 phantoms"
     description = read_description(folder)
     assert description.patch_size == (32, 32)
     assert (description.preprocessing.spatial_dims, description.preprocessing.label_values) == (2, (7,))
@@ -80,7 +80,7 @@ def test_private_data_are_not_opened_for_parity(make_run: Callable[..., Path]) -
     assert description.variants["float32"].sha256 == hashlib.sha256(content).hexdigest()
     assert description.variants["float32"].size_bytes == len(content)
     assert sorted(path.name for path in folder.iterdir()) == [
-        "config.yaml", "hospitals.json", "model.json", "model.onnx", "model.safetensors",
+        "card.json", "card.md", "config.yaml", "hospitals.json", "model.json", "model.onnx", "model.safetensors",
     ]  # fmt: skip
 
 
