@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input insta
 PACKAGES := medfl_ray actors serve
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ci lint format ci reference docs lock clean
+.PHONY: help install demo test test-ci lint orthanc format ci reference docs lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,12 @@ lint: $(VENV)/.installed-dev ## Check style, types and the directions of import
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(PACKAGES)
 	$(BIN)/lint-imports
+
+orthanc: ## Install the PACS of the tests, as root on Debian or Ubuntu; its test is skipped where this cannot be
+	@command -v Orthanc /usr/sbin/Orthanc >/dev/null && test -n "$$(ls /usr/lib/orthanc/libOrthancDicomWeb.so* 2>/dev/null)" || \
+		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+		  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends orthanc orthanc-dicomweb >/dev/null; } || \
+		echo "make: Orthanc cannot be installed here; tests/serve/test_orthanc.py is skipped" >&2
 
 format: $(VENV)/.installed-dev ## Format the code and repair what the linter can
 	$(BIN)/ruff check --fix .

@@ -36,7 +36,7 @@ from medfl_ray.export.predictor import Segmentation
 from medfl_ray.store.state_folders import state_root
 from serve.jobs import Answer, JobBook, JobLimits
 from serve.pacs import PacsTarget, store_in_pacs
-from serve.refusals import Refusal, TooLarge
+from serve.refusals import Refusal, TooLarge, Unavailable
 
 Output = Literal["nifti", "nrrd", "dicom-seg", "rtstruct", "json", "png"]
 Progress = Callable[[float], None]
@@ -239,16 +239,19 @@ async def _parts_of(file: UploadFile) -> AsyncIterator[bytes]:
 async def _write_parts(parts: AsyncIterator[bytes], target: Path, limits: UploadLimits) -> None:
     size = 0
     waiting = bytearray()
-    with target.open("wb") as sink:
-        async for part in parts:
-            size += len(part)
-            if size > limits.max_upload_bytes:
-                raise TooLarge(f"the upload is larger than the {limits.max_upload_bytes} bytes that this service takes")
-            waiting += part
-            if len(waiting) >= CHUNK_BYTES:
-                await asyncio.to_thread(sink.write, bytes(waiting))
-                waiting.clear()
-        sink.write(waiting)
+    try:
+        with target.open("wb") as sink:
+            async for part in parts:
+                size += len(part)
+                if size > limits.max_upload_bytes:
+                    raise TooLarge(f"the upload is larger than {limits.max_upload_bytes} bytes, which is the most")
+                waiting += part
+                if len(waiting) >= CHUNK_BYTES:
+                    await asyncio.to_thread(sink.write, bytes(waiting))
+                    waiting.clear()
+            sink.write(waiting)
+    except OSError as error:
+        raise Unavailable(f"there is no room for the upload ({type(error).__name__}); send it again later") from None
     if not size:
         raise Refusal("the request has no body; send a NIfTI, NRRD or DICOM file, or a zip of a DICOM series")
 

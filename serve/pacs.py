@@ -97,7 +97,9 @@ def _client(target: PacsTarget) -> DICOMwebClient:
         session.headers["Authorization"] = f"Bearer {_secret(target, target.token_env)}"
     elif target.username_env is not None and target.password_env is not None:
         session.auth = (_secret(target, target.username_env), _secret(target, target.password_env))
-    return DICOMwebClient(target.url, session=session)
+    client = DICOMwebClient(target.url, session=session)
+    client.set_http_retry_params(retry=False)  # whoever asked is waiting, and may ask again
+    return client
 
 
 def _secret(target: PacsTarget, variable: str) -> str:

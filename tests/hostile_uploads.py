@@ -322,6 +322,11 @@ HOSTILE["rle_shorter_than_its_picture"] = _compressed(
 )
 
 
+# A picture of 24 million voxels in 300 bytes.
+LONG_RUNS = struct.pack("<16I", 1, 64, *[0] * 14) + b"\x81\0" * 100
+HOSTILE["rle_picture_bomb"] = _compressed(RLELossless, LONG_RUNS, 4900)
+
+
 @hostile
 def dicom_unknown_transfer_syntax(folder: Path) -> bytes:
     raw = _dicom(folder, lambda image: None)

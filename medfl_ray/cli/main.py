@@ -13,6 +13,7 @@ from medfl_ray.cli.deploy import deploy
 from medfl_ray.cli.doctor import doctor
 from medfl_ray.cli.evaluate import evaluate
 from medfl_ray.cli.export import export
+from medfl_ray.cli.predict import predict
 from medfl_ray.cli.pretrain import pretrain
 from medfl_ray.cli.run import run
 from medfl_ray.cli.simulate import simulate
@@ -32,6 +33,7 @@ app.command()(simulate)
 app.command()(pretrain)
 app.command()(evaluate)
 app.command()(export)
+app.command()(predict)
 app.command()(deploy)
 app.command()(doctor)
 app.add_typer(data.app, name="data", help="Make, inspect, split and fetch data.")

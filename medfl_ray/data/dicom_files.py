@@ -14,6 +14,8 @@ from medfl_ray.errors import UnreadableFile
 
 # Warnings about ill-formed values quote the value, which may be a name; what matters is checked by our readers.
 config.settings.reading_validation_mode = config.IGNORE
+# Results repeat values of the images, ill-formed ones too.
+config.settings.writing_validation_mode = config.IGNORE
 
 # Objects that stand beside images and have no voxels of their own, or voxels that are labels.
 LABEL_MODALITIES = {"SEG", "RTSTRUCT"}

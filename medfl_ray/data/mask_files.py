@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from medfl_ray.data.uploads import Upload
 from medfl_ray.data.volume import LPS_TO_RAS, Volume
-from medfl_ray.errors import DataError, GeometryError
+from medfl_ray.errors import DataError, GeometryError, MedflError
 
 Mask = npt.NDArray[np.uint8]
 MaskFormat = Literal["nifti", "nrrd", "dicom-seg", "rtstruct"]
@@ -63,13 +63,26 @@ def write_mask(
         return _nifti(mask, upload.volume)
     if format == "nrrd":
         return _nrrd(mask, upload.volume, named)
+    try:
+        return _dicom_object(mask, upload, named, format, origin or MaskOrigin())
+    except MedflError:
+        raise
+    except Exception as error:  # noqa: BLE001 - values of strangers' headers fail anywhere in an object's making
+        raise DataError(
+            f"the images lack what a {format} object must state ({type(error).__name__}); ask for nifti"
+        ) from None
+
+
+def _dicom_object(
+    mask: Mask, upload: Upload, labels: Mapping[int, str], format: MaskFormat, origin: MaskOrigin
+) -> bytes:
     if format == "dicom-seg":
         from medfl_ray.data.segmentation_object import write_segmentation
 
-        return write_segmentation(mask, upload, named, origin or MaskOrigin())
+        return write_segmentation(mask, upload, labels, origin)
     from medfl_ray.data.structure_set import write_structure_set
 
-    return write_structure_set(mask, upload, named, origin or MaskOrigin())
+    return write_structure_set(mask, upload, labels, origin)
 
 
 def check_writable(upload: Upload, format: MaskFormat) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -59,36 +58,27 @@ def write_segmentation(mask: Mask, upload: Upload, labels: Mapping[int, str], or
     headers = referable_headers(upload)
     if not labels:
         raise DataError("the model names no label, so that a DICOM-SEG object would have no segment; ask for nifti")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # highdicom remarks on values of the images that it copies
-            segmentation = Segmentation(
-                source_images=list(headers),
-                pixel_array=_pixels(mask, upload, headers, labels),
-                segmentation_type=SegmentationTypeValues.BINARY,
-                segment_descriptions=[
-                    _describe(number, name, origin) for number, name in enumerate(labels.values(), start=1)
-                ],
-                series_instance_uid=generate_uid(),
-                series_number=SERIES_NUMBER,
-                sop_instance_uid=generate_uid(),
-                instance_number=1,
-                manufacturer=MANUFACTURER,
-                manufacturer_model_name=MODEL_NAME,
-                software_versions=version("medfl-ray"),
-                device_serial_number="0",
-                content_label="SEGMENTATION",
-                content_description=f"{origin.model} {origin.version}"[:64],
-                series_description=f"{origin.model} {origin.version}"[:64],
-                transfer_syntax_uid=ExplicitVRLittleEndian,
-                omit_empty_frames=bool(mask.any()),
-            )
-            buffer = io.BytesIO()
-            segmentation.save_as(buffer)
-    except (ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise DataError(
-            f"the images lack what a DICOM-SEG object must state ({type(error).__name__}); ask for nifti"
-        ) from None
+    segmentation = Segmentation(
+        source_images=list(headers),
+        pixel_array=_pixels(mask, upload, headers, labels),
+        segmentation_type=SegmentationTypeValues.BINARY,
+        segment_descriptions=[_describe(number, name, origin) for number, name in enumerate(labels.values(), start=1)],
+        series_instance_uid=generate_uid(),
+        series_number=SERIES_NUMBER,
+        sop_instance_uid=generate_uid(),
+        instance_number=1,
+        manufacturer=MANUFACTURER,
+        manufacturer_model_name=MODEL_NAME,
+        software_versions=version("medfl-ray"),
+        device_serial_number="0",
+        content_label="SEGMENTATION",
+        content_description=f"{origin.model} {origin.version}"[:64],
+        series_description=f"{origin.model} {origin.version}"[:64],
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+        omit_empty_frames=bool(mask.any()),
+    )
+    buffer = io.BytesIO()
+    segmentation.save_as(buffer)
     return buffer.getvalue()
 
 

@@ -166,7 +166,7 @@ def _empty_object(header: FileDataset, origin: MaskOrigin) -> FileDataset:
     if "SpecificCharacterSet" in header:
         plan.SpecificCharacterSet = header.SpecificCharacterSet
     for keyword in COPIED:
-        setattr(plan, keyword, header.get(keyword, ""))
+        plan[keyword] = header[keyword]
     now = dt.datetime.now(tz=dt.UTC)
     plan.Modality, plan.SeriesInstanceUID = "RTSTRUCT", generate_uid()
     plan.SeriesNumber, plan.InstanceNumber = SERIES_NUMBER + 1, 1

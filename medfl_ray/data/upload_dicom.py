@@ -15,12 +15,12 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from medfl_ray.data.dicom_files import NOT_IMAGES, open_dicom
 from medfl_ray.data.dicom_series import PIXELS, read_series
-from medfl_ray.data.upload_limits import CHUNK_BYTES, Grant, UploadLimits, check_ratio, check_shape
+from medfl_ray.data.upload_limits import CHUNK_BYTES, RATIO_COUNTS_FROM, Grant, UploadLimits, check_ratio, check_shape
 from medfl_ray.data.volume import Volume, same_grid
 from medfl_ray.errors import DataError, GeometryError, LayoutError, UnreadableFile
 
 DEFER_BYTES = 64 * 1024
-BYTES_PER_VOXEL = 12
+BYTES_PER_VOXEL = 24  # as stored, decoded, in the modality's unit, stacked
 BITS = (1, 8, 16, 32, 64)
 # Sizes that lie beyond the largest element of their kind can still be written into a damaged header.
 DAMAGE = (EOFError, ValueError, KeyError, NotImplementedError, AttributeError, TypeError, OverflowError, IndexError)
@@ -49,8 +49,10 @@ def read_dicom_upload(
     for place, file in enumerate(files):
         header, length = _checked_header(file, place + 1, limits)
         header_bytes += length
-        if header_bytes > limits.memory_bytes:
-            raise UnreadableFile(f"the DICOM headers take more than {limits.memory_bytes} bytes; the files are damaged")
+        if header_bytes > limits.memory_bytes // 2:
+            raise UnreadableFile(
+                f"the DICOM headers take more than {limits.memory_bytes // 2} bytes; the files are damaged"
+            )
         modality = str(header.get("Modality", ""))
         if modality in NOT_IMAGES and modality != "RTDOSE":
             others[modality] = others.get(modality, 0) + 1
@@ -176,6 +178,10 @@ def _num_voxels(header: FileDataset, file: Path, number: int, limits: UploadLimi
     if str(header.get("PhotometricInterpretation", "")) == "YBR_FULL_422":
         needed = needed * 2 // 3
     size = file.stat().st_size
+    if packed and voxels * 4 > RATIO_COUNTS_FROM and needed > limits.max_ratio * size:
+        raise UnreadableFile(
+            f"DICOM file {number} decodes to more than {limits.max_ratio} times its size; images do not"
+        )
     if not packed and size < needed:
         raise UnreadableFile(
             f"DICOM file {number} is truncated: its pixels need {needed} bytes and the whole file has {size}"

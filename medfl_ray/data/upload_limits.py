@@ -29,7 +29,7 @@ class UploadLimits(BaseModel):
     max_depth: int = Field(default=16, gt=0, description="Folders within folders in an archive.")
     max_ratio: int = Field(default=200, gt=0, description="Unpacked over packed bytes, from 64 MiB unpacked.")
     max_edge: int = Field(default=16_384, gt=0, description="Voxels along one axis.")
-    max_frame_pixels: int = Field(default=64 * MIB, gt=0, description="Pixels of one slice or picture.")
+    max_frame_pixels: int = Field(default=24 * MIB, gt=0, description="Pixels of one slice or picture.")
     max_voxels: int = Field(default=512 * MIB, gt=0, description="Voxels of a volume, over all channels.")
     max_header_bytes: int = Field(default=16 * MIB, gt=0, description="Bytes of one file that are not voxels.")
     memory_bytes: int = Field(default=512 * MIB, gt=0, description="Memory before an image's header is believed.")

@@ -35,6 +35,8 @@ from medfl_ray.errors import DataError, MedflError, UnreadableFile
 VOXELS = "volume.npy"
 START_SECONDS = 60.0
 MOST_AT_ONCE = 4
+MOST_PATH_CHARACTERS = 90
+ADDRESS_SPACE = Path("/proc/self/statm")
 NICE_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -54,7 +56,7 @@ class UploadReader:
             if self._helper is not None and self._helper.poll() is None:
                 return
             self._remove_folder()
-            self._folder = tempfile.mkdtemp(prefix="medfl-reader-")
+            self._folder = _private_folder()
             self._helper = subprocess.Popen(
                 [sys.executable, "-m", "medfl_ray.data.upload_process", self._folder],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **NICE_ENVIRONMENT},
@@ -92,13 +94,21 @@ class UploadReader:
             "limits": self.limits.model_dump(),
         }  # fmt: skip
         with self._places:
-            answer = self._ask(json.dumps(request).encode() + b"\n")
+            answer = self._ask_twice(json.dumps(request).encode() + b"\n")
         if not answer:
             raise UnreadableFile(
                 "reading the upload was ended, because it took more time or memory than its size allows; the file is "
                 "damaged, or decodes to far more than it should"
             )
         return _upload_of(json.loads(answer), workspace)
+
+    def _ask_twice(self, request: bytes) -> bytes:
+        """Ask again where the helper itself ended; an upload ends its own fork alone."""
+        try:
+            return self._ask(request)
+        except OSError:
+            self.start()
+            return self._ask(request)
 
     def _ask(self, request: bytes) -> bytes:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -116,6 +126,15 @@ class UploadReader:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = ""
+
+
+def _private_folder() -> str:
+    """A folder whose socket's path is short enough for the system."""
+    folder = tempfile.mkdtemp(prefix="medfl-reader-")
+    if len(folder) <= MOST_PATH_CHARACTERS:
+        return folder
+    Path(folder).rmdir()
+    return tempfile.mkdtemp(prefix="medfl-reader-", dir="/tmp")
 
 
 def _upload_of(answer: dict[str, Any], workspace: Path) -> Upload:
@@ -167,8 +186,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
     def bound(num_bytes: int) -> None:
         """Allow what a header asks for, at the slowest speed that is tolerated."""
-        memory = before + limits.memory_bytes + num_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
+        if before is not None:
+            memory = before + limits.memory_bytes + num_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
         seconds = limits.seconds + (size + num_bytes) / limits.bytes_per_second
         signal.alarm(max(1, math.ceil(seconds)))
 
@@ -186,10 +206,11 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _address_space() -> int:
-    """Bytes of address space that this process has now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    return pages * resource.getpagesize()
+def _address_space() -> int | None:
+    """Bytes of address space that this process has now; None on systems that do not bound it."""
+    if not ADDRESS_SPACE.exists():
+        return None
+    return int(ADDRESS_SPACE.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
 
 
 def _import_readers() -> None:

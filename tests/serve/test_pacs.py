@@ -27,7 +27,8 @@ class _Pacs(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    do_GET = do_POST
+    def do_GET(self):
+        self.do_POST()
 
     def log_message(self, *words):
         pass
