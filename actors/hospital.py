@@ -212,6 +212,9 @@ class HospitalActor:
     def __init__(self, specs: Sequence[HospitalSpec], num_threads: int = 1) -> None:
         import torch
 
+        from medfl_ray.models.light_monai import load_monai
+
+        load_monai()
         torch.set_num_threads(num_threads)
         self._specs = {spec.policy.hospital: spec for spec in specs}
         self._hospitals: dict[str, Hospital] = {}

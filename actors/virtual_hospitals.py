@@ -69,6 +69,9 @@ class VirtualHospitals:
         import torch
 
         import medfl_ray.training.many_hospitals  # noqa: F401 - loaded while the coordinator prepares the run
+        from medfl_ray.models.light_monai import load_monai
+
+        load_monai()
 
         torch.set_num_threads(1)
         configure_logs()

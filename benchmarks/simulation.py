@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from harness import STANDARD_OUTPUT, Options, benchmark, describe_machine, report
-from simulation_results import NAMES, Run, figures_of, goals_here, page, weights_errors
+from simulation_results import NAMES, Run, figures_of, goals_here, page, update_error, weights_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("workload.py", "measure.py", "raw_torch.py", "pfl_sim.py", "flower_sim.py")
@@ -56,6 +57,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", default=",".join(CASES), help="cases, separated by commas (default: %(default)s)")
     parser.add_argument("--contenders", default=",".join(NAMES), help="contenders (default: %(default)s)")
     parser.add_argument("--repeats", type=int, help="turns of every case (default: 3; 1 with --quick)")
+    parser.add_argument(
+        "--float64",
+        action="store_true",
+        help="also compute S1 in float64, and how far from it rounding takes each contender",
+    )
     parser.add_argument(
         "--peers-python",
         type=Path,
@@ -137,6 +143,22 @@ def measure_one(options: Options, peers: Path, contender: Contender, label: str,
     return record
 
 
+def float64_note(options: Options, peers: Path, case: str, turn: int = 1) -> str:
+    """Say how far the final weights of each contender are from those computed in float64, over the whole update."""
+    file = options.out / f"{case}.float64.npy"
+    if not file.is_file():
+        environment = {**os.environ, **(QUICK[case] if options.quick else {}), "PYTHONPATH": str(peers)}
+        command = [sys.executable, str(ROOT / "benchmarks" / "simulation_float64.py"), case, str(file.resolve())]
+        subprocess.run(command, env=environment, check=True)
+    exact, initial = np.load(file), initial_weights(peers, case)
+    finals = {name: options.out / f"{case}.{name}.{turn}.npy" for name in CASES[case]}
+    errors = {name: update_error(np.load(path), exact, initial) for name, path in finals.items() if path.is_file()}
+    return (
+        f"Rounding in {case}: the distance of the final weights from those of the plain loop in float64, over the "
+        f"length of the whole update, is {', '.join(f'{error:.1e} for `{name}`' for name, error in errors.items())}."
+    )
+
+
 def kept_runs(folder: Path, cases: Sequence[str]) -> list[Run]:
     """Return the runs of these cases that a folder holds; those that failed are left out, to be run again."""
     runs = []
@@ -200,6 +222,9 @@ def measure(options: Options) -> dict[str, float]:
             if run.failure:
                 notes.append(f"`{name}` in turn {turn} of {case}: {run.failure}.")
             figures = write(options, peers, runs, notes)
+    if own.float64 and "S1" in cases:
+        notes.append(float64_note(options, peers, "S1"))
+        figures = {}
     return figures or write(options, peers, runs, notes)
 
 

@@ -121,7 +121,7 @@ def goals_here(cpu_flags: Iterable[str]) -> tuple[Goal, ...]:
 
 
 def update_error(
-    weights: npt.NDArray[np.float32], raw: npt.NDArray[np.float32], initial: npt.NDArray[np.float32]
+    weights: npt.NDArray[np.float32], raw: npt.NDArray[np.floating[Any]], initial: npt.NDArray[np.float32]
 ) -> float:
     """Return the norm of the difference between final weights [P] and raw's, over the norm of raw's whole update."""
     raw64 = raw.astype(np.float64)

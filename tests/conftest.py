@@ -22,11 +22,11 @@ def one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def registry_of_the_tests(tmp_path_factory):
-    """Keep finished runs out of the user's own registry, in the tests' child processes too."""
-    os.environ["MEDFL_REGISTRY"] = str(tmp_path_factory.mktemp("registry"))
-    yield
-    del os.environ["MEDFL_REGISTRY"]
+def state_of_the_tests(tmp_path_factory):
+    """Keep ledgers and finished runs out of the user's own state folder, in the tests' child processes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(scope="session")

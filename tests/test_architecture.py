@@ -102,6 +102,7 @@ def test_no_room_is_named_after_nothing(package):
             ("torch", "monai", "ray", "matplotlib", "flwr", "onnx", "sqlalchemy", "scipy", "actors"),
         ),
         ("medfl_ray.store.ledger", ("torch", "monai", "ray")),
+        ("actors.simulate, actors.virtual_pool", ("torch", "monai", "matplotlib")),
         (
             "medfl_ray.privacy.accountant, medfl_ray.privacy.planner, "
             "medfl_ray.privacy.noise, medfl_ray.privacy.sampler",

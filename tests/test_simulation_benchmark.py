@@ -130,3 +130,14 @@ def test_tables_are_put_in_and_put_in_again(tmp_path):
 
 def test_the_tables_of_the_documentation_are_those_of_the_results():
     assert fill_tables.main(["--check", str(ROOT / "docs" / "performance.md")]) == 0
+
+
+def test_the_distance_from_float64_is_told_for_each_contender(tmp_path, monkeypatch):
+    options = harness.Options(quick=False, out=tmp_path, json=None, own=None)
+    monkeypatch.setattr(simulation, "initial_weights", lambda peers, case: np.zeros(2, np.float32))
+    np.save(tmp_path / "S1.float64.npy", np.array([3.0, 4.0]))
+    np.save(tmp_path / "S1.raw.1.npy", np.array([3.0, 4.5], np.float32))
+    np.save(tmp_path / "S1.ours.1.npy", np.array([3.0, 4.0], np.float32))
+    note = simulation.float64_note(options, tmp_path, "S1")
+    assert "1.0e-01 for `raw`" in note
+    assert "0.0e+00 for `ours`" in note

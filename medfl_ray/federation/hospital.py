@@ -35,14 +35,14 @@ from medfl_ray.params import Vector
 from medfl_ray.privacy.hospital_level import clip_update
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.training.evaluation import PatientScore, metric_names, summarise
-from medfl_ray.training.trainer import LocalJob, Trainer
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the driver of a simulation, which names this room, must not spend its time and memory on torch
     from medfl_ray.data.dataset import HospitalData
+    from medfl_ray.training.trainer import LocalJob, Trainer
 
 log = structlog.get_logger()
 Answer = TypeVar("Answer")
-PictureMaker = Callable[[Trainer, Vector, "HospitalData"], tuple[bytes, ...]]
+PictureMaker = Callable[["Trainer", Vector, "HospitalData"], tuple[bytes, ...]]
 LocalReporter = Callable[[int, Mapping[str, float], list[PatientScore], tuple[bytes, ...]], None]
 
 
@@ -251,6 +251,8 @@ class Hospital:
 
     def _claim(self, plan: RoundPlan) -> LocalJob:
         """Settle the reservation and hand out the job; settled first, so that no crash in training can undercount."""
+        from medfl_ray.training.trainer import LocalJob
+
         mechanism = self._agreed_mechanism(plan)
         if mechanism is not None:
             reservation, charged = self._reservations.pop((plan.job, plan.round, plan.attempt), (None, None))

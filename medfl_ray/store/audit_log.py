@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, insert, select
 
-from medfl_ray.errors import RegistryAltered, RegistryError
+from medfl_ray.errors import LedgerError, RegistryAltered, RegistryError
 from medfl_ray.store.durable import sync_folder
 from medfl_ray.store.hash_chain import digest_of, link_problem
 from medfl_ray.store.ledger_events import LedgerHead
@@ -182,8 +182,13 @@ class LastSeen:
     def _read(self) -> LedgerHead | None:
         try:
             return LedgerHead.parse(self._path.read_text().strip())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except (OSError, UnicodeDecodeError, LedgerError):
+            raise RegistryError(
+                f"{SEEN_NAME!r} beside the registry's key cannot be read, so that a log that was cut off would not be "
+                "found; restore it, or remove it if the registry's present state is right"
+            ) from None
 
 
 def acting_user(given: str | None = None) -> str:

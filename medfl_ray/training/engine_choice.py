@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from medfl_ray.models.grouped import why_not_grouped
 from medfl_ray.training.losses import PatientLoss
+from medfl_ray.training.memory import give_back_memory
 from medfl_ray.training.patient_gradients import GradientEngine, InGroups, OneAtATime, Patient, is_large
 
 GROUP_SIZES = (2, 4, 8)
@@ -116,11 +117,16 @@ def _same_gradients(
     was_training = network.training
     network.eval()
     try:
-        pairs = zip(single(iter(patients)), grouped(iter(patients)), strict=True)
+        # One engine after the other, the larger first while memory is in one piece: side by side, both passes of large
+        # volumes would be in memory at once.
+        together = [gradient for gradient, _ in grouped(iter(patients))]
+        give_back_memory()
+        alone = [gradient for gradient, _ in single(iter(patients))]
         tolerance = LARGE_TOLERANCE if is_large(patients[0]) else TOLERANCE
-        return all(_relative_error(expected, found) < tolerance for (expected, _), (found, _) in pairs)
+        return all(_relative_error(a, b) < tolerance for a, b in zip(alone, together, strict=True))
     finally:
         network.train(was_training)
+        give_back_memory()
 
 
 def _relative_error(expected: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from medfl_ray.models.grouped import group, repeat_weights, stack, unstack
+from medfl_ray.models.quick_layers import quicken
 from medfl_ray.training.heap import LARGE_PATIENT_VOXELS, release_freed_memory
 from medfl_ray.training.losses import PatientLoss
 from medfl_ray.training.memory import give_back_memory, is_out_of_memory
@@ -100,7 +101,9 @@ class InGroups:
 
     def _load_members(self, num_members: int) -> nn.Module:
         if num_members not in self._members:
-            self._members[num_members] = group(self._network, num_members)
+            members = group(self._network, num_members)
+            on_cpu = next(members.parameters()).device.type == "cpu"
+            self._members[num_members] = quicken(members) if on_cpu else members
         members = self._members[num_members]
         repeat_weights(self._network, members)
         return members.train(self._network.training)

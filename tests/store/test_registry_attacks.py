@@ -133,6 +133,13 @@ def test_a_reader_that_runs_finds_a_log_that_was_cut(place, tmp_path):
         reader.get("lesions")
 
 
+@pytest.mark.parametrize("content", [b"", b"7", b"\xff\xfe", b"2:short"])
+def test_a_torn_memory_of_the_last_row_is_one_sentence(place, content):
+    (place / "audit.seen").write_bytes(content)
+    with pytest.raises(RegistryError, match=r"audit\.seen"):
+        Registry(place).get("lesions")
+
+
 def test_an_empty_database_in_its_place_is_refused(place, tmp_path):
     for path in place.glob("registry.sqlite*"):
         path.unlink()

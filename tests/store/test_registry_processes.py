@@ -121,16 +121,8 @@ def killed_while_fetching(tmp_path, package, failpoint):
     Registry(place).fetch(version, tmp_path / "fetched")
 
 
-def test_killed_between_the_rows_of_one_registration_none_is_visible(tmp_path, package):
-    killed_while_registering(tmp_path, package, "registry.change.audited")
-
-
 def test_killed_between_the_rows_of_one_promotion_the_champion_stays(tmp_path, package):
     killed_while_changing(tmp_path, package, "promote", "registry.change.between")
-
-
-def test_killed_while_fetching_no_half_package_is_left(tmp_path, package):
-    killed_while_fetching(tmp_path, package, "registry.fetch.file:2")
 
 
 @pytest.mark.ci
