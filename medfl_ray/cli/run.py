@@ -151,6 +151,7 @@ def _say_goodbye(folder: RunFolder, outcome: RunOutcome) -> None:
             typer.echo(f"report    {path / 'report.html'}")
         typer.echo("next:")
         typer.echo(f"  medfl-ray evaluate {path} --data DIR     score the model on a folder of labelled images")
+        typer.echo(f"  medfl-ray predict FILE --model {path}    the mask of an image or a DICOM series")
         typer.echo(f"  medfl-ray export {path}                  write model.onnx again, with its parity check")
         typer.echo(f"  medfl-ray privacy ledger show {path}     what each hospital has spent")
     else:
