@@ -17,6 +17,7 @@ import psutil
 import pytest
 from hostile_uploads import HOSTILE
 
+pytestmark = pytest.mark.ci  # a process of its own that imports everything
 TESTS = Path(__file__).parents[1]
 SECONDS, MEMORY_BYTES = 5.0, 512 * 1024**2
 SEGMENT = "/v2/models/bright/segment"

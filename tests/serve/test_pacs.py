@@ -38,7 +38,7 @@ class _Pacs(BaseHTTPRequestHandler):
 def pacs():
     handler = type("Handler", (_Pacs,), {"seen": [], "status": 200, "headers_out": {}})
     server = HTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield handler, f"http://127.0.0.1:{server.server_port}/dicom-web"
     server.shutdown()
