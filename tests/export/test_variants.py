@@ -21,7 +21,7 @@ from medfl_ray.export.onnx_session import OnnxModel
 from medfl_ray.export.variants import Judge, calibration_windows, int8_graphs, session_run, write_variant
 from medfl_ray.params import flatten
 
-SMALL = {"type": "unet3d", "features": [8, 16]}
+SMALL = {"type": "unet3d", "features": [8, 32]}
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +86,8 @@ def test_a_variant_that_loses_too_much_is_not_kept(package_dir, tmp_path):
     description = read_description(package_dir)
     (tmp_path / "model.onnx").write_bytes((package_dir / "model.onnx").read_bytes())
     rng = np.random.default_rng(0)
-    images = OpenImages(
-        (np.full((2, 16, 16, 16), 1e-3, np.float32),),
-        (rng.normal(size=(2, 16, 16, 16)).astype(np.float32),),
-        (),
-        "dots",
-    )
+    black, real = np.full((2, 16, 16, 16), 1e-3, np.float32), rng.normal(size=(2, 16, 16, 16)).astype(np.float32)
+    images = OpenImages((black,), (real,), (), "dots")
     with pytest.raises(ExportError, match=r"int8 variant loses 0\.\d+ Dice .* on dots"):
         write_variant("int8", tmp_path, onnx.load(package_dir / "model.onnx"), description, images)
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
