@@ -33,4 +33,4 @@ def test_a_tilted_grid_by_hand():
 
 def test_two_axes():
     found = take_nearest(LABELS[0], np.diag([0.5, 2.0]), np.zeros(2), (14, 6))
-    assert np.array_equal(found[::2], LABELS[0][:, ::2])
+    assert np.array_equal(found[::2], LABELS[0][:7, ::2])
