@@ -234,7 +234,7 @@ def _gunzipped(content: bytes) -> io.BytesIO:
 def measure(options: Options) -> dict[str, float]:
     """Train or take a model, then measure its float32 and its reduced variant."""
     package = trained_package(options)
-    cases = make_cases(package, options.out, count=2 if options.quick else 4, edge=64 if options.quick else 128)
+    cases = make_cases(package, options.out, count=options.own.volumes, edge=64 if options.quick else 128)
     turns = options.own.turns or (2 if options.quick else 8)
     full = measure_variant(package, "float32", cases, turns, options)
     chosen = options.own.reduced or next((v for v in REDUCED if v in read_description(package).variants), None)
@@ -250,6 +250,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this benchmark."""
     parser.add_argument("--run", type=Path, metavar="DIR", help="a finished run or a package instead of a short run")
     parser.add_argument("--threads", type=int, default=2, help="threads of every contender (default 2)")
+    parser.add_argument("--volumes", type=int, default=4, help="different volumes, and those of a stream (default 4)")
     parser.add_argument("--turns", type=int, help="how often all take their turn (default 8)")
     parser.add_argument("--reduced", choices=REDUCED, help="the reduced variant (default: the first there is)")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from harness import Options
-from runs import run
+from runs import ROOT, run
 
 from medfl_ray.data.phantoms.render import render_phantom
 from medfl_ray.data.readers import read_volume
-from medfl_ray.export.description import DESCRIPTION, read_description
+from medfl_ray.export.description import read_description
 from medfl_ray.export.predictor import label_values
 
 PRESET, SEED = "brain_glioma_demo", 7
@@ -57,12 +59,13 @@ class Case:
 
 
 def trained_package(options: Options) -> Path:
-    """Return the folder that --run names, or that of a short run without differential privacy."""
+    """Return the folder that --run names, or that of a short run without differential privacy; with its variant."""
     if options.own.run is not None:
         return Path(options.own.run).resolve()
     settings = (*SHORT_RUN, *QUICK_RUN) if options.quick else SHORT_RUN
     folder = run("demo.yaml", options.out, settings).folder
-    assert (folder / DESCRIPTION).is_file()
+    command = [sys.executable, "-m", "medfl_ray.cli.main", "export", str(folder)]
+    subprocess.run([*command, "--variants", options.own.reduced or "int8"], cwd=ROOT, check=True)
     return folder
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from medfl_ray.config import DataConfig
+from medfl_ray.data.nearest import take_nearest
 from medfl_ray.data.volume import Affine, Array, Volume, spacing_of
 from medfl_ray.errors import GeometryError, LabelError
 
@@ -84,8 +85,6 @@ class Preprocessing(BaseModel):
 
     def restore(self, classes: Labels, affine: Affine, original: Volume) -> Labels:
         """Carry predicted classes [*S] back to the original image's grid and label values, nearest neighbour."""
-        from scipy.ndimage import affine_transform
-
         values = np.array([0, *self.label_values], dtype=np.uint8)
         if self.spatial_dims == 2:
             scale = np.array(self._flatten(original).spacing_mm) / np.array(spacing_of(affine, 2))
@@ -93,8 +92,7 @@ class Preprocessing(BaseModel):
         else:
             chain = np.linalg.inv(affine) @ original.affine
             matrix, offset, shape = chain[:3, :3], chain[:3, 3], original.spatial_shape
-        # The outermost voxels may lie up to half a prepared one beyond its middle.
-        restored = affine_transform(classes, matrix, offset, output_shape=shape, order=0, mode="nearest")
+        restored = take_nearest(classes, matrix, offset, shape)
         coded: Labels = values[restored] if self.label_values else restored
         return coded.reshape(original.spatial_shape)
 

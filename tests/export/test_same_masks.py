@@ -37,6 +37,8 @@ AXES = (("L", "R"), ("P", "A"), ("I", "S"))
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the folder of real images is not beside the checkout")
 LEAST_DICE = 0.999
 
+pytestmark = pytest.mark.ci
+
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
@@ -144,29 +146,15 @@ def compare(trial, path):
     assert min((expected == value).sum() for value in (0, *result.labels)) > 100, "the mask says too little"
 
 
-@pytest.mark.parametrize(("index", "grid"), PHANTOMS[:2])
+@pytest.mark.parametrize(("index", "grid"), PHANTOMS)
 def test_masks_of_phantoms(trial, tmp_path, index, grid):
     compare(trial, phantom_image(index, grid, tmp_path))
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize(("index", "grid"), PHANTOMS[2:])
-def test_masks_of_more_phantoms(trial, tmp_path, index, grid):
-    compare(trial, phantom_image(index, grid, tmp_path))
-
-
 @pytest.mark.realdata
 @needs_real
-@pytest.mark.parametrize(("name", "grid"), REAL_VOLUMES[1:2])
-def test_masks_of_a_real_image(trial, tmp_path, name, grid):
-    compare(trial, real_image(name, grid, tmp_path))
-
-
-@pytest.mark.ci
-@pytest.mark.realdata
-@needs_real
-@pytest.mark.parametrize(("name", "grid"), REAL_VOLUMES[:1] + REAL_VOLUMES[2:])
-def test_masks_of_more_real_images(trial, tmp_path, name, grid):
+@pytest.mark.parametrize(("name", "grid"), REAL_VOLUMES)
+def test_masks_of_real_images(trial, tmp_path, name, grid):
     compare(trial, real_image(name, grid, tmp_path))
 
 
