@@ -35,7 +35,8 @@ from medfl_ray.export.description import PackageDescription
 from medfl_ray.export.predictor import Segmentation
 from medfl_ray.store.state_folders import state_root
 from serve.jobs import Answer, JobBook, JobLimits
-from serve.pacs import PacsTarget, store_in_pacs
+from serve.pacs import store_in_pacs
+from serve.pacs_target import PacsTarget
 from serve.refusals import Refusal, TooLarge, Unavailable
 
 Output = Literal["nifti", "nrrd", "dicom-seg", "rtstruct", "json", "png"]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pydicom
 import requests
 from dicomweb_client.api import DICOMwebClient
-from pydantic import Field, field_validator
 
-from medfl_ray.config_base import PositiveFloat, Section
 from medfl_ray.errors import ConfigError
+from serve.pacs_target import PacsTarget
 from serve.refusals import NotServed, Refusal
 
 
@@ -22,25 +20,6 @@ class PacsFailed(Refusal):
     """A PACS that did not take a result."""
 
     status = 502
-
-
-class PacsTarget(Section):
-    """One PACS; its secrets stand in the environment, not in the configuration."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$", description="Name by which requests choose it.")
-    url: str = Field(description="Root of its DICOMweb service.")
-    username_env: str | None = Field(default=None, description="Variable with the user's name.")
-    password_env: str | None = Field(default=None, description="Variable with the password.")
-    token_env: str | None = Field(default=None, description="Variable with a bearer token.")
-    ca_file: Path | None = Field(default=None, description="Certificates to trust instead of the system's.")
-    timeout_s: PositiveFloat = Field(default=60.0, description="Longest wait for the PACS.")
-
-    @field_validator("url")
-    @classmethod
-    def _plain_address(cls, url: str) -> str:
-        if not url.startswith(("http://", "https://")) or "@" in url:
-            raise ValueError("expected http:// or https:// without a name or password in it")
-        return url.rstrip("/")
 
 
 class _Session(requests.Session):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from medfl_ray.config_base import Fraction, Positive, PositiveFloat, Section
-from serve.pacs import PacsTarget
+from serve.pacs_target import PacsTarget
 
 ENVIRONMENT = {
     "MEDFL_MODELS": "models",

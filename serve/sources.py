@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from medfl_ray.errors import ConfigError
 from medfl_ray.export.description import DESCRIPTION, read_description
-from medfl_ray.store.registry import Registry
 from serve.model_loader import ModelKey, ModelSource, Offer
 from serve.refusals import NotServed
 from serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from medfl_ray.store.registry import Registry
 
 CHAMPION = "champion"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -26,6 +29,8 @@ def open_source(settings: ServeSettings) -> ModelSource:
         raise ConfigError("both a folder of models and a registry are given; unset MEDFL_MODELS or MEDFL_REGISTRY")
     if settings.models is not None:
         return FolderSource(settings.models)
+    from medfl_ray.store.registry import Registry  # its database is no load for a replica that has a folder
+
     return RegistrySource(Registry(settings.registry))
 
 

@@ -25,7 +25,7 @@ from serve.http_app import build_http_app
 from serve.jobs import JobLimits
 from serve.model_loader import Catalogue
 from serve.monai_label import monai_label_router
-from serve.pacs import PacsTarget
+from serve.pacs_target import PacsTarget
 from serve.replica import ModelReplica
 from serve.segment_routes import segment_router
 from serve.serving_metrics import ServingMetrics
