@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.jit._trace import TracerWarning
 
 from medfl_ray import __version__
 from medfl_ray.config import ModelConfig
@@ -253,9 +254,9 @@ def _save_torchscript(
     with warnings.catch_warnings():
         # MONAI's bundles hold TorchScript, whatever torch recommends in its place.
         warnings.filterwarnings("ignore", r"`torch\.jit\..*` is deprecated", DeprecationWarning)
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=TracerWarning)
         with torch.inference_mode():
-            scripted = torch.jit.trace(network, example, check_trace=False)
+            scripted = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
         save_net_with_metadata(scripted, str(path), meta_values=metadata)
 
 

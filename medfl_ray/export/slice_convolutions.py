@@ -98,7 +98,7 @@ def spread_weights(weights: Array, strides: Sequence[int], pads: Sequence[int]) 
                 for r, t, (_, stride, pad), (before, _) in zip(phase, tap, axes, reach, strict=True)
             )
             if all(0 <= position < edge for position, edge in zip(source, kernel, strict=True)):
-                plain[*phase, :, :, *tap] = weights[:, :, *source].T
+                plain[(*phase, ..., *tap)] = weights[(..., *source)].T
     return plain.reshape(-1, weights.shape[0], *taps), reach
 
 

@@ -68,7 +68,7 @@ def test_a_public_figure_has_its_interval(make_run, exported):
     assert ModelCard.model_validate_json((folder / "card.json").read_text()) == card
     page = (folder / "card.md").read_text()
     assert f"| university | dice | 0.800 ({low:.3f} to {high:.3f}) | public |" in page
-    assert "may reveal patients" in page
+    assert "Trained without differential privacy" in page
     assert "not a medical device" in page
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 
@@ -66,9 +68,17 @@ SPECIFICATION = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Where the first export stays for the other tests."""
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
 @pytest.fixture
-def exported(make_run):
+def exported(make_run, kept, tmp_path):
     """A 3D run whose label 1 has the value 7 in files."""
+    if kept.is_dir():
+        return shutil.copytree(kept, tmp_path / "run")
     folder = make_run(
         data={
             "hospitals": [{"id": "university", "directory": "/nowhere", "declared": "private", "num_patients": 20}],
@@ -79,6 +89,7 @@ def exported(make_run):
         training={"patch_size_voxels": 16, "device": "cpu"},
     )
     export_run(folder)
+    shutil.copytree(folder, kept)
     return folder
 
 
@@ -137,12 +148,13 @@ def test_monai_verifies_the_metadata(bundle, tmp_path):
     schema = tmp_path / "schema.json"
     schema.write_text(json.dumps(SPECIFICATION))
     metadata = bundle / "configs" / "metadata.json"
-    monai.bundle.verify_metadata(meta_file=str(metadata), filepath=str(schema))
+    own = {"filepath": str(schema), "hash_val": hashlib.md5(schema.read_bytes()).hexdigest()}
+    monai.bundle.verify_metadata(meta_file=str(metadata), **own)
     damaged = json.loads(metadata.read_text())
     del damaged["network_data_format"]["outputs"]["pred"]["channel_def"]
     metadata.write_text(json.dumps(damaged))
     with pytest.raises(ValueError, match="channel_def"):
-        monai.bundle.verify_metadata(meta_file=str(metadata), filepath=str(schema))
+        monai.bundle.verify_metadata(meta_file=str(metadata), **own)
 
 
 def test_the_bundle_has_what_people_look_for(bundle):
