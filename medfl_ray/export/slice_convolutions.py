@@ -93,12 +93,13 @@ def spread_weights(weights: Array, strides: Sequence[int], pads: Sequence[int]) 
     plain = np.zeros((*strides, weights.shape[1], weights.shape[0], *taps), dtype=weights.dtype)
     for phase in itertools.product(*(range(stride) for stride in strides)):
         for tap in itertools.product(*(range(length) for length in taps)):
-            source: tuple[int, ...] = tuple(
+            source: tuple[Any, ...] = tuple(
                 r + pad - stride * (t - before)
                 for r, t, (_, stride, pad), (before, _) in zip(phase, tap, axes, reach, strict=True)
             )
             if all(0 <= position < edge for position, edge in zip(source, kernel, strict=True)):
-                plain[(*phase, ..., *tap)] = weights[(..., *source)].T
+                place: tuple[Any, ...] = (*phase, ..., *tap)
+                plain[place] = weights[(..., *source)].T
     return plain.reshape(-1, weights.shape[0], *taps), reach
 
 

@@ -17,7 +17,7 @@ def load_monai() -> None:
     if "monai" in sys.modules:
         return
     hidden = [name for name in UNUSED if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # None means to Python that there is no such module
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: to Python there is no such module
     try:
         importlib.import_module("monai")
     finally:
