@@ -241,7 +241,13 @@ def _restoration(description: PackageDescription) -> list[dict[str, Any]]:
     if values and values != tuple(range(1, len(values) + 1)):
         old, new = list(range(len(values) + 1)), [0, *values]
         steps.append({"_target_": "MapLabelValued", "keys": "pred", "orig_labels": old, "target_labels": new})
-    saving = {"output_dir": "@output_dir", "output_ext": ".nii.gz", "output_postfix": "mask", "separate_folder": False}
+    saving = {
+        "output_dir": "@output_dir",
+        "resample": False,
+        "output_ext": ".nii.gz",
+        "output_postfix": "mask",
+        "separate_folder": False,
+    }
     return [*steps, {"_target_": "SaveImaged", "keys": "pred", "output_dtype": "$numpy.uint8", **saving}]
 
 
