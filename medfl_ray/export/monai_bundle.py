@@ -236,12 +236,23 @@ def _restoration(description: PackageDescription) -> list[dict[str, Any]]:
             "nearest_interp": True,
             "to_tensor": True,
         },
+        # MONAI's writer refuses images with exchanged axes unless this shape is a tuple.
+        {
+            "_target_": "Lambdad",
+            "keys": "pred",
+            "func": "$lambda mask: mask.meta.update(spatial_shape=tuple(mask.shape[1:])) or mask",
+        },
     ]
     values = description.preprocessing.label_values
     if values and values != tuple(range(1, len(values) + 1)):
         old, new = list(range(len(values) + 1)), [0, *values]
         steps.append({"_target_": "MapLabelValued", "keys": "pred", "orig_labels": old, "target_labels": new})
-    saving = {"output_dir": "@output_dir", "output_ext": ".nii.gz", "output_postfix": "mask", "separate_folder": False}
+    saving = {
+        "output_dir": "@output_dir",
+        "output_ext": ".nii.gz",
+        "output_postfix": "mask",
+        "separate_folder": False,
+    }
     return [*steps, {"_target_": "SaveImaged", "keys": "pred", "output_dtype": "$numpy.uint8", **saving}]
 
 
