@@ -233,6 +233,9 @@ class OutputConfig(Section):
     )
     report: bool = Field(True, description="Write report.html.")
     export: bool = Field(True, description="Write model.onnx with its parity figure.")
+    register_model: bool = Field(
+        True, description="Register the exported model of a completed run as a candidate, under the run's name."
+    )
     keep_checkpoints: Positive = Field(3, description="Checkpoints kept besides the best one.")
 
 
