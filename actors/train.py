@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.coordinator import Coordinator, hospital_specs, local_pool, run_in_process
+from actors.names import actor_name
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ClusterError, MedflError
 from medfl_ray.federation.events import Event, Notice
@@ -74,7 +75,7 @@ def _follow(
     from ray.exceptions import RayError
 
     remote = ray.remote(Coordinator).options(
-        name=f"coordinator:{folder.name}",
+        name=actor_name(folder.name, "coordinator"),
         num_cpus=0.01,
         resources=on_the_head(ray.cluster_resources()),  # type: ignore[no-untyped-call]
         max_concurrency=4,
