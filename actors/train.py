@@ -44,6 +44,7 @@ def drive(
       MedflError: the run cannot start or cannot go on; what was published before is kept.
       KeyboardInterrupt: Ctrl-C was pressed a second time.
     """
+    emit = tracked(run, folder, emit)
     with stop_on_interrupt(emit) as stop:
         if run.federation.pool == "local":
             pool = local_pool(hospital_specs(run, policies, folder))
@@ -61,6 +62,28 @@ def drive(
             return _follow(run, policies, folder, emit, stop)
         finally:
             disconnect()
+
+
+def tracked(run: RunConfig, folder: Path, emit: Emit) -> Emit:
+    """Return what also tells MLflow, where the run names its store.
+
+    Raises:
+      ConfigError: the store cannot be opened.
+    """
+    if run.output.mlflow is None:
+        return emit
+    from medfl_ray.store.mlflow_tracking import MlflowRun
+
+    copy = MlflowRun(run, folder.name)
+
+    def tell(event: Event) -> None:
+        emit(event)
+        before = copy.problem
+        copy.update(event)
+        if copy.problem != before:
+            emit(Notice(message=f"note: {copy.problem}"))
+
+    return tell
 
 
 def _follow(

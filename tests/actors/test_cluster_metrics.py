@@ -112,6 +112,7 @@ def test_nothing_computed_from_private_data_is_in_a_scrape(ray_cluster, monkeypa
     assert labels == {"suppressed" if enable_dp else "unprotected"}
 
 
+@pytest.mark.ci
 def test_a_scrape_of_a_run_on_ray_says_what_its_receipts_say_and_its_actors_whose_they_are(ray_cluster, tmp_path):
     import ray
 
