@@ -8,14 +8,15 @@ every few seconds as long as the run lasts, and it counts a histogram's values a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from statistics import fmean
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from medfl_ray.config import RunConfig
 from medfl_ray.federation.events import Event, HospitalState, PhaseStarted, RoundClosed, RoundTimed
-from medfl_ray.messages import HEADLINES, Metric, Receipt, RoundResult
+from medfl_ray.messages import HEADLINES, Metric, PrivacySpent, Receipt, RoundResult
 from medfl_ray.site_policy import SitePolicy
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 Emit = Callable[[Event], None]
 REPEAT_S = 5.0
 """Seconds between two repeats of all gauges; Ray's processes report every ten."""
+MOST_HOSPITALS = 100
+"""With more, one series stands for all: of thousands, repeating each would cost more than a hundredth of a core."""
+ALL = "all"
 SHOWN_LABELS = ("public", "charged")
 FIGURES = (*HEADLINES, "train_loss")
 SILENT = ("select", "start", "train", "late")
@@ -77,6 +81,7 @@ class ClusterMetrics:
         self._run, self._name, self._repeat_s = run, name, repeat_s
         # A round takes as long as its slowest hospital, whose time tells how many of its patients were drawn.
         self._shows_times = all(policy.declared != "private" for policy in policies)
+        self._many = len(policies) > MOST_HOSPITALS
         self._values: dict[tuple[str, tuple[str, ...]], float] = {}
         self._missed: dict[str, int] = {}
         self._present: set[str] = set()
@@ -114,11 +119,11 @@ class ClusterMetrics:
             self._set("medfl_hospitals_present", len(self._present))
         elif state.state == "failed" and state.hospital not in self._present:
             self._absent.add(state.hospital)
-            self._count("medfl_failures", state.hospital, "start")
+            self._count("medfl_failures", self._label(state.hospital), "start")
         if state.update_bytes is not None:
-            self._observe("medfl_update_bytes", state.update_bytes, state.hospital)
-        if state.duration is not None and may_show(state.duration):
-            self._observe("medfl_client_seconds", state.duration.value, state.hospital)
+            self._observe("medfl_update_bytes", state.update_bytes, self._label(state.hospital))
+        if state.duration is not None:
+            self._observe("medfl_client_seconds", shown(state.duration), self._label(state.hospital))
 
     def _closed(self, result: RoundResult) -> None:
         receipt = result.receipt
@@ -131,12 +136,13 @@ class ClusterMetrics:
         if self._shows_times and result.duration_s:
             self._observe("medfl_round_seconds", result.duration_s)
         for failure in receipt.failures:
-            self._count("medfl_failures", failure.hospital, failure.stage)
-        for hospital, figures in result.metrics.items():
-            for name in FIGURES:
-                if name in figures and may_show(figures[name]):
-                    self._set(f"medfl_{name}", figures[name].value, hospital)
-        for hospital, spent in receipt.spent.items():
+            self._count("medfl_failures", self._label(failure.hospital), failure.stage)
+        for name in FIGURES:
+            found = {hospital: shown(figures[name]) for hospital, figures in result.metrics.items() if name in figures}
+            may_be_seen = {hospital: value for hospital, value in found.items() if value is not None}
+            self._set_each(f"medfl_{name}", may_be_seen, fmean)
+        accounts = receipt.spent if not self._many or not receipt.spent else {ALL: nearest_to_budget(receipt.spent)}
+        for hospital, spent in accounts.items():
             account = (hospital, spent.unit, f"{spent.delta:g}", spent.adjacency)
             self._set("medfl_epsilon_spent", spent.epsilon, *account)
             self._set("medfl_epsilon_budget", spent.budget, *account)
@@ -149,8 +155,7 @@ class ClusterMetrics:
         silent = {failure.hospital for failure in receipt.failures if failure.stage in SILENT} | self._absent
         self._missed |= dict.fromkeys(delivered, 0)
         self._missed |= {hospital: self._missed.get(hospital, 0) + 1 for hospital in silent - delivered}
-        for hospital, rounds in self._missed.items():
-            self._set("medfl_rounds_missed", rounds, hospital)
+        self._set_each("medfl_rounds_missed", self._missed, max)
         self._set("medfl_updates", len(delivered))
 
     def _set(self, name: str, value: float | None, *labels: str) -> None:
@@ -158,12 +163,21 @@ class ClusterMetrics:
             with self._lock:
                 self._values[name, labels] = value
 
+    def _set_each(self, name: str, values: Mapping[str, float], of_many: Callable[[Iterable[float]], float]) -> None:
+        if self._many and values:
+            values = {ALL: of_many(values.values())}
+        for hospital, value in values.items():
+            self._set(name, value, hospital)
+
     def _count(self, name: str, *labels: str) -> None:
         self._counters[name].inc(1, self._tags(COUNTERS[name][1], labels))
 
     def _observe(self, name: str, value: float | None, *labels: str) -> None:
         if value is not None:
             self._histograms[name].observe(value, self._tags(HISTOGRAMS[name][1], labels))
+
+    def _label(self, hospital: str) -> str:
+        return ALL if self._many else hospital
 
     def _tags(self, keys: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
         return dict(zip(keys, (self._name, *labels), strict=True))
@@ -186,6 +200,11 @@ def both(first: Emit, second: Emit) -> Emit:
     return emit
 
 
-def may_show(figure: Metric) -> bool:
-    """Say whether a figure may stand where anybody on the machine reads it."""
-    return figure.label in SHOWN_LABELS and figure.value is not None
+def nearest_to_budget(spent: Mapping[str, PrivacySpent]) -> PrivacySpent:
+    """Return the account with the largest share of its budget spent; without budgets, the largest epsilon."""
+    return max(spent.values(), key=lambda one: (one.epsilon / one.budget if one.budget else 0.0, one.epsilon))
+
+
+def shown(figure: Metric) -> float | None:
+    """Return a figure that may stand where anybody on the machine reads it, or None."""
+    return figure.value if figure.label in SHOWN_LABELS else None

@@ -123,7 +123,8 @@ def open_client(tracking_uri: str) -> MlflowClient:
         ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
     ):
         os.environ.setdefault(name, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for chatty in ("alembic", "mlflow", "mlflow.store.db.utils"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         from mlflow import MlflowClient
     except ImportError:

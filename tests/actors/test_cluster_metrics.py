@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from cli_runs import DP, configuration, write_patients
@@ -16,7 +17,7 @@ from actors.ray_pool import RayPool
 from medfl_ray.config_files import parse_run_config
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.federation.events import HospitalState, RoundClosed
-from medfl_ray.messages import ClientFailure, Receipt, RoundResult
+from medfl_ray.messages import ClientFailure, Metric, PrivacySpent, Receipt, RoundResult
 from medfl_ray.store.run_folder import RunFolder
 
 # What may be said of hospitals with private data: none of it is computed from images or labels.
@@ -196,6 +197,22 @@ def test_silence_is_counted_until_an_update_arrives_and_is_neither_a_spent_budge
     assert metrics._missed == {"a": 0, "b": 0, "absent": 3}
     metrics.update(closed(4, (), (), secret_cohort=True, asked=()))
     assert metrics._missed == {"a": 0, "b": 0, "absent": 3}
+
+
+def test_one_series_stands_for_more_than_a_hundred_hospitals(ray_cluster):
+    names = [f"h{number:03d}" for number in range(101)]
+    policies = [SimpleNamespace(hospital=name, declared="synthetic") for name in names]
+    metrics = ClusterMetrics(small_run(), "many", policies)
+    spent = {name: PrivacySpent(epsilon=1 + number, delta=1e-5, budget=200.0) for number, name in enumerate(names)}
+    figures = {name: {"dice": Metric(value=float(number == 0), label="public")} for number, name in enumerate(names)}
+    event = closed(1, tuple(names[1:]), (failed(names[0], "late"),), spent=spent)
+    metrics.update(RoundClosed(result=event.result.model_copy(update={"metrics": figures})))
+    account = ("all", "patient", "1e-05", "add_remove")
+    assert metrics._values["medfl_epsilon_spent", account] == 101
+    assert metrics._values["medfl_epsilon_budget", account] == 200
+    assert metrics._values["medfl_dice", ("all",)] == pytest.approx(1 / 101)
+    assert metrics._values["medfl_rounds_missed", ("all",)] == 1
+    assert {labels[0] for _, labels in metrics._values if labels} == {"all"}
 
 
 def test_the_metrics_page_takes_no_token_and_is_on_loopback_only(ray_cluster):

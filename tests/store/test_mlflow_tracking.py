@@ -70,7 +70,9 @@ def test_a_run_is_copied_and_its_champion_follows_a_promotion(medfl, uri, tmp_pa
     assert medfl("models", "promote", "tiny", "--override", "a test").code == 0
     answer = medfl("models", "mirror", "tiny", uri)
     assert answer.out.strip() == "champion is version 1"
-    assert dict(client.get_registered_model("tiny").aliases) == {"champion": "1"}
+    assert {alias: int(version) for alias, version in client.get_registered_model("tiny").aliases.items()} == {
+        "champion": 1
+    }
 
     assert medfl("run", "--resume", folder).code == 0
     _, again = the_run(uri)
