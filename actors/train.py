@@ -15,7 +15,7 @@ from actors.coordinator import Coordinator, hospital_specs, local_pool, run_in_p
 from actors.names import actor_name
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ClusterError, MedflError
-from medfl_ray.federation.events import Event, Notice
+from medfl_ray.federation.events import Event, Notice, RoundClosed
 from medfl_ray.federation.run import RunOutcome
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.run_folder import RunFolder
@@ -78,10 +78,10 @@ def tracked(run: RunConfig, folder: Path, emit: Emit) -> Emit:
 
     def tell(event: Event) -> None:
         emit(event)
-        before = copy.problem
-        copy.update(event)
-        if copy.problem != before:
-            emit(Notice(message=f"note: {copy.problem}"))
+        if isinstance(event, RoundClosed) and copy.problem is None:
+            copy.add_round(event.result)
+            if copy.problem is not None:
+                emit(Notice(message=f"note: {copy.problem}"))
 
     return tell
 

@@ -106,6 +106,8 @@ async def photograph(log: Path, pages: list[tuple[str, Path, tuple[int, int]]], 
 def main() -> None:
     """Run a federation with dashboard and Prometheus, and photograph both while it trains."""
     os.environ["RAY_metrics_report_interval_ms"] = "2000"  # noqa: SIM112 - Ray's spelling
+    # On a busy machine the dashboard takes its time.
+    os.environ.update(RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT="120", RAY_DASHBOARD_STARTUP_TIMEOUT_S="180")
     from actors.cluster import connect, disconnect
     from actors.train import _follow
     from medfl_ray.config_files import parse_run_config
@@ -122,7 +124,7 @@ def main() -> None:
         stop, enough = threading.Event(), threading.Event()
 
         def emit(event: Any) -> None:
-            if event.type == "round" and event.result.round >= 60:
+            if event.type == "round" and event.result.round >= 30:
                 enough.set()
 
         training = threading.Thread(target=_follow, args=(run, policies, folder.path, emit, stop))
@@ -131,7 +133,7 @@ def main() -> None:
         port = free_port()
         server = ["prometheus", f"--config.file={prometheus_config(place)}", f"--storage.tsdb.path={place / 'data'}"]
         stack.enter_context(process([*server, f"--web.listen-address=127.0.0.1:{port}"], place / "prometheus.log"))
-        enough.wait(timeout=400)
+        enough.wait(timeout=240)
         options = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-proxy-server"
         browser = ["chromium", *options.split(), "--remote-debugging-port=0", f"--user-data-dir={place / 'browser'}"]
         stack.enter_context(process(browser, place / "browser.log"))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError
-from medfl_ray.federation.events import Event, RoundClosed
-from medfl_ray.messages import PrivacySpent
+from medfl_ray.messages import PrivacySpent, RoundResult
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -56,10 +56,10 @@ class MlflowRun:
                 "output.mlflow out"
             ) from None
 
-    def update(self, event: Event) -> None:
+    def add_round(self, result: RoundResult) -> None:
         """Take a closed round's figures; after a first failure nothing more is sent."""
-        if isinstance(event, RoundClosed) and self.problem is None:
-            self._attempt(lambda: self._log_round(event))
+        if self.problem is None:
+            self._attempt(lambda: self._log_round(result))
 
     def finish(self, folder: Path, completed: bool, version: ModelVersion | None) -> None:
         """Copy the run's files, and let the registered model's aliases say its stages."""
@@ -92,12 +92,12 @@ class MlflowRun:
             self._client.log_batch(run_id, params=found[start : start + AT_ONCE])
         return run_id
 
-    def _log_round(self, closed: RoundClosed) -> None:
+    def _log_round(self, result: RoundResult) -> None:
         from mlflow.entities import Metric, RunTag
 
-        receipt, now = closed.result.receipt, milliseconds(closed)
-        figures = dict(shown_figures(closed))
-        metrics = [Metric(key, value, now, receipt.round) for key, value in figures.items()]
+        receipt = result.receipt
+        ended_ms = int(1000 * datetime.fromisoformat(receipt.ended_at).timestamp())
+        metrics = [Metric(key, value, ended_ms, receipt.round) for key, value in shown_figures(result)]
         accounts = [RunTag(f"epsilon.{hospital}", account(spent)) for hospital, spent in receipt.spent.items()]
         for start in range(0, max(len(metrics), len(accounts)), AT_ONCE):
             part = slice(start, start + AT_ONCE)
@@ -168,13 +168,13 @@ def parameters(run: RunConfig) -> Iterator[tuple[str, object]]:
     yield from _leaves(run.model_dump(mode="json", exclude=LEFT_OUT))
 
 
-def shown_figures(closed: RoundClosed) -> Iterator[tuple[str, float]]:
+def shown_figures(result: RoundResult) -> Iterator[tuple[str, float]]:
     """Yield the figures of a round that may leave the run's folder, by hospital and name."""
-    for hospital, metrics in closed.result.metrics.items():
+    for hospital, metrics in result.metrics.items():
         for name, figure in metrics.items():
             if figure.label in SHOWN_LABELS and figure.value is not None:
                 yield f"{hospital}/{name}", figure.value
-    for hospital, spent in closed.result.receipt.spent.items():
+    for hospital, spent in result.receipt.spent.items():
         yield f"{hospital}/epsilon", spent.epsilon
 
 
@@ -182,13 +182,6 @@ def account(spent: PrivacySpent) -> str:
     """Say what an epsilon means, to stand beside it."""
     budget = "no budget" if spent.budget is None else f"budget {spent.budget:g}"
     return f"{spent.unit}-level, delta={spent.delta:g}, adjacency {spent.adjacency}, {budget}"
-
-
-def milliseconds(closed: RoundClosed) -> int:
-    """Return when a round ended, as MLflow counts time."""
-    from datetime import datetime
-
-    return int(1000 * datetime.fromisoformat(closed.result.receipt.ended_at).timestamp())
 
 
 def _versions(client: MlflowClient, name: str) -> list[Any]:

@@ -107,15 +107,14 @@ def test_a_store_that_does_not_answer_stops_a_run_before_it_starts(medfl, tmp_pa
 def test_a_store_that_is_lost_on_the_way_is_named_and_the_run_ends_well(medfl, uri, tmp_path, monkeypatch):
     from medfl_ray.store.mlflow_tracking import MlflowRun
 
-    update = MlflowRun.update
+    add_round = MlflowRun.add_round
 
-    def losing(self, event):
-        if event.type == "round":
-            with sqlite3.connect(tmp_path / "mlflow.db") as database:
-                database.execute("ALTER TABLE metrics RENAME TO gone")
-        update(self, event)
+    def losing(self, result):
+        with sqlite3.connect(tmp_path / "mlflow.db") as database:
+            database.execute("ALTER TABLE metrics RENAME TO gone")
+        add_round(self, result)
 
-    monkeypatch.setattr(MlflowRun, "update", losing)
+    monkeypatch.setattr(MlflowRun, "add_round", losing)
     answer = medfl("run", write_config(tmp_path / "run.yaml", configuration(output={"mlflow": {"tracking_uri": uri}})))
     assert answer.code == 0, answer
     assert "its copy of the run is incomplete" in answer.out
