@@ -35,6 +35,7 @@ RUN = {
     "privacy": {"enable_dp": True, "epsilon": 20.0, "noise_multiplier": 1.5, "max_grad_norm": 0.1},
     "output": {"report": False, "export": False},
 }
+SETTLE_S = 20
 QUERIES = (
     "max by (hospital) (ray_medfl_dice)",
     "max by (hospital, unit, delta, adjacency) (ray_medfl_epsilon_spent)",
@@ -98,7 +99,7 @@ async def photograph(log: Path, pages: list[tuple[str, Path, tuple[int, int]]], 
                 origin = "{0.scheme}://{0.netloc}".format(urllib.parse.urlsplit(url))
                 await call("Network.setCookie", url=origin, name=COOKIE, value=token, httpOnly=True)
                 await call("Page.navigate", url=url)
-                await asyncio.sleep(12)
+                await asyncio.sleep(SETTLE_S)
                 picture = await call("Page.captureScreenshot", format="png")
                 file.write_bytes(base64.b64decode(picture["data"]))
 

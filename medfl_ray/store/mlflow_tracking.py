@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SHOWN_LABELS = ("public", "charged")
 FILES = ("report.html", "model.onnx", "receipts.jsonl", "ledger.json")
-LEFT_OUT = {
+LEFT_OUT: dict[str, Any] = {
     "output": True,
     "data": {"directory": True, "hospitals": {"__all__": {"directory", "site_config"}}},
     "training": {"initial_weights": True},
