@@ -26,8 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 IMAGES = ROOT / "docs" / "images"
 COOKIE = "ray-authentication-token"
-CHANGES = ("federation.rounds=60", "federation.baselines=[]", "output.report=false", "output.export=false")
-ENOUGH_ROUNDS, PATIENCE_S = 15, 360
+RUN = {
+    "name": "lungs",
+    "data": {"phantom": {"num_hospitals": 4, "patients_per_hospital": 60, "size_voxels": 24, "seed": 3}},
+    "model": {"type": "unet3d", "features": [4, 8]},
+    "training": {"batch_size": 4, "patch_size_voxels": 16, "learning_rate": 0.01, "optimizer": "adam"},
+    "federation": {"rounds": 400, "local_steps": 2, "seed": 5},
+    "privacy": {"enable_dp": True, "epsilon": 20.0, "noise_multiplier": 1.5, "max_grad_norm": 0.1},
+    "output": {"report": False, "export": False},
+}
 SETTLE_S = 20
 QUERIES = (
     "max by (hospital) (ray_medfl_dice)",
@@ -62,7 +69,7 @@ def prometheus_config(folder: Path) -> Path:
     config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
     pages = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes()]
     (folder / "found.json").write_text(json.dumps([{"labels": {"job": "ray"}, "targets": pages}]))
-    config["global"] = {"scrape_interval": "10s", "evaluation_interval": "10s"}
+    config["global"] = {"scrape_interval": "4s", "evaluation_interval": "4s"}
     config["scrape_configs"][0]["file_sd_configs"][0]["files"] = [str(folder / "found.json")]
     config["rule_files"] = [str(ROOT / "deploy" / "prometheus" / "rules.yml")]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
@@ -104,21 +111,21 @@ def main() -> None:
     os.environ.update(RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT="120", RAY_DASHBOARD_STARTUP_TIMEOUT_S="180")
     from actors.cluster import connect, disconnect
     from actors.train import _follow
-    from medfl_ray.config_files import load_run_config
+    from medfl_ray.config_files import parse_run_config
     from medfl_ray.data.sources import list_hospitals
     from medfl_ray.store.run_folder import RunFolder
 
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        places = (f"output.directory={place}", f"output.state_directory={place / 'state'}")
-        run = load_run_config(ROOT / "configs" / "demo.yaml", (*CHANGES, *places))
+        raw = {**RUN, "output": {**RUN["output"], "directory": str(place), "state_directory": str(place / "state")}}
+        run = parse_run_config(raw)
         policies, folder = tuple(list_hospitals(run)), RunFolder.create(run)
         cluster = connect(num_cpus=2, dashboard=True)
         stack.callback(disconnect)
         stop, enough = threading.Event(), threading.Event()
 
         def emit(event: Any) -> None:
-            if event.type == "round" and event.result.round >= ENOUGH_ROUNDS:
+            if event.type == "round" and event.result.round >= 30:
                 enough.set()
 
         training = threading.Thread(target=_follow, args=(run, policies, folder.path, emit, stop))
@@ -127,7 +134,7 @@ def main() -> None:
         port = free_port()
         server = ["prometheus", f"--config.file={prometheus_config(place)}", f"--storage.tsdb.path={place / 'data'}"]
         stack.enter_context(process([*server, f"--web.listen-address=127.0.0.1:{port}"], place / "prometheus.log"))
-        enough.wait(timeout=PATIENCE_S)
+        enough.wait(timeout=240)
         options = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-proxy-server"
         browser = ["chromium", *options.split(), "--remote-debugging-port=0", f"--user-data-dir={place / 'browser'}"]
         stack.enter_context(process(browser, place / "browser.log"))
@@ -136,8 +143,8 @@ def main() -> None:
             f"g{number}.{key}": value for number in (0, 1) for key, value in (("tab", "0"), ("range_input", "5m"))
         }
         pages = [
-            (f"http://{cluster.dashboard_url}/#/actors", IMAGES / "ray-actors.png", (1600, 960)),
-            (f"http://127.0.0.1:{port}/graph?{urllib.parse.urlencode(graphs)}", IMAGES / "metrics.png", (1400, 1620)),
+            (f"http://{cluster.dashboard_url}/#/actors", IMAGES / "ray-actors.png", (1600, 760)),
+            (f"http://127.0.0.1:{port}/graph?{urllib.parse.urlencode(graphs)}", IMAGES / "metrics.png", (1400, 1500)),
         ]
         asyncio.run(photograph(place / "browser.log", pages, os.environ["RAY_AUTH_TOKEN"]))
 
