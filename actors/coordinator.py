@@ -190,10 +190,14 @@ class Coordinator:
         self._first = 0
         self._stop = threading.Event()
 
+    def __repr__(self) -> str:
+        return f"Coordinator({self._folder.name})"
+
     def run(self) -> RunOutcome:
         """Run the federation to its end, with the configuration in its folder."""
         import torch
 
+        from actors.cluster_metrics import ClusterMetrics, both
         from actors.ray_pool import RayPool
 
         torch.set_num_threads(1)
@@ -202,7 +206,9 @@ class Coordinator:
         config = run.federation
         keeps_late = config.stragglers == "keep"
         pool = RayPool(specs, self._folder.name, config.num_actors, self._gpus_per_actor, keeps_late)
-        return run_in_process(run, self._policies, self._folder, pool, self._events.append, self._stop, self._root)
+        with ClusterMetrics(run, self._folder.name, self._policies) as metrics:
+            emit = both(self._events.append, metrics.update)
+            return run_in_process(run, self._policies, self._folder, pool, emit, self._stop, self._root)
 
     def events_since(self, position: int) -> list[Any]:
         """Return the events after the first `position` ones, which are forgotten: whoever asks has them."""

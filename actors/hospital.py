@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from actors.names import home_name
 from medfl_ray.config import RunConfig, TrainingConfig
 from medfl_ray.errors import DataError, LabelError, LedgerError, MedflError, PrivacyConfigError
 from medfl_ray.federation.hospital import Hospital, HospitalParts, is_confidential, shown_problem
@@ -218,6 +219,9 @@ class HospitalActor:
         torch.set_num_threads(num_threads)
         self._specs = {spec.policy.hospital: spec for spec in specs}
         self._hospitals: dict[str, Hospital] = {}
+
+    def __repr__(self) -> str:
+        return f"HospitalActor({home_name(list(self._specs))})"
 
     def describe(self, hospital: str) -> HospitalInfo | ClientFailure:
         """Build a hospital and say what is public about it."""

@@ -18,6 +18,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.cluster import check_pinned
 from actors.hospital import HospitalActor, HospitalSpec
+from actors.names import actor_name, home_name
 from medfl_ray.errors import ClusterError
 from medfl_ray.federation.baselines import CENTRAL
 from medfl_ray.federation.local_pool import deadline_failure, evaluation_failure, start_failure
@@ -236,11 +237,11 @@ class RayPool:
         return None if seconds is None else time.monotonic() + seconds
 
     def _actor(self, home: Home) -> Any:
-        name = "+".join(home) if len(home) <= 2 else f"{home[0]}+{len(home) - 1}"
+        name = home_name(home)
         if name not in self._actors:
             resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
             options = actor_options(home, len(self._homes), resources, self._gpus_per_actor)
-            remote = ray.remote(HospitalActor).options(name=f"hospital:{name}:{self._job}", **options)
+            remote = ray.remote(HospitalActor).options(name=actor_name(self._job, "hospital", name), **options)
             self._actors[name] = create_named(remote, [self._specs[hospital] for hospital in home])
         return self._actors[name]
 

@@ -9,6 +9,7 @@ import runpy
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -79,7 +80,7 @@ class Simulation:
 
         self._run, self._policies, self._folder, self._emit = run, policies, folder, emit
         ledgers = partial(open_ledgers, run, policies, folder) if run.privacy.patient_level else None
-        self.pool = VirtualPool(run, policies, ledgers, open_data)
+        self.pool = VirtualPool(run, policies, ledgers, open_data, folder.name)
         self._initial = initial
         self._network: tuple[Layout, Vector] | None = None
 
@@ -125,11 +126,12 @@ class Simulation:
         Raises:
           MedflError: as of `run_federation`.
         """
+        from actors.cluster_metrics import ClusterMetrics, both
         from actors.coordinator import open_federation_ledger, run_mirror
 
         root, own = state_root(self._run), (self._run, self._policies, self._folder)
         store = RunFolder(self._folder, self._run, federation_folder(self._policies, self._folder, root))
-        try:
+        with closing(store), ClusterMetrics(self._run, self._folder.name, self._policies) as metrics:
             return run_federation(
                 RunParts(
                     run=self._run,
@@ -139,7 +141,7 @@ class Simulation:
                     store=store,
                     mirror=run_mirror(*own, root),
                     initial_weights=self._first_weights,
-                    emit=self._timed,
+                    emit=partial(self._timed, both(self._emit, metrics.update)),
                     stop=stop or threading.Event(),
                     open_federation_ledger=partial(
                         open_federation_ledger, self._run, self._policies, self._folder, root
@@ -150,8 +152,6 @@ class Simulation:
                     else (lambda number, able: tuple(sorted(set(select(number)) & set(able)))),
                 )
             )
-        finally:
-            store.close()
 
     def _first_weights(self, in_channels: int, out_channels: int) -> tuple[Layout, Vector]:
         """Have the network built once, for the warm-up and the run alike."""
@@ -162,18 +162,16 @@ class Simulation:
             self._network = layout, weights if self._initial is None else self._initial
         return self._network
 
-    def _timed(self, event: Event) -> None:
-        self._emit(event)
+    def _timed(self, emit: Emit, event: Event) -> None:
+        emit(event)
         for note in self.pool.notes:
-            self._emit(Notice(message=note))
+            emit(Notice(message=note))
         self.pool.notes.clear()
         if isinstance(event, RoundClosed):
             result = event.result
             seconds = where_time_went(self.pool, result.duration_s)
             asked = len(result.receipt.asked)
-            self._emit(
-                RoundTimed(round=result.round, num_hospitals=asked, duration_s=result.duration_s, seconds=seconds)
-            )
+            emit(RoundTimed(round=result.round, num_hospitals=asked, duration_s=result.duration_s, seconds=seconds))
 
 
 def _named(select: Select, round: int, able: Sequence[str]) -> tuple[str, ...]:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from actors.coordinator import Coordinator, hospital_specs, local_pool, run_in_process
+from actors.names import actor_name
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ClusterError, MedflError
-from medfl_ray.federation.events import Event, Notice
+from medfl_ray.federation.events import Event, Notice, RoundClosed
 from medfl_ray.federation.run import RunOutcome
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.run_folder import RunFolder
@@ -43,6 +44,7 @@ def drive(
       MedflError: the run cannot start or cannot go on; what was published before is kept.
       KeyboardInterrupt: Ctrl-C was pressed a second time.
     """
+    emit = tracked(run, folder, emit)
     with stop_on_interrupt(emit) as stop:
         if run.federation.pool == "local":
             pool = local_pool(hospital_specs(run, policies, folder))
@@ -62,6 +64,28 @@ def drive(
             disconnect()
 
 
+def tracked(run: RunConfig, folder: Path, emit: Emit) -> Emit:
+    """Return what also tells MLflow, where the run names its store.
+
+    Raises:
+      ConfigError: the store cannot be opened.
+    """
+    if run.output.mlflow is None:
+        return emit
+    from medfl_ray.store.mlflow_tracking import MlflowRun
+
+    copy = MlflowRun(run, folder.name)
+
+    def tell(event: Event) -> None:
+        emit(event)
+        if isinstance(event, RoundClosed) and copy.problem is None:
+            copy.add_round(event.result)
+            if copy.problem is not None:
+                emit(Notice(message=f"note: {copy.problem}"))
+
+    return tell
+
+
 def _follow(
     run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, emit: Emit, stop: threading.Event
 ) -> RunOutcome:
@@ -74,7 +98,7 @@ def _follow(
     from ray.exceptions import RayError
 
     remote = ray.remote(Coordinator).options(
-        name=f"coordinator:{folder.name}",
+        name=actor_name(folder.name, "coordinator"),
         num_cpus=0.01,
         resources=on_the_head(ray.cluster_resources()),  # type: ignore[no-untyped-call]
         max_concurrency=4,

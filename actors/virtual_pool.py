@@ -7,6 +7,7 @@ which actor trains which group, and how many actors there are, changes no bit of
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ray.exceptions import RayError
 
 from actors.cluster import simulation_environment
 from actors.dealing import TRIES, Dealer, Lost
+from actors.names import actor_name
 from actors.virtual_hospitals import VirtualHospitals
 from actors.virtual_work import Assignment, Finished, OpenData, Scoring, Turn
 from medfl_ray.config import Declared, RunConfig
@@ -52,10 +54,12 @@ class VirtualPool:
         policies: Sequence[SitePolicy],
         open_ledgers: Callable[[], SimulatedLedgers] | None = None,
         open_data: OpenData | None = None,
+        name: str = "simulation",
     ) -> None:
         """Start the actors; they load their libraries while the caller goes on.
 
         Args:
+          name: of the run, in its actors' names.
           open_ledgers: opens the hospitals' accounts when the first is needed; None without patient-level DP.
 
         Raises:
@@ -72,7 +76,7 @@ class VirtualPool:
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         declared = min((policy.declared for policy in policies), key=STRICTEST.index)
-        self._actors = start_actors(run, declared, open_data, len(policies))
+        self._actors = start_actors(run, declared, open_data, len(policies), name)
         self._dealer = Dealer(self._actors)
 
     @property
@@ -279,7 +283,9 @@ def check_simulation(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
         )
 
 
-def start_actors(run: RunConfig, declared: Declared, open_data: OpenData | None, num_hospitals: int) -> list[Any]:
+def start_actors(
+    run: RunConfig, declared: Declared, open_data: OpenData | None, num_hospitals: int, name: str
+) -> list[Any]:
     """Start one actor per core, or as many as the run asks for; on GPUs each gets its share and no more memory."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     gpus = resources.get("GPU", 0.0)
@@ -289,17 +295,21 @@ def start_actors(run: RunConfig, declared: Declared, open_data: OpenData | None,
     count = min(run.federation.num_actors or max(1, fitting), num_hospitals)
     if gpus and not share:
         share = min(1.0, gpus / count)
-    remote = ray.remote(VirtualHospitals).options(
-        num_cpus=min(1.0, cores / count) * 0.9,
-        num_gpus=share,
-        max_restarts=-1,
-        max_task_retries=0,
-        runtime_env={"env_vars": simulation_environment()},
-    )
+    remote = ray.remote(VirtualHospitals)
+    options = {
+        "num_cpus": min(1.0, cores / count) * 0.9,
+        "num_gpus": share,
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": simulation_environment()},
+    }
     cache_bytes = cache_of_each(run, count, resources.get("memory"))
     # On a core of its own a thread that prepares images would only take turns with the training.
     looks_ahead = bool(gpus) or cores >= 2 * count
-    return [remote.remote(run, declared, open_data, share, cache_bytes, looks_ahead) for _ in range(count)]
+    # Several simulations of one name may go on at once, as in a search.
+    names = [actor_name(name, "virtual", f"{number}-{secrets.token_hex(3)}") for number in range(1, count + 1)]
+    arguments = (run, declared, open_data, share, cache_bytes, looks_ahead)
+    return [remote.options(name=named, **options).remote(*arguments) for named in names]
 
 
 def cache_of_each(run: RunConfig, num_actors: int, memory_bytes: float | None) -> int | None:

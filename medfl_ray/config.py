@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from medfl_ray.config_base import Declared, Fraction, HospitalId, Positive, PositiveFloat, Section, one_to_many
 from medfl_ray.config_data import DataConfig, HospitalConfig, PartitionConfig, PhantomConfig
+from medfl_ray.config_output import OutputConfig
 from medfl_ray.config_privacy import PrivacyConfig
 
 
@@ -222,19 +223,6 @@ class AggregationConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Decay of the moving average of the weights that is evaluated and released; 0 switches it off."
     )
-
-
-class OutputConfig(Section):
-    """What a run leaves behind."""
-
-    directory: Path = Field(Path("runs"), description="Folder in which the run's own folder is made.")
-    state_directory: Path | None = Field(
-        None, description="Folder of the hospitals' ledgers; the user's state folder when absent."
-    )
-    report: bool = Field(True, description="Write report.html.")
-    export: bool = Field(True, description="Write model.onnx with its parity figure.")
-    register_model: bool = Field(True, description="Register a completed run's exported model as a candidate.")
-    keep_checkpoints: Positive = Field(3, description="Checkpoints kept besides the best one.")
 
 
 __all__ = [

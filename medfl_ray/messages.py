@@ -169,7 +169,7 @@ class HospitalInfo(Message):
 class ClientUpdate:
     """One hospital's change of the weights, delta of shape [P], with its public weight.
 
-    `duration_s` is 0 for private data under DP: it would tell how many patients were drawn. `within_clip` says
+    `duration`, in seconds, is a figure like any other: it tells how many patients were drawn. `within_clip` says
     whether the update fitted the plan's clip norm before it was clipped; None where there is none. `signature` is the
     hospital's, over what `federation.signatures.update_digest` returns.
     """
@@ -183,7 +183,7 @@ class ClientUpdate:
     num_steps: int
     spent: PrivacySpent | None
     metrics: dict[str, Metric] = field(default_factory=dict)
-    duration_s: float = 0.0
+    duration: Metric | None = None
     within_clip: bool | None = None
     signature: str = ""
 

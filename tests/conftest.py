@@ -34,6 +34,7 @@ def ray_cluster():
     """One Ray cluster of our own for all tests, on loopback and behind a token; it ends with the session."""
     from actors.cluster import connect, disconnect
 
+    os.environ["RAY_metrics_report_interval_ms"] = "500"  # noqa: SIM112 - Ray's spelling; tests of metrics wait for it
     # Workers unpickle functions of the tests, whose modules import their neighbours.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     yield connect(num_cpus=2)

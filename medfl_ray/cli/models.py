@@ -219,6 +219,24 @@ def fetch(
     _say_key(opened.public_key, key)
 
 
+@app.command()
+def mirror(
+    name: Name,
+    tracking_uri: Annotated[str, typer.Argument(help="MLflow's store, as in output.mlflow.tracking_uri.")],
+    registry: Place = None,
+    database: DatabaseUrl = None,
+) -> None:
+    """Set MLflow's aliases of a model after a promotion: champion, and the newest candidate."""
+    from medfl_ray.config_files import parse_model
+    from medfl_ray.config_output import MlflowConfig
+    from medfl_ray.store.mlflow_tracking import mirror_stages, open_client
+
+    checked = parse_model(MlflowConfig, {"tracking_uri": tracking_uri}, "the store").tracking_uri
+    stages: dict[int, str] = {found.version: found.stage for found in _open(registry, database).versions(name)}
+    for line in mirror_stages(open_client(checked), name, stages) or ["MLflow has none of these versions"]:
+        typer.echo(line)
+
+
 def _open(place: str | None, database: str | None, key: str | None = None) -> Registry:
     from medfl_ray.store.registry import Registry
 

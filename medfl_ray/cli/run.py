@@ -15,6 +15,7 @@ SHOWN_NAMES = 10
 if TYPE_CHECKING:
     from medfl_ray.config import RunConfig
     from medfl_ray.federation.run import RunOutcome
+    from medfl_ray.store.model_records import ModelVersion
     from medfl_ray.store.run_folder import RunFolder
 
 
@@ -109,20 +110,36 @@ def finish_run(folder: RunFolder, outcome: RunOutcome) -> None:
 
     One that lost its quorum leaves a report that says so; one that was stopped leaves it to whoever resumes it.
     """
+    version = None
     if outcome.completed and folder.run.output.export:
         from medfl_ray.export.onnx_export import export_run
 
         export_run(folder.path)
         if folder.run.output.register_model:
-            _register(folder)
+            version = _register(folder)
     if folder.run.output.report and not _is_stopped(outcome):
         from medfl_ray.analytics.report import write_report
 
         write_report(folder.path)
+    if folder.run.output.mlflow is not None:
+        _copy_to_mlflow(folder, outcome, version)
     _say_goodbye(folder, outcome)
 
 
-def _register(folder: RunFolder) -> None:
+def _copy_to_mlflow(folder: RunFolder, outcome: RunOutcome, version: ModelVersion | None) -> None:
+    from medfl_ray.store.mlflow_tracking import MlflowRun
+
+    try:
+        copy = MlflowRun(folder.run, folder.path.name)
+        copy.finish(folder.path, outcome.completed, version)
+        problem = copy.problem
+    except ConfigError as error:
+        problem = str(error)
+    if problem is not None:
+        typer.echo(f"WARNING: {problem}")
+
+
+def _register(folder: RunFolder) -> ModelVersion | None:
     """Register the model as a candidate; a run is complete without it, so that a registry in need is only named."""
     from medfl_ray.cli.run_lineage import lineage_of_run, register_run, registered_as
     from medfl_ray.store.registry import Registry
@@ -134,6 +151,8 @@ def _register(folder: RunFolder) -> None:
         typer.echo(f"WARNING: the model was not registered: {error}. Later: medfl-ray models register {folder.path}")
     else:
         typer.echo(f"registered as {version}, {version.stage}; see medfl-ray models show {version.name}")
+        return version
+    return None
 
 
 def _is_stopped(outcome: RunOutcome) -> bool:

@@ -101,8 +101,18 @@ def take_answer(
             reason = str(error)
             refuse(expected.plan, answer, reason, tally)
     for hospital in hospitals_of(answer):
-        context.tell(HospitalState(hospital=hospital, state="failed" if reason else "done", detail=reason))
+        context.tell(state_after(hospital, answer, reason))
     return total
+
+
+def state_after(hospital: str, answer: Answer, reason: str) -> HospitalState:
+    """Say what became of a hospital's answer; `reason` where it is not in the sum."""
+    if reason:
+        return HospitalState(hospital=hospital, state="failed", detail=reason)
+    if not isinstance(answer, ClientUpdate):
+        return HospitalState(hospital=hospital, state="done")
+    size_bytes = answer.delta.nbytes
+    return HospitalState(hospital=hospital, state="done", update_bytes=size_bytes, duration=answer.duration)
 
 
 def expected_updates(context: RoundContext, plan: RoundPlan, state: FederationState) -> Expected:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter
 
-from medfl_ray.messages import Message, PrivacySpent, RoundResult
+from medfl_ray.messages import Message, Metric, PrivacySpent, RoundResult
 
 State = Literal["waiting", "reserving", "training", "done", "failed", "left_out"]
 
@@ -28,7 +28,10 @@ class PhaseStarted(Message):
 
 
 class HospitalState(Message):
-    """What one hospital is doing; `detail` is the reason where it failed or was left out."""
+    """What one hospital is doing; `detail` is the reason where it failed or was left out.
+
+    Of an update that is in, `update_bytes` is its size and `duration` the hospital's own time for it.
+    """
 
     type: Literal["hospital"] = "hospital"
     hospital: str
@@ -37,6 +40,8 @@ class HospitalState(Message):
     step: int | None = None
     num_steps: int | None = None
     spent: PrivacySpent | None = None
+    update_bytes: int | None = None
+    duration: Metric | None = None
 
 
 class RoundClosed(Message):

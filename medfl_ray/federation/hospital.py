@@ -26,6 +26,7 @@ from medfl_ray.messages import (
     ClientUpdate,
     HospitalInfo,
     Mechanism,
+    Metric,
     PrivacySpent,
     RoundPlan,
     SiteEvaluation,
@@ -153,8 +154,8 @@ class Hospital:
                 num_patients=aggregation_weight(parts.run, parts.policy.num_patients),
                 num_steps=outcome.num_steps,
                 spent=self._spent(),
-                metrics=labelled(losses, parts.policy.declared, parts.run.privacy.enable_dp),
-                duration_s=0.0 if self._is_confidential else time.monotonic() - started,
+                metrics=self._labelled(losses),
+                duration=self._labelled({"duration_s": time.monotonic() - started})["duration_s"],
                 within_clip=within,
             )
 
@@ -176,7 +177,7 @@ class Hospital:
             return SiteEvaluation(
                 hospital=self.id,
                 round=round,
-                metrics=labelled(values, parts.policy.declared, parts.run.privacy.enable_dp),
+                metrics=self._labelled(values),
                 patient_scores=tuple(score.headline for score in scores) if may_show else None,
                 pictures=drawn if may_show else (),
             )
@@ -285,6 +286,9 @@ class Hospital:
         return ClientFailure(
             hospital=self.id, round=round, attempt=attempt, stage=stage, reason=reason, left_host=left_host
         )
+
+    def _labelled(self, values: Mapping[str, float]) -> dict[str, Metric]:
+        return labelled(values, self._parts.policy.declared, self._parts.run.privacy.enable_dp)
 
     @property
     def _is_confidential(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -224,7 +225,7 @@ def test_what_a_simulation_cannot_do_is_refused(ray_cluster):
     real = [policy.model_copy(update={"declared": "public"}) for policy in list_hospitals(run)]
     with pytest.raises(ConfigError, match="not synthetic"):
         VirtualPool(run, real)
-    simulation = Simulation(run, tuple(list_hospitals(run)), None, lambda event: None)
+    simulation = Simulation(run, tuple(list_hospitals(run)), Path("unused"), lambda event: None)
     with simulation, pytest.raises(ConfigError, match="not warmed up"):
         simulation.warm_up(["hospital-001"])
 

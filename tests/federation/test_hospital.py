@@ -125,7 +125,9 @@ def test_how_long_a_private_hospital_trained_stays_there(hospital, declared):
     changed = Hospital(dataclasses.replace(hospital._parts, policy=policy))
     plan = plan_for(hospital)
     changed.reserve(plan)
-    assert (changed.train(plan, weights_of(hospital)).duration_s == 0.0) == (declared == "private")
+    duration = changed.train(plan, weights_of(hospital)).duration
+    assert duration.label == ("suppressed" if declared == "private" else "public")
+    assert (duration.value is None) == (declared == "private")
 
 
 def test_a_suppressed_figure_does_not_tell_by_its_absence_that_nobody_was_drawn():
