@@ -15,6 +15,7 @@ from medfl_ray.cli.export import export
 from medfl_ray.cli.pretrain import pretrain
 from medfl_ray.cli.run import run
 from medfl_ray.cli.simulate import simulate
+from medfl_ray.cli.tune import tune
 from medfl_ray.errors import ConfigError, DataError, MedflError, ModelError, PrivacyConfigError
 
 USER_MISTAKES = (ConfigError, DataError, ModelError, PrivacyConfigError)
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(simulate)
+app.command()(tune)
 app.command()(pretrain)
 app.command()(evaluate)
 app.command()(export)
