@@ -67,7 +67,8 @@ def trial_epsilon(run: RunConfig, policies: Sequence[SitePolicy]) -> float:
     """Return the largest epsilon that a whole trial costs a hospital (patient, add/remove), at that run's delta."""
     by_name = {policy.hospital: policy for policy in policies}
     return max(
-        epsilon_spent([segment], delta_of(run, by_name[name])) for name, segment in trial_segments(run, policies).items()
+        epsilon_spent([segment], delta_of(run, by_name[name]))
+        for name, segment in trial_segments(run, policies).items()
     )
 
 
@@ -122,6 +123,7 @@ def check_terms(
         if num_left
     }
     refuse_over_budget(policies, worst, deltas, num_left)
+    refuse_too_many_steps(policies, kinds, charged, num_left)
     return Terms("compose", COMPOSED_WORDS, max(deltas.values()), worst)
 
 
@@ -159,13 +161,17 @@ def costly_runs_checked(
     shows = any(policy.declared != "private" for policy in policies)
     if not shows and search.score_data is None:
         raise ConfigError(
-            "every hospital keeps its scores to itself, since they are computed from private patients; give score_data, "
+            "every hospital keeps its scores to itself, since they come from private patients; give score_data, "
             "a folder of public labelled images on which the trials are judged"
         )
     if not shows and search.stopping != "none":
-        raise ConfigError("no hospital shows its score of a round, so that no trial can be stopped early; stopping: none")
+        raise ConfigError(
+            "no hospital shows its score of a round, so that no trial can be stopped early; stopping: none"
+        )
     if search.pool == "virtual" and any(policy.declared != "synthetic" for policy in policies):
-        raise ConfigError("pool: virtual is for synthetic hospitals, which keep no ledger of their own; use pool: local")
+        raise ConfigError(
+            "pool: virtual is for synthetic hospitals, which keep no ledger of their own; use pool: local"
+        )
     return costly_runs(search, raw, policies)
 
 
@@ -230,16 +236,36 @@ def refuse_over_budget(
     for policy in policies:
         after, limit = worst.get(policy.hospital, 0.0), policy.max_epsilon
         if limit is not None and after > limit:
+            reached = f"{math.ceil(after * 100) / 100:.2f}"
             raise BudgetExceeded(
-                f"{num_left} trials could bring hospital {policy.hospital!r} to epsilon={math.ceil(after * 100) / 100:.2f}"
-                f"; its budget is {limit:g} ({TERMS}, delta={deltas[policy.hospital]:g}, what it has spent included). "
+                f"{num_left} trials could bring hospital {policy.hospital!r} to epsilon={reached}; "
+                f"its budget is {limit:g} ({TERMS}, delta={deltas[policy.hospital]:g}, what it has spent included). "
                 "Lower trials or space.epsilon, raise space.noise_multiplier, or search on phantoms (data)"
             )
 
 
-def _selected(
-    search: SearchConfig, kinds: Mapping[str, Sequence[Segment]], deltas: Mapping[str, float]
-) -> Terms:
+def refuse_too_many_steps(
+    policies: Iterable[SitePolicy],
+    kinds: Mapping[str, Sequence[Segment]],
+    charged: Mapping[str, Sequence[Charge]],
+    num_left: int,
+) -> None:
+    """Refuse a search whose worst case passes the number of private steps that a hospital allows in all.
+
+    Raises:
+      BudgetExceeded: names the first hospital and both numbers.
+    """
+    for policy in policies:
+        before = sum(charge.num_steps for charge in charged.get(policy.hospital, ()))
+        total = before + num_left * max(kind.num_steps for kind in kinds[policy.hospital])
+        if policy.max_total_steps is not None and total > policy.max_total_steps:
+            raise BudgetExceeded(
+                f"{num_left} trials could bring hospital {policy.hospital!r} to {total} private steps; it allows "
+                f"{policy.max_total_steps} in all. Lower trials, federation.rounds or space.local_steps"
+            )
+
+
+def _selected(search: SearchConfig, kinds: Mapping[str, Sequence[Segment]], deltas: Mapping[str, float]) -> Terms:
     assert search.num_trials is not None
     drawn = search.num_trials
     shape = math.inf if drawn.distribution == "poisson" else drawn.shape

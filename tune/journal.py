@@ -89,8 +89,8 @@ class Journal:
             except ValidationError:
                 if number < len(texts):
                     raise CheckpointError(
-                        f"line {number} of {JOURNAL} of the search {self.folder.name!r} is damaged; restore the file or "
-                        "start a new search"
+                        f"line {number} of {JOURNAL} of the search {self.folder.name!r} is damaged; restore the file "
+                        "or start a new search"
                     ) from None
         return found
 

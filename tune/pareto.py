@@ -6,8 +6,10 @@ Pure functions over finished trials; nothing here trains, reads or draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+SMALLEST_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -41,22 +43,25 @@ def front(points: Iterable[Point]) -> tuple[Point, ...]:
 
 
 def balanced(points: Iterable[Point]) -> Point | None:
-    """Return the point of the front that lies nearest to the best of every objective; None for no points.
+    """Return the point that lies nearest to the smallest epsilon and the best Dice at once; None for no points.
 
-    Each objective is scaled to the front's range, epsilon and bytes as logarithms.
+    Both are scaled to the range of the front in epsilon and Dice, epsilon as its logarithm. Traffic decides among
+    equals only: a smaller network that does not segment is no bargain.
     """
-    kept = front(points)
-    if not kept:
+    rising = privacy_front(points)
+    if not rising:
         return None
-    rows = [(math.log(p.epsilon) if p.epsilon > 0 else -math.inf, -p.dice, math.log(p.size_bytes or 1)) for p in kept]
-    finite = [[max(value, -745.0) for value in row] for row in rows]
-    lows, highs = [min(column) for column in zip(*finite)], [max(column) for column in zip(*finite)]
+    rows = [(math.log(max(point.epsilon, SMALLEST_EPSILON)), -point.dice) for point in rising]
+    lows, highs = (
+        [min(column) for column in zip(*rows, strict=True)],
+        [max(column) for column in zip(*rows, strict=True)],
+    )
 
-    def distance(row: Sequence[float]) -> float:
-        scaled = [(v - a) / (b - a) if b > a else 0.0 for v, a, b in zip(row, lows, highs, strict=True)]
+    def distance(place: int) -> float:
+        scaled = [(v - a) / (b - a) if b > a else 0.0 for v, a, b in zip(rows[place], lows, highs, strict=True)]
         return math.hypot(*scaled)
 
-    return min(zip(kept, finite, strict=True), key=lambda pair: distance(pair[1]))[0]
+    return rising[min(range(len(rising)), key=distance)]
 
 
 def cheapest(points: Iterable[Point], dice: float) -> Point | None:

@@ -140,7 +140,9 @@ def epsilon_needed(folder: Path, dice: float) -> Answer:
             f"the search {folder.name!r} releases its best trial alone; what epsilon another Dice needs is not released"
         )
     if not known:
-        raise ConfigError(f"no trial of the search {folder.name!r} has finished; continue it with medfl-ray tune --resume")
+        raise ConfigError(
+            f"no trial of the search {folder.name!r} has finished; continue it with medfl-ray tune --resume"
+        )
     rising = privacy_front(known)
     nearest = next((point for point in rising if point.dice >= dice), None)
     return Answer(

@@ -42,9 +42,10 @@ def build_sampler(search: SearchConfig) -> BaseSampler:
 def known_study(search: SearchConfig, trials: list[Trial], storage: BaseStorage | None = None) -> Study:
     """Return an Optuna study that knows every trial that has ended: what a resumed search learns from."""
     import optuna
+    from optuna.study import StudyDirection
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directions = ["minimize" if mode == "min" else "maximize" for mode in MODES]
+    directions = [StudyDirection.MINIMIZE if mode == "min" else StudyDirection.MAXIMIZE for mode in MODES]
     study = optuna.create_study(storage=storage, study_name=STUDY, directions=directions, sampler=build_sampler(search))
     distributions = search.space.distributions()
     for trial in trials:
@@ -56,14 +57,14 @@ def known_study(search: SearchConfig, trials: list[Trial], storage: BaseStorage 
     return study
 
 
-class JournaledSearch(Searcher):  # type: ignore[misc]
+class JournaledSearch(Searcher):
     """Optuna's suggestions, each written down before its trial starts and when it has ended.
 
     Trials that an earlier process started and did not end come first, under their old numbers and in their folders.
     """
 
     def __init__(self, search: SearchConfig, folder: Path, rounds: int, progress: Progress | None = None) -> None:
-        super().__init__(metric=list(OBJECTIVES), mode=list(MODES))
+        super().__init__(metric=list(OBJECTIVES), mode=list(MODES))  # type: ignore[arg-type] # several are allowed
         self._journal = Journal(folder)
         known = self._journal.trials()
         self._rounds, self._progress = rounds, progress
@@ -84,11 +85,10 @@ class JournaledSearch(Searcher):  # type: ignore[misc]
             points_to_evaluate=[dict(trial.parameters) for trial in self._unfinished] or None,
         )
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+    def suggest(self, trial_id: str) -> dict[str, Any]:
         """Return the next trial's parameters and number."""
         drawn = self._optuna.suggest(trial_id)
-        if drawn is None or drawn == Searcher.FINISHED:
-            return drawn
+        assert drawn is not None  # Optuna always has a next point
         if self._unfinished:
             trial = self._unfinished.popleft()
         else:
@@ -168,11 +168,11 @@ def _is_beaten(own: Point, round: int, name: str, seen: dict[str, dict[int, Poin
     return False
 
 
-class FrontHalving(KeepsFront, AsyncHyperBandScheduler):  # type: ignore[misc]
+class FrontHalving(KeepsFront, AsyncHyperBandScheduler):
     """Asynchronous successive halving (ASHA) that spares the front."""
 
 
-class FrontMedian(KeepsFront, MedianStoppingRule):  # type: ignore[misc]
+class FrontMedian(KeepsFront, MedianStoppingRule):
     """Median stopping that spares the front."""
 
 
@@ -192,4 +192,4 @@ def build_scheduler(search: SearchConfig, rounds: int) -> TrialScheduler:
         return FrontMedian(
             time_attr="rounds", metric="dice", mode="max", grace_period=search.grace_rounds, min_samples_required=3
         )
-    return FIFOScheduler()
+    return FIFOScheduler()  # type: ignore[no-untyped-call]

@@ -165,14 +165,15 @@ class SearchConfig(Section):
     cpus_per_trial: Annotated[float, Field(gt=0, le=64)] = Field(1.0, description="Cores, or a part of one.")
     gpus_per_trial: Annotated[float, Field(ge=0, le=8)] = Field(0.0, description="GPUs, or a part of one.")
     max_concurrent: Positive | None = Field(None, description="Trials at once; as many as fit when absent.")
-    server_learning_rate: dict[Literal["fedavg", "fedadam"], PositiveFloat] = Field(
-        default_factory=lambda: {"fedavg": 1.0, "fedadam": 0.01},
-        description="aggregation.server_learning_rate of each strategy that space.strategy draws.",
+    fedadam_learning_rate: PositiveFloat = Field(
+        0.01, description="aggregation.server_learning_rate where space.strategy draws fedadam; that of fedavg is 1."
     )
     directory: Path = Field(Path("searches"), description="Folder in which the search's own folder is made.")
 
     @model_validator(mode="after")
     def _selection_is_sound(self) -> Self:
+        if self.accounting == "compose" and self.max_concurrent not in (None, 1):
+            raise ValueError("accounting: compose trains one trial at a time, on one ledger; leave max_concurrent out")
         if self.accounting != "select":
             if self.num_trials is not None:
                 raise ValueError("num_trials belongs to accounting: select; use trials")
@@ -258,7 +259,7 @@ def with_parameters(search: SearchConfig, raw: Mapping[str, Any], parameters: Pa
         elif name == "local_steps":
             federation |= {"local_steps": value, "local_epochs": None}
         elif name == "strategy":
-            rate = search.server_learning_rate.get("fedadam" if value == "fedadam" else "fedavg", 1.0)
+            rate = search.fedadam_learning_rate if value == "fedadam" else 1.0
             aggregation |= {"strategy": value, "server_learning_rate": rate}
         elif name == "width":
             model["features"] = widened(run.model.features, int(value))

@@ -42,10 +42,16 @@ def front_chart(summary: SearchSummary) -> Chart | None:
     )
     for row in summary.front:
         axes.annotate(
-            str(row.number), (row.epsilon, row.dice), (7, 6), textcoords="offset points", fontsize=9.5, color=INK, zorder=6
+            str(row.number),
+            (row.epsilon, row.dice),
+            (7, 6),
+            textcoords="offset points",
+            fontsize=9.5,
+            color=INK,
+            zorder=6,
         )
     axes.set_xlabel(f"epsilon of the whole run, largest of a hospital ({summary.terms})")
-    axes.set_ylabel(f"Dice on {summary.judged_on}, 95 % interval over patients")
+    axes.set_ylabel("Dice on held-out patients, 95 % interval")
     _epsilon_ticks(axes, [row.epsilon for row in rows])
     bar = figure.colorbar(ScalarMappable(norm, colormaps[COLOURS].reversed()), ax=axes, pad=0.015, aspect=32)
     bar.set_label("MB of weights moved in the whole run", color=INK, size=10.5)
@@ -65,7 +71,15 @@ def _draw_point(axes: Axes, row: TrialRow, share: float) -> None:
     error = [[max(0.0, row.dice - row.low)], [max(0.0, row.high - row.dice)]]
     faint = 1.0 if row.on_front else 0.45
     axes.errorbar(
-        [row.epsilon], [row.dice], yerr=error, color=INK, alpha=0.6 * faint, elinewidth=1.3, capsize=3, linestyle="", zorder=3
+        [row.epsilon],
+        [row.dice],
+        yerr=error,
+        color=INK,
+        alpha=0.6 * faint,
+        elinewidth=1.3,
+        capsize=3,
+        linestyle="",
+        zorder=3,
     )
     axes.scatter(
         [row.epsilon],
@@ -154,7 +168,7 @@ def parallel_chart(summary: SearchSummary) -> Chart | None:
             zorder=4 if row.recommended else 3 if row.on_front else 2,
         )
     axes.set_xticks(range(len(columns)), [name for name, _ in columns])
-    axes.tick_params(axis="x", length=0, labelsize=11, pad=18)
+    axes.tick_params(axis="x", length=0, labelsize=11, pad=6)
     axes.set_yticks([])
     axes.set_xlim(-0.25, len(columns) - 0.55)
     axes.set_ylim(-0.09, 1.09)
@@ -163,7 +177,7 @@ def parallel_chart(summary: SearchSummary) -> Chart | None:
     if best is not None:
         own = ", ".join(f"{NAMES.get(n, n)} {parameter_words(n, v)}" for n, v in best.parameters.items())
         words += f" The recommended trial has {own}."
-    return Chart("Every trial through its parameters", svg_text(figure), words)
+    return Chart("Every trial through its parameters (dark: good Dice; orange: recommended)", svg_text(figure), words)
 
 
 def _draw_axis(axes: Axes, place: int, values: Sequence[float | int | str]) -> list[float]:

@@ -53,9 +53,13 @@ def headline(summary: SearchSummary) -> str:
     best = summary.best
     if best is None:
         return "No trial finished, so that nothing is recommended."
-    own = ", ".join(f"{NAMES.get(name, name)} {parameter_words(name, value)}" for name, value in best.parameters.items())
+    own = ", ".join(
+        f"{NAMES.get(name, name)} {parameter_words(name, value)}" for name, value in best.parameters.items()
+    )
     score = f"Dice {best.dice:.3f} (95 % interval over patients {best.low:.3f} to {best.high:.3f})"
-    return f"Recommended: {own}. It reached {score} at epsilon {up(best.epsilon)} ({summary.terms}). {_why(summary, best)}"
+    return (
+        f"Recommended: {own}. It reached {score} at epsilon {up(best.epsilon)} ({summary.terms}). {_why(summary, best)}"
+    )
 
 
 def _why(summary: SearchSummary, best: TrialRow) -> str:
@@ -64,7 +68,10 @@ def _why(summary: SearchSummary, best: TrialRow) -> str:
     if summary.wanted_dice is not None and best.dice >= summary.wanted_dice:
         return f"It is the trial with the smallest epsilon among those that reach Dice {summary.wanted_dice:g}."
     missed = f"No trial reached Dice {summary.wanted_dice:g}. " if summary.wanted_dice is not None else ""
-    return missed + "Of the trials that no other one beats it lies nearest to the best epsilon, Dice and traffic at once."
+    return (
+        missed
+        + "Of the trials that no other one beats it lies nearest to the smallest epsilon and the best Dice at once."
+    )
 
 
 def badges(summary: SearchSummary) -> list[str]:
@@ -88,10 +95,17 @@ def tiles(summary: SearchSummary) -> list[Tile]:
     found = [
         Tile("", "Dice", f"{best.dice:.3f}", f"{best.low:.3f} to {best.high:.3f}, on {summary.judged_on}"),
         Tile("eps", "Epsilon of the run", up(best.epsilon), summary.terms),
-        Tile("central", "Weights moved", f"{megabytes(best.size_bytes)} MB", f"{summary.planned_rounds} rounds, up and down"),
+        Tile(
+            "central",
+            "Weights moved",
+            f"{megabytes(best.size_bytes)} MB",
+            f"{summary.planned_rounds} rounds, up and down",
+        ),
     ]
     if summary.selected is not None:
-        found.append(Tile("local", "Epsilon of the release", up(summary.selected), f"repeat-and-select; {summary.terms}"))
+        found.append(
+            Tile("local", "Epsilon of the release", up(summary.selected), f"repeat-and-select; {summary.terms}")
+        )
     elif summary.accounting == "compose" and summary.worst_case:
         worst = max(summary.worst_case.values())
         found.append(Tile("local", "Worst case of the search", up(worst), f"checked before it began; {summary.terms}"))

@@ -19,7 +19,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class TrialRow:
-    """One trial. Epsilon and bytes are those of its whole run; the Dice of one that was stopped is of its last round."""
+    """One trial. Epsilon and bytes are those of its whole run; the Dice of one that was stopped is its last round's."""
 
     number: int
     state: str
@@ -94,7 +94,7 @@ def parameter_words(name: str, value: float | int | str) -> str:
 def megabytes(size_bytes: float) -> str:
     """Return bytes in MB, with as many digits as tell trials apart."""
     value = size_bytes / 1e6
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2g}"
 
 
 def up(epsilon: float) -> str:

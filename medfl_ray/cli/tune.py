@@ -70,7 +70,6 @@ def _show(trial: Trial) -> None:
 
 def _finish(outcome: Outcome) -> None:
     from tune.report import write_report
-    from tune.report import write_report
     from tune.search import forget_all_but_best, write_recommendation
 
     folder = outcome.search.folder

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from dp_accounting.dp_event import DpEvent
 
 
-def worst_case_epsilon(
-    history: Iterable[Charge], trials: Sequence[Segment], num_trials: int, delta: float
-) -> float:
+def worst_case_epsilon(history: Iterable[Charge], trials: Sequence[Segment], num_trials: int, delta: float) -> float:
     """Return an upper bound of epsilon after num_trials more trials, each of which may be any of `trials`.
 
     Where one of them has the least noise, the highest rate and the most steps, that one composed with itself is the
@@ -51,7 +49,9 @@ def worst_case_epsilon(
         num_trials * max(kind.num_steps for kind in kinds),
     )
     composed = epsilon_spent((*past, worst), delta)
-    if len(kinds) == 1 or any(kind.num_steps * num_trials == worst.num_steps and kind[:2] == worst[:2] for kind in kinds):
+    if len(kinds) == 1 or any(
+        kind.num_steps * num_trials == worst.num_steps and kind[:2] == worst[:2] for kind in kinds
+    ):
         return composed
     if any(not isinstance(charge, Segment) for charge in past):
         return composed
@@ -75,7 +75,7 @@ def merge_kinds(trials: Iterable[Segment]) -> tuple[Segment, ...]:
 def _costliest(
     history: Sequence[Segment], kinds: Sequence[Segment], num_trials: int, delta: float, order: float
 ) -> float:
-    """Return the largest epsilon by Renyi accounting at one order: there the divergences of mixed trials just add up."""
+    """Return the largest epsilon by Renyi accounting at one order, where the divergences of mixed trials add up."""
     from dp_accounting.privacy_accountant import NeighboringRelation
     from dp_accounting.rdp import RdpAccountant
 
