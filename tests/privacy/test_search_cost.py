@@ -45,7 +45,9 @@ def test_a_search_without_trials_has_no_worst_case():
 def test_the_best_of_many_costs_more_than_one_trial_and_what_dp_accounting_says(mean, shape):
     trial = Segment(4.0, 0.25, 50)
     event = dp_event.RepeatAndSelectDpEvent(
-        dp_event.SelfComposedDpEvent(dp_event.PoissonSampledDpEvent(0.25, dp_event.GaussianDpEvent(4.0)), 50), mean, shape
+        dp_event.SelfComposedDpEvent(dp_event.PoissonSampledDpEvent(0.25, dp_event.GaussianDpEvent(4.0)), 50),
+        mean,
+        shape,
     )
     expected = RdpAccountant(RENYI_ORDERS).compose(event).get_epsilon(DELTA)
     found = selected_epsilon(trial, DELTA, mean, shape)

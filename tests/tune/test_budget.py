@@ -84,7 +84,8 @@ def test_selection_is_refused_where_a_budget_could_cut_the_number_of_trials(tmp_
 
 
 @pytest.mark.parametrize(
-    ("privacy", "words"), [({"enable_dp": False}, "patient-level epsilon"), ({"unit": "hospital"}, "patient-level epsilon")]
+    ("privacy", "words"),
+    [({"enable_dp": False}, "patient-level epsilon"), ({"unit": "hospital"}, "patient-level epsilon")],
 )
 def test_a_search_without_patient_level_privacy_is_refused(tmp_path, privacy, words):
     run = {**RUN, "privacy": {"epsilon": 8, **privacy}}

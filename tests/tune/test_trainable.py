@@ -55,7 +55,9 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint(tmp_path):
 
 def test_on_private_data_every_trial_is_charged_to_the_hospitals_own_ledger(tmp_path):
     plan = plan_of(tmp_path, private_run(tmp_path), accounting="compose", score_data=public_images(tmp_path))
-    results = [execute(plan, number, {**POINT, "epsilon": eps}, lambda r: None) for number, eps in enumerate((8.0, 4.0))]
+    results = [
+        execute(plan, number, {**POINT, "epsilon": eps}, lambda r: None) for number, eps in enumerate((8.0, 4.0))
+    ]
     ledger = PrivacyLedger.open(tmp_path / "state" / "north" / "ledger.sqlite", "north", "boxes", 1e-5, 40.0)
     jobs = {event.job for event in ledger.events()}
     assert jobs == {"here-000", "here-001"}
