@@ -1,4 +1,4 @@
-"""A search of 16 trials on phantoms, killed half-way and resumed; and a small one on private data, its ledger recomputed.
+"""A search of 16 trials on phantoms, killed half-way and resumed; and one on private data, its ledger recomputed.
 
 `repeated_trials` counts trials that had ended and were trained again, or have a round published twice. `ledger_error`
 is the difference between the epsilon of a hospital's ledger and one composed by dp-accounting from what was drawn.
