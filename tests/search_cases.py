@@ -20,7 +20,8 @@ RUN = {
     "federation": {"rounds": 3, "local_steps": 2, "seed": 5},
     "privacy": {"enable_dp": True, "epsilon": 8, "max_grad_norm": 0.5, "sample_rate": 0.5},
 }
-SPACE = {"epsilon": {"low": 2, "high": 20}, "learning_rate": {"low": 0.01, "high": 0.1}}
+SPACE = {"noise_multiplier": {"low": 2, "high": 6}, "learning_rate": {"low": 0.01, "high": 0.1}}
+EPSILONS = {"epsilon": {"low": 2, "high": 20}, "learning_rate": {"low": 0.01, "high": 0.1}}
 
 
 def write_search(folder: Path, run=None, **changes) -> Path:

@@ -104,17 +104,19 @@ def check_terms(
       PrivacyConfigError: the accounting that was asked for does not hold for these data.
       BudgetExceeded: the worst case of all trials passes a hospital's budget.
     """
-    runs = costly_runs_checked(search, raw, policies)
-    kinds = {policy.hospital: [trial_segments(run, policies)[policy.hospital] for run in runs] for policy in policies}
-    deltas = {policy.hospital: account_delta(runs[0], policy) for policy in policies}
-    private = [policy.hospital for policy in policies if policy.declared == "private"]
+    run = check_judgement(search, raw, policies)
+    deltas = {policy.hospital: account_delta(run, policy) for policy in policies}
     if search.accounting == "public":
-        refuse_private(private)
+        refuse_private([policy.hospital for policy in policies if policy.declared == "private"])
         return Terms("public", PUBLIC_WORDS, max(deltas.values()), {})
     if search.accounting == "select":
         refuse_cut_short(policies)
+    else:
+        refuse_undeclared(policies)
+    segments = [trial_segments(costly, policies) for costly in costly_runs(search, raw, policies)]
+    kinds = {policy.hospital: [each[policy.hospital] for each in segments] for policy in policies}
+    if search.accounting == "select":
         return _selected(search, kinds, deltas)
-    refuse_undeclared(policies)
     worst = {
         policy.hospital: worst_case_epsilon(
             charged.get(policy.hospital, ()), kinds[policy.hospital], num_left, deltas[policy.hospital]
@@ -142,10 +144,8 @@ SELECTED_WORDS = (
 )
 
 
-def costly_runs_checked(
-    search: SearchConfig, raw: Mapping[str, Any], policies: Sequence[SitePolicy]
-) -> list[RunConfig]:
-    """Return the costliest trials, after a look at whether the search can judge its trials at all.
+def check_judgement(search: SearchConfig, raw: Mapping[str, Any], policies: Sequence[SitePolicy]) -> RunConfig:
+    """Return the trial at the lower corner of the space, after a look at whether the search can judge trials at all.
 
     Raises:
       ConfigError: it cannot, or they have no epsilon.
@@ -172,7 +172,7 @@ def costly_runs_checked(
         raise ConfigError(
             "pool: virtual is for synthetic hospitals, which keep no ledger of their own; use pool: local"
         )
-    return costly_runs(search, raw, policies)
+    return run
 
 
 def first_point(search: SearchConfig) -> Parameters:

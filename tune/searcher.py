@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 OBJECTIVES = ("epsilon", "dice", "size_bytes")
 MODES = ("min", "max", "min")
 STUDY = "search"
+NEVER = math.inf
 Progress = Callable[[Trial], None]
 
 
@@ -190,6 +192,11 @@ def build_scheduler(search: SearchConfig, rounds: int) -> TrialScheduler:
         )
     if search.stopping == "median" and rounds > search.grace_rounds:
         return FrontMedian(
-            time_attr="rounds", metric="dice", mode="max", grace_period=search.grace_rounds, min_samples_required=3
+            time_attr="rounds",
+            metric="dice",
+            mode="max",
+            grace_period=search.grace_rounds,
+            min_samples_required=3,
+            min_time_slice=NEVER,  # type: ignore[arg-type] # a pause would end the trial's process, and the round under way be charged twice
         )
     return FIFOScheduler()  # type: ignore[no-untyped-call]

@@ -22,8 +22,12 @@ def row(number, epsilon, dice, state="finished", **changes):
 
 SUMMARY = SearchSummary(
     name="example",
-    rows=[row(0, 2.0, 0.4, on_front=True), row(1, 4.0, 0.7, on_front=True, recommended=True), row(2, 8.0, 0.1)]
-    + [row(3, 9.0, 0.05, "stopped")],
+    rows=[
+        row(0, 2.0, 0.4, on_front=True),
+        row(1, 4.0, 0.7, on_front=True, recommended=True),
+        row(2, 8.0, 0.1),
+        row(3, 9.0, 0.05, "stopped"),
+    ],
     failed={4: "it has <no> budget"},
     num_trials=5,
     planned_rounds=6,
@@ -62,7 +66,8 @@ def test_beside_every_epsilon_stand_unit_delta_and_adjacency():
 def test_the_report_says_which_accounting_applied(accounting, words):
     html = render_search_report(replace(SUMMARY, accounting=accounting, worst_case={"north": 7.123}))
     assert words in html
-    assert ("Worst case, north" in html) and ("7.13" in html)
+    assert "Worst case, north" in html
+    assert "7.13" in html
 
 
 def test_of_a_search_of_the_best_alone_nothing_else_is_shown():

@@ -1,7 +1,7 @@
 """medfl-ray tune and what privacy plan makes of its results, as a user calls them."""
 
 import pytest
-from search_cases import search_of, write_search
+from search_cases import EPSILONS, search_of, write_search
 
 from tune.journal import Journal, Result, Trial
 from tune.search import create_search
@@ -10,7 +10,7 @@ from tune.search import create_search
 @pytest.fixture
 def folder(tmp_path):
     """A search of which two trials have finished."""
-    search = create_search(search_of(tmp_path))
+    search = create_search(search_of(tmp_path, space=EPSILONS))
     for number, (epsilon, dice) in enumerate([(2.0, 0.4), (8.0, 0.8)]):
         result = Result(epsilon=epsilon, dice=dice, low=dice, high=dice, size_bytes=1e5, rounds=3, spent=epsilon)
         point = {"epsilon": epsilon, "learning_rate": 0.05}

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from medfl_ray.errors import PrivacyConfigError
 from medfl_ray.privacy.accountant import RENYI_ORDERS, Segment, epsilon_spent, renyi_epsilon
-from medfl_ray.privacy.planner import solve_noise_multiplier
 from medfl_ray.privacy.search_cost import selected_epsilon, worst_case_epsilon
 
 DELTA = 1e-5
@@ -27,10 +26,10 @@ def test_the_trial_with_least_noise_and_most_steps_is_the_worst_case():
     assert worst_case_epsilon([], kinds, 2, DELTA) == epsilon_spent([Segment(2.0, 0.1, 80)], DELTA)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.lists(st.integers(0, 2), min_size=3, max_size=3))
 def test_no_mix_of_trials_costs_more_than_the_worst_case(drawn):
-    kinds = [Segment(solve_noise_multiplier(2.0, DELTA, 0.5, steps), 0.5, steps) for steps in (8, 16, 32)]
+    kinds = [Segment(4.0, 0.5, 8), Segment(5.6, 0.5, 16), Segment(7.9, 0.5, 32)]  # less noise, fewer steps
     bound = worst_case_epsilon([], kinds, 3, DELTA)
     assert epsilon_spent([kinds[place] for place in drawn], DELTA) <= bound
     assert bound < 1.25 * renyi_epsilon([kinds[0]] * 3, DELTA)  # and it is of use

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from search_cases import search_of, write_search
+from search_cases import EPSILONS, search_of, write_search
 
 from medfl_ray.config_files import load_run_config
 from medfl_ray.errors import ConfigError
@@ -98,7 +98,7 @@ def finish(search, scores):
 
 
 def test_the_recommendation_is_the_final_run_with_the_trials_parameters(tmp_path):
-    search = create_search(search_of(tmp_path, wanted_dice=0.6))
+    search = create_search(search_of(tmp_path, space=EPSILONS, wanted_dice=0.6))
     outcome = finish(search, [(8.0, 0.8), (4.0, 0.65), (2.0, 0.3)])
     run = load_run_config(write_recommendation(outcome))
     assert outcome.best.number == 1
@@ -112,12 +112,12 @@ def test_a_search_is_opened_as_it_was_made(tmp_path):
     assert (again.num_trials, again.rounds) == (3, 3)
     assert str(tmp_path / "run.yaml") not in (made.folder / "search.yaml").read_text()
     with pytest.raises(ConfigError, match="not the folder of a search"):
-        open_search(tmp_path)
+        open_search(tmp_path / "out")
 
 
 def test_a_search_of_the_best_alone_leaves_the_best_alone(tmp_path):
     select = {"accounting": "select", "num_trials": {"mean": 4}, "sampler": "random"}
-    search = create_search(search_of(tmp_path, **select))
+    search = create_search(search_of(tmp_path, space=EPSILONS, **select))
     outcome = finish(search, [(8.0, 0.8), (4.0, 0.9), (2.0, 0.3)])
     assert outcome.best.number == 1
     forget_all_but_best(outcome)

@@ -18,7 +18,7 @@ def test_a_trial_is_in_the_journal_before_it_starts(tmp_path):
     first, second = searcher.suggest("a"), searcher.suggest("b")
     assert (first["number"], second["number"]) == (0, 1)
     assert [(t.number, t.state) for t in Journal(tmp_path).trials()] == [(0, "started"), (1, "started")]
-    assert 2 <= first["epsilon"] <= 20
+    assert 2 <= first["noise_multiplier"] <= 6
 
 
 def test_what_was_under_way_is_continued_and_what_has_ended_is_not_drawn_again(tmp_path):
@@ -30,7 +30,7 @@ def test_what_was_under_way_is_continued_and_what_has_ended_is_not_drawn_again(t
     assert [after.suggest(name) for name in "xy"] == [drawn[0], drawn[2]]
     fresh = after.suggest("z")
     assert fresh["number"] == 3
-    assert fresh["epsilon"] not in [trial["epsilon"] for trial in drawn]
+    assert fresh["noise_multiplier"] not in [trial["noise_multiplier"] for trial in drawn]
     study = known_study(search, Journal(tmp_path).trials())
     assert [trial.values for trial in study.trials] == [[4.0, 0.5, 1e6]]
 
@@ -54,11 +54,11 @@ def test_how_a_trial_ended_is_written_down(tmp_path):
 
 def test_a_torn_last_line_is_passed_over_and_damage_in_the_middle_is_not(tmp_path):
     journal = Journal(tmp_path)
-    journal.append(Trial(number=0, state="started", parameters={"epsilon": 2.0}))
+    journal.append(Trial(number=0, state="started", parameters={"noise_multiplier": 2.0}))
     with (tmp_path / JOURNAL).open("a") as file:
         file.write('{"number": 1, "sta')
     assert [trial.number for trial in journal.trials()] == [0]
-    journal.append(Trial(number=1, state="started", parameters={"epsilon": 3.0}))
+    journal.append(Trial(number=1, state="started", parameters={"noise_multiplier": 3.0}))
     assert [trial.number for trial in journal.trials()] == [0, 1]
     (tmp_path / JOURNAL).write_text("no line\n" + (tmp_path / JOURNAL).read_text())
     with pytest.raises(CheckpointError, match="line 1"):
