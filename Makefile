@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := $(BIN)/medfl-ray
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input install -c constraints.txt
-PACKAGES := medfl_ray actors serve
+PACKAGES := medfl_ray actors serve tune
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-ci lint orthanc format ci reference docs lock clean

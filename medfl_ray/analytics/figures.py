@@ -41,7 +41,7 @@ def learning_curves(summary: RunSummary) -> Chart | None:
     curves = [(h.hospital, h.curve) for h in summary.hospitals if h.curve]
     if not curves:
         return None
-    figure, axes = _figure()
+    figure, axes = new_figure()
     few = len(curves) <= MOST_NAMED
     for place, (name, curve) in enumerate(curves):
         colour = HOSPITALS[place] if few else FAINT
@@ -59,7 +59,7 @@ def learning_curves(summary: RunSummary) -> Chart | None:
         f"Line chart of {metric_name(summary.metric)} on held-out patients over rounds, one line per hospital and "
         f"their mean, which goes from {first[1]:.3f} in round {first[0]} to {last[1]:.3f} in round {last[0]}."
     )
-    return Chart("Learning curves", _svg(figure), alt + _baseline_words(summary))
+    return Chart("Learning curves", svg_text(figure), alt + _baseline_words(summary))
 
 
 def comparison(summary: RunSummary) -> Chart | None:
@@ -67,7 +67,7 @@ def comparison(summary: RunSummary) -> Chart | None:
     rows = [h for h in summary.hospitals if shown(h.federated) is not None]
     if not rows or len(rows) > MOST_COMPARED:
         return None
-    figure, axes = _figure(height=max(3.9, 0.42 * len(rows) + 1.5))
+    figure, axes = new_figure(height=max(3.9, 0.42 * len(rows) + 1.5))
     for place, hospital in enumerate(rows):
         _compare(axes, place, hospital)
     axes.set_yticks(range(len(rows)), [h.hospital for h in rows])
@@ -85,7 +85,7 @@ def comparison(summary: RunSummary) -> Chart | None:
     axes.xaxis.set_major_locator(MaxNLocator(6))
     words = "; ".join(_comparison_words(h) for h in rows)
     title = "Federated beside its baselines" if summary.local or summary.central else "Hospitals side by side"
-    return Chart(title, _svg(figure), f"Per hospital: {words}.")
+    return Chart(title, svg_text(figure), f"Per hospital: {words}.")
 
 
 def epsilon_curves(summary: RunSummary) -> Chart | None:
@@ -93,7 +93,7 @@ def epsilon_curves(summary: RunSummary) -> Chart | None:
     rows = [h for h in summary.hospitals if h.spending]
     if not rows:
         return None
-    figure, axes = _figure()
+    figure, axes = new_figure()
     groups = _same_spending(rows)
     few = len(groups) <= MOST_NAMED
     for place, (curve, names) in enumerate(groups.items()):
@@ -109,7 +109,7 @@ def epsilon_curves(summary: RunSummary) -> Chart | None:
     _finish(axes, columns=3)
     words = "; ".join(f"{h.hospital} {h.spending[-1][1].epsilon:.2f}" for h in rows[:MOST_NAMED])
     alt = f"Line chart of cumulative patient-level epsilon (add/remove) over rounds per hospital; at the end: {words}."
-    return Chart("Epsilon over rounds", _svg(figure), alt)
+    return Chart("Epsilon over rounds", svg_text(figure), alt)
 
 
 def _same_spending(rows: Sequence[HospitalSummary]) -> dict[Curve, list[str]]:
@@ -156,7 +156,8 @@ def _baseline_words(summary: RunSummary) -> str:
     return "".join(words)
 
 
-def _figure(width: float = 5.6, height: float = 3.9) -> tuple[Figure, Axes]:
+def new_figure(width: float = 5.6, height: float = 3.9) -> tuple[Figure, Axes]:
+    """Return an empty chart in the report's dress; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
@@ -193,7 +194,8 @@ def _finish(axes: Axes, columns: int, entries: Sequence[Line2D] | None = None) -
         axes.set_xlim(ticks[0] - 1, ticks[1] + 1)
 
 
-def _svg(figure: Figure) -> str:
+def svg_text(figure: Figure) -> str:
+    """Return a figure as SVG, the same bytes for the same drawing."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

@@ -55,14 +55,14 @@ def write_report(run_dir: Path) -> Path:
     summary = summarise_run(run_dir)
     path = run_dir / "report.html"
     pictures, num_left_out = read_pictures(summary, run_dir / "pictures")
-    _write(path, render_report(summary, pictures, num_left_out), mode=0o644)
+    write_page(path, render_report(summary, pictures, num_left_out), mode=0o644)
     return path
 
 
 def render_report(summary: RunSummary, pictures: Sequence[Picture], num_left_out: int = 0) -> str:
     """Return the report's HTML; `num_left_out` pictures are only mentioned."""
     figures = (learning_curves(summary), comparison(summary))
-    return _render(
+    return render_page(
         "report.html.j2",
         summary=summary,
         metric_name=metric_name(summary.metric),
@@ -110,7 +110,7 @@ def write_local_report(
         Picture(png, f"Held-out case {number}", f"Prediction beside the truth, held-out case {number}.")
         for number, png in enumerate(pictures, start=1)
     ]
-    text = _render(
+    text = render_page(
         "local.html.j2",
         hospital=hospital,
         run=run,
@@ -123,7 +123,7 @@ def write_local_report(
     folder = directory / "reports"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / f"{datetime.now():%Y%m%d-%H%M%S}-{run.name}-{hospital}-round-{round:05d}.html"
-    _write(path, text, mode=0o600)
+    write_page(path, text, mode=0o600)
     return path
 
 
@@ -232,7 +232,8 @@ def _version(package: str) -> str:
         return ""
 
 
-def _render(template: str, **values: Any) -> str:
+def render_page(template: str, **values: Any) -> str:
+    """Fill a template of medfl_ray/analytics/templates; a name that it uses and is not given is an error."""
     environment = Environment(
         loader=PackageLoader("medfl_ray.analytics", "templates"),
         autoescape=True,
@@ -249,7 +250,7 @@ def _render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(version=_version("medfl-ray"), written_at=written_at, **values)
 
 
-def _write(path: Path, text: str, mode: int) -> None:
+def write_page(path: Path, text: str, mode: int) -> None:
     """Replace a file; it has its final permissions before the first byte is in it."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from medfl_ray.cli.predict import predict
 from medfl_ray.cli.pretrain import pretrain
 from medfl_ray.cli.run import run
 from medfl_ray.cli.simulate import simulate
+from medfl_ray.cli.tune import tune
 from medfl_ray.errors import ConfigError, DataError, MedflError, ModelError, PrivacyConfigError
 
 USER_MISTAKES = (ConfigError, DataError, ModelError, PrivacyConfigError)
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command()(simulate)
+app.command()(tune)
 app.command()(pretrain)
 app.command()(evaluate)
 app.command()(export)

@@ -30,6 +30,10 @@ FigureFile = Annotated[
 Runs = Annotated[
     Path | None, typer.Option("--runs", help="Folder of finished runs; their score against epsilon joins the figure.")
 ]
+SearchFolder = Annotated[
+    Path | None, typer.Option("--search", help="Folder of a finished search: say what epsilon a Dice needs by it.")
+]
+Dice = Annotated[float | None, typer.Option("--dice", help="With --search: the Dice that is to be reached.")]
 Config = Annotated[Path | None, typer.Argument(help="YAML file of a run: plan each of its hospitals.")]
 
 
@@ -47,10 +51,20 @@ def plan(
     set_: Set = None,
     figure: FigureFile = None,
     runs: Runs = None,
+    search: SearchFolder = None,
+    dice: Dice = None,
 ) -> None:
-    """Solve the one that is left out of epsilon, noise multiplier, sample rate and rounds; or plan a run's file."""
-    from medfl_ray.cli import privacy_figure, privacy_tables
+    """Solve the one that is left out of epsilon, noise multiplier, sample rate and rounds; or plan a run's file.
 
+    With --search and --dice it says what epsilon that Dice needs.
+    """
+    from medfl_ray.cli import privacy_figure, privacy_search, privacy_tables
+
+    if (search is None) != (dice is None):
+        raise PrivacyConfigError("--search and --dice belong together: a search's folder and the Dice to be reached")
+    if search is not None and dice is not None:
+        privacy_search.print_needed(search, dice, [config, epsilon, noise_multiplier, sample_rate, rounds, figure])
+        return
     if runs is not None and figure is None:
         raise PrivacyConfigError("--runs adds finished runs to the figure; give --figure FILE as well")
     if config is not None:
