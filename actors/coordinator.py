@@ -201,7 +201,7 @@ class Coordinator:
         specs = hospital_specs(run, self._policies, self._folder, self._root)
         config = run.federation
         keeps_late = config.stragglers == "keep"
-        pool = RayPool(specs, self._folder.name, config.num_actors, self._gpus_per_actor, keeps_late)
+        pool = RayPool(specs, self._folder.name, config.num_actors, self._gpus_per_actor, keeps_late, config.placement)
         return run_in_process(run, self._policies, self._folder, pool, self._events.append, self._stop, self._root)
 
     def events_since(self, position: int) -> list[Any]:
