@@ -8,7 +8,7 @@ import sys
 import click
 import typer
 
-from medfl_ray.cli import data, privacy, receipts
+from medfl_ray.cli import cluster, data, privacy, receipts
 from medfl_ray.cli.doctor import doctor
 from medfl_ray.cli.evaluate import evaluate
 from medfl_ray.cli.export import export
@@ -34,6 +34,7 @@ app.command()(export)
 app.command()(doctor)
 app.add_typer(data.app, name="data", help="Make, inspect, split and fetch data.")
 app.add_typer(privacy.app, name="privacy", help="Plan and estimate epsilon; read ledgers.")
+app.add_typer(cluster.app, name="cluster", help="Make the token and the certificates of a Ray cluster's nodes.")
 app.add_typer(receipts.app, name="receipts", help="Show and verify the signed record of a run's rounds.")
 
 
