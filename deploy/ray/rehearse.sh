@@ -22,6 +22,8 @@ prepare() { # $1 = the project's python: the homes of laptop and nodes, as an ad
     ssh-keygen -q -t ed25519 -N '' -f "$work/$name/.ssh/host_key"
     # The libraries come from this machine, for a namespace has no way to a package index; the wheel is installed by pip.
     "$python" -m venv "$work/$name/medfl/env"
+    "$work/$name/medfl/env/bin/python" -m pip uninstall --quiet --yes setuptools # older than the one among the libraries
+    printf '[global]\nno-index = true\n' >"$work/$name/medfl/env/pip.conf"
     cp "$work/packages" "$(echo "$work/$name"/medfl/env/lib/python3*/site-packages)/libraries.pth"
     printf '#!/home/medfl/medfl/env/bin/python\nfrom ray.scripts.scripts import main\nmain()\n' >"$work/$name/medfl/env/bin/ray"
     sed -i '1s#.*#\#!/home/medfl/medfl/env/bin/python#' "$work/$name/medfl/env/bin/ray"
