@@ -53,7 +53,7 @@ def run(config: str, out: Path, overrides: Sequence[str] = (), baseline: str | N
     """
     before = set(out.glob("*/config.yaml"))
     command = [sys.executable, "-m", "medfl_ray.cli.main", "run", f"configs/{config}"]
-    for override in (f"output.directory={out.resolve()}", *overrides):
+    for override in (f"output.directory={out.resolve()}", "output.register_model=false", *overrides):
         command += ["--set", override]
     if baseline is not None:
         command += ["--baseline", baseline]

@@ -158,6 +158,7 @@ class OutputConfig(Section):
     )
     report: bool = Field(True, description="Write report.html.")
     export: bool = Field(True, description="Write model.onnx with its parity figure.")
+    register_model: bool = Field(True, description="Register a completed run's exported model as a candidate.")
     keep_checkpoints: Positive = Field(3, description="Checkpoints kept besides the best one.")
 
 

@@ -19,7 +19,12 @@
     |   |-- CheckpointError    a checkpoint is missing, damaged or cannot be written
     |   |-- ReceiptError       a receipt was changed, left out or signed by somebody else
     |   `-- HospitalLost       a hospital's process ended before it answered
-    |-- ExportError            a model could not be exported, or its parity check failed
+    |-- ExportError            a model could not be exported, or its package is not what it says
+    |-- InferenceError         a model could not be run on an image
+    |-- RegistryError          the model registry cannot be used, or lacks what was asked for
+    |   |-- ArtifactDamaged    a file of a model is missing, or is not the one that was registered
+    |   |-- RegistryAltered    a record of the registry is not what the registry signed
+    |   `-- PromotionRefused   the gate does not let a model version become champion
     `-- ClusterError           Ray could not be reached, started or trusted
 
 A message says what was seen, what was expected and what to change. It never holds a patient
@@ -104,7 +109,27 @@ class HospitalLost(FederationError):
 
 
 class ExportError(MedflError):
-    """A model could not be exported, or its parity check failed."""
+    """A model could not be exported, its parity check failed, or its package is not what it says."""
+
+
+class InferenceError(MedflError):
+    """A model could not be run on an image, or gave an answer that is none."""
+
+
+class RegistryError(MedflError):
+    """The model registry cannot be used, or lacks what was asked for."""
+
+
+class ArtifactDamaged(RegistryError):
+    """A file of a model is missing, or is not the one that was registered."""
+
+
+class RegistryAltered(RegistryError):
+    """A record of the registry is not what the registry signed."""
+
+
+class PromotionRefused(RegistryError):
+    """The gate does not let a model version become champion."""
 
 
 class ClusterError(MedflError):

@@ -21,6 +21,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def registry_of_the_tests(tmp_path_factory):
+    """Keep finished runs out of the user's own registry, in the tests' child processes too."""
+    os.environ["MEDFL_REGISTRY"] = str(tmp_path_factory.mktemp("registry"))
+    yield
+    del os.environ["MEDFL_REGISTRY"]
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """One Ray cluster of our own for all tests, on loopback and behind a token; it ends with the session."""

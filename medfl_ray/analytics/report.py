@@ -153,13 +153,13 @@ def _alt(summary: RunSummary, hospital: str, number: int) -> str:
 
 def export_facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return what a model's manifest says of the exported file, above all whether it agrees with the trained one."""
-    onnx, parity = manifest.get("onnx") or {}, manifest.get("parity") or {}
+    onnx, parity = (manifest.get("variants") or {}).get("float32") or {}, manifest.get("parity") or {}
     size = size_words(onnx.get("size_bytes"))
     sizes = "any size" if manifest.get("dynamic_space") else "the patch size"
     patch = " x ".join(str(n) for n in manifest.get("patch_size", ()))
     facts = [
         ("Parity with PyTorch", _parity_words(parity)),
-        ("File", f"model.onnx, {size}, opset {onnx['opset']}" if onnx else "model.onnx was not written"),
+        ("File", f"{onnx['file']}, {size}, opset {manifest['opset']}" if onnx else "model.onnx was not written"),
         ("Channels", ", ".join(manifest.get("channels", ()))),
         ("Labels", ", ".join(f"{value} {name}" for value, name in manifest.get("labels", {}).items())),
         ("Takes", f"{sizes}; trained on {patch} voxels" if patch else ""),

@@ -113,11 +113,27 @@ def finish_run(folder: RunFolder, outcome: RunOutcome) -> None:
         from medfl_ray.export.onnx_export import export_run
 
         export_run(folder.path)
+        if folder.run.output.register_model:
+            _register(folder)
     if folder.run.output.report and not _is_stopped(outcome):
         from medfl_ray.analytics.report import write_report
 
         write_report(folder.path)
     _say_goodbye(folder, outcome)
+
+
+def _register(folder: RunFolder) -> None:
+    """Register the model as a candidate; a run is complete without it, so that a registry in need is only named."""
+    from medfl_ray.cli.run_lineage import lineage_of_run, register_run, registered_as
+    from medfl_ray.store.registry import Registry
+
+    try:
+        registry, lineage = Registry(), lineage_of_run(folder.path)
+        version = registered_as(registry, lineage) or register_run(registry, folder.path, lineage)
+    except MedflError as error:
+        typer.echo(f"WARNING: the model was not registered: {error}. Later: medfl-ray models register {folder.path}")
+    else:
+        typer.echo(f"registered as {version}, {version.stage}; see medfl-ray models show {version.name}")
 
 
 def _is_stopped(outcome: RunOutcome) -> bool:

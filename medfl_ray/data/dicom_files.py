@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def open_dicom(path: Path, pixels: bool = True) -> FileDataset:
         raise UnreadableFile(
             "not a DICOM file (the DICM mark is missing); remove it from the folder or convert it"
         ) from None
-    except (EOFError, ValueError, KeyError, NotImplementedError, AttributeError, TypeError) as error:
+    except (
+        EOFError, ValueError, KeyError, NotImplementedError, AttributeError, TypeError, RecursionError, zlib.error,
+    ) as error:  # fmt: skip
         raise UnreadableFile(
             f"the DICOM file is damaged ({type(error).__name__}); export it again from its archive"
         ) from None

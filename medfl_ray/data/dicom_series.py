@@ -33,7 +33,7 @@ def read_dicom(path: Path, series_uid: str = "") -> Volume:
     if not path.is_dir():
         if not path.exists():
             raise FileNotFoundError
-        return volume_of([open_dicom(path)])
+        return read_series([path])[0]
     found = [(file, open_dicom(file, pixels=False)) for file in dicom_files(path)]
     by_series: dict[str, list[Path]] = {}
     for file, header in found:
@@ -49,28 +49,42 @@ def read_dicom(path: Path, series_uid: str = "") -> Volume:
         )
     uid, files = next(iter(by_series.items()))
     notes = () if uid else ("files without a series UID were taken as one series",)
-    return volume_of([open_dicom(file) for file in files], notes)
+    return read_series(files, notes)[0]
 
 
-def volume_of(datasets: Sequence[FileDataset], notes: tuple[str, ...] = ()) -> Volume:
-    """Build a volume from the objects of one series."""
-    objects, notes = _without_copies(datasets, notes)
-    modality = str(objects[0].get("Modality", ""))
+def read_series(files: Sequence[Path], notes: tuple[str, ...] = ()) -> tuple[Volume, tuple[Path, ...]]:
+    """Build a volume from the files of one series, decoding one slice at a time.
+
+    Returns the volume and the files in the order of its slices, second copies left out.
+    """
+    files, headers, notes = _without_copies(files, notes)
+    modality = str(headers[0].get("Modality", ""))
     if modality in NOT_IMAGES and modality != "RTDOSE":
         raise LayoutError(f"the DICOM object is a {modality}, not an image; list it as a label or leave it out")
-    if len(objects) == 1 and _num_frames(objects[0]) > 1:
-        return _multi_frame(objects[0], notes)
-    if any(_num_frames(dataset) > 1 for dataset in objects):
+    if len(headers) == 1 and _num_frames(headers[0]) > 1:
+        return _multi_frame(open_dicom(files[0]), notes), tuple(files)
+    if any(_num_frames(header) > 1 for header in headers):
         raise GeometryError("the series mixes multi-frame objects with others; put each into a folder of its own")
-    if len(objects) == 1 and "ImagePositionPatient" not in objects[0]:
-        return _picture(objects[0], notes)
-    ordered, affine = _in_space(objects)
-    arrays = [_pixels(dataset) for dataset in ordered]
-    if len({array.shape for array in arrays}) > 1:
-        raise GeometryError(
-            f"the slices have different sizes ({sorted({a.shape[1:] for a in arrays})}); the series is mixed"
-        )
-    return Volume(np.stack(arrays, axis=1), affine, notes)
+    if len(headers) == 1 and "ImagePositionPatient" not in headers[0]:
+        return _picture(open_dicom(files[0]), notes), tuple(files)
+    order, affine = _in_space(headers)
+    ordered = tuple(files[place] for place in order)
+    return Volume(_stacked(ordered), affine, notes), ordered
+
+
+def _stacked(files: Sequence[Path]) -> npt.NDArray[np.float32]:
+    """Decode the slices of a series into one array [C, K, rows, columns]."""
+    first = _pixels(open_dicom(files[0]))
+    array = np.empty((first.shape[0], len(files), *first.shape[1:]), dtype=np.float32)
+    array[:, 0] = first
+    for place, file in enumerate(files[1:], start=1):
+        pixels = _pixels(open_dicom(file))
+        if pixels.shape != first.shape:
+            raise GeometryError(
+                f"the slices have different sizes ({sorted({first.shape[1:], pixels.shape[1:]})}); the series is mixed"
+            )
+        array[:, place] = pixels
+    return array
 
 
 def _num_frames(dataset: Dataset) -> int:
@@ -78,18 +92,23 @@ def _num_frames(dataset: Dataset) -> int:
 
 
 def _without_copies(
-    datasets: Sequence[FileDataset], notes: tuple[str, ...]
-) -> tuple[list[FileDataset], tuple[str, ...]]:
-    """Drop second copies of one object; objects that share a UID but differ are an error."""
-    kept: dict[str, FileDataset] = {}
-    nameless, copies = [], 0
-    for dataset in datasets:
-        uid = str(dataset.get("SOPInstanceUID", ""))
-        if not uid:
-            nameless.append(dataset)
-        elif uid not in kept:
-            kept[uid] = dataset
-        elif kept[uid].get("PixelData") == dataset.get("PixelData"):
+    files: Sequence[Path], notes: tuple[str, ...]
+) -> tuple[list[Path], list[FileDataset], tuple[str, ...]]:
+    """Drop second copies of one object; objects that share a UID but differ are an error.
+
+    Returns the files that are kept, their headers, and the notes.
+    """
+    kept: dict[str, Path] = {}
+    chosen: list[tuple[Path, FileDataset]] = []
+    nameless = copies = 0
+    for file in files:
+        header = open_dicom(file, pixels=False)
+        uid = str(header.get("SOPInstanceUID", ""))
+        nameless += not uid
+        if not uid or uid not in kept:
+            kept.setdefault(uid, file)
+            chosen.append((file, header))
+        elif open_dicom(kept[uid]).get("PixelData") == open_dicom(file).get("PixelData"):
             copies += 1
         else:
             raise GeometryError(
@@ -98,12 +117,12 @@ def _without_copies(
     if copies:
         notes = (*notes, f"{copies} second copies of slices were left out")
     if nameless:
-        notes = (*notes, f"{len(nameless)} files without a SOP instance UID were kept")
-    return [*kept.values(), *nameless], notes
+        notes = (*notes, f"{nameless} files without a SOP instance UID were kept")
+    return [file for file, _ in chosen], [header for _, header in chosen], notes
 
 
-def _in_space(datasets: Sequence[FileDataset]) -> tuple[list[FileDataset], Affine]:
-    """Order slices along their normal and return the affine of [slice, row, column].
+def _in_space(datasets: Sequence[Dataset]) -> tuple[list[int], Affine]:
+    """Return the order of the slices along their normal, and the affine of [slice, row, column].
 
     Source: DICOM PS3.3 C.7.6.2.1.1, turned from LPS to RAS.
     """
@@ -127,7 +146,7 @@ def _in_space(datasets: Sequence[FileDataset]) -> tuple[list[FileDataset], Affin
     affine[:3, 1] = along_rows * spacings[0][0]
     affine[:3, 2] = along_columns * spacings[0][1]
     affine[:3, 3] = positions[order[0]]
-    return [datasets[i] for i in order], LPS_TO_RAS @ affine
+    return [int(place) for place in order], LPS_TO_RAS @ affine
 
 
 def _slice_step(

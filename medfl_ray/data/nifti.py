@@ -31,7 +31,8 @@ def read_nifti(path: Path) -> Volume:
             raise UnreadableFile("the file holds no volume; expected a NIfTI image")
         if image.get_data_dtype().names:
             raise UnreadableFile("the NIfTI voxels are colours; expected one number per voxel and channel")
-        values = np.asarray(image.dataobj, dtype=np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # what does not fit float32 is refused as infinite
+            values = np.asarray(image.dataobj, dtype=np.float32)
     except (EOFError, OSError, zlib.error, ImageFileError, HeaderDataError, WrapStructError, ValueError) as error:
         if isinstance(error, (UnreadableFile, FileNotFoundError, PermissionError)):
             raise

@@ -8,6 +8,7 @@ from typing import Any
 
 import nrrd
 import numpy as np
+import numpy.typing as npt
 
 from medfl_ray.data.volume import Affine, Volume
 from medfl_ray.errors import GeometryError, UnreadableFile
@@ -36,6 +37,15 @@ def read_nrrd(path: Path) -> Volume:
         raise UnreadableFile(
             f"not a complete NRRD file ({type(error).__name__}); copy it again from its source"
         ) from None
+    return volume_from(values, header)
+
+
+def volume_from(values: npt.NDArray[Any], header: dict[str, Any]) -> Volume:
+    """Place voxels [*axes of the file] by their NRRD header.
+
+    Raises:
+      GeometryError: the space or the directions make no sense.
+    """
     axis = _channel_axis(header, values.ndim)
     array = values[None] if axis is None else np.moveaxis(values, axis, 0)
     return Volume(np.ascontiguousarray(array, dtype=np.float32), _affine(header, axis, array.ndim - 1))

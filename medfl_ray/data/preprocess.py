@@ -93,7 +93,8 @@ class Preprocessing(BaseModel):
         else:
             chain = np.linalg.inv(affine) @ original.affine
             matrix, offset, shape = chain[:3, :3], chain[:3, 3], original.spatial_shape
-        restored = affine_transform(classes, matrix, offset, output_shape=shape, order=0, mode="constant", cval=0)
+        # The outermost voxels may lie up to half a prepared one beyond its middle.
+        restored = affine_transform(classes, matrix, offset, output_shape=shape, order=0, mode="nearest")
         coded: Labels = values[restored] if self.label_values else restored
         return coded.reshape(original.spatial_shape)
 

@@ -184,15 +184,29 @@ def _open(run: RunConfig, hospital_id: str) -> HospitalCases:
     if run.data.phantom is not None:
         names = phantom_hospital_names(run.data.phantom)
         return open_phantom_hospital(run, run.data.phantom, names.index(_known(hospital_id, names)))
+    return _open_cases(run, *_find(run, hospital_id))
+
+
+def cases_of(run: RunConfig, hospital_id: str) -> tuple[Case, ...]:
+    """Return what a hospital's folder lists, training and held-out cases; not for phantoms.
+
+    Raises:
+      ConfigError: the hospital is not in the run, or its folder does not exist.
+      LayoutError: the folder is not of the given layout.
+    """
+    return _find(run, hospital_id)[2]
+
+
+def _find(run: RunConfig, hospital_id: str) -> tuple[Site, CaseIndex, tuple[Case, ...]]:
     if run.data.directory is not None:
         index = discover_cases(run.data.directory, run.data.format)
         parts = partition_patients(index.cases, run.data.partition, run.federation.seed)
         site = Site(hospital_id, run.data.declared, run.data, run.data.directory, run.training.num_workers)
-        return _open_cases(run, site, index, parts[_known(hospital_id, tuple(parts))])
+        return site, index, parts[_known(hospital_id, tuple(parts))]
     hospitals = {hospital.id: hospital for hospital in run.data.hospitals}
     site = _locate(run, hospitals[_known(hospital_id, tuple(hospitals))])
     index = discover_cases(site.directory, site.data.format)
-    return _open_cases(run, site, index, index.cases)
+    return site, index, index.cases
 
 
 def _known(hospital_id: str, names: tuple[str, ...]) -> str:

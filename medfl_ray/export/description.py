@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medfl_ray.config import ModelConfig
 from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.data.windows import SlidingWindow
 from medfl_ray.errors import ExportError
 
 DESCRIPTION = "model.json"
@@ -18,18 +19,6 @@ VariantName = Literal["float32", "float16", "int8"]
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SlidingWindow(_Part):
-    """How whole images are cut into windows and their logits blended; serving and training share it.
-
-    `sigma_scale` is the width of the Gaussian weight over the window's edge, as in MONAI.
-    """
-
-    overlap: float = Field(default=0.25, ge=0, lt=1)
-    mode: Literal["gaussian", "constant"] = "gaussian"
-    sigma_scale: float = Field(default=0.125, gt=0)
-    padding: Literal["constant"] = "constant"
 
 
 class ChannelIntensities(_Part):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +22,16 @@ from torch.export import Dim
 
 from medfl_ray.data.dataset import HospitalData
 from medfl_ray.errors import ExportError
+from medfl_ray.export.description import DESCRIPTION, PackageDescription, Variant
 from medfl_ray.export.package import ModelPackage, load_run, open_public_data, read_package
 from medfl_ray.export.parity import Image, Parity, measure_parity, parity_images, patches_of
 from medfl_ray.export.weights import load_weights
 from medfl_ray.models.catalogue import build_network, onnx_size_note, size_divisor
 from medfl_ray.params import Vector, checksum, layout_of, load_into
+from medfl_ray.training.inference import WINDOW
 
 INPUT, OUTPUT = "image", "logits"
-PACKAGE_FORMAT = 1
+MODEL = "model.onnx"
 
 
 def export_run(run_dir: Path) -> Parity:
@@ -41,7 +41,7 @@ def export_run(run_dir: Path) -> Parity:
       ConfigError: the folder is not a run's.
       ExportError: the run has not ended, its weights do not fit, or parity failed; then no model.onnx is left.
     """
-    for name in ("model.onnx", "model.json"):
+    for name in (MODEL, DESCRIPTION):
         (run_dir / name).unlink(missing_ok=True)
     run = load_run(run_dir)
     data = open_public_data(run)
@@ -58,7 +58,7 @@ def network_of(package: ModelPackage) -> nn.Module:
 
 
 def export_onnx(package: ModelPackage, weights: Vector, directory: Path, data: HospitalData | None = None) -> Parity:
-    """Write model.onnx, with everything that serving needs in its metadata, and model.json beside it.
+    """Write model.onnx and, beside it, model.json with everything that serving needs.
 
     Args:
       weights: [P].
@@ -72,21 +72,13 @@ def export_onnx(package: ModelPackage, weights: Vector, directory: Path, data: H
     images, origin = parity_images(package, data)
     sizes = _sizes(package)
     batches = [patches_of(images[:1], sizes[0]), *(patches_of(images, size) for size in sizes)]
-    description = _describe(package, weights)
     model = _to_onnx(network, batches[-1], dynamic_space=len(sizes) > 1)
-    onnx.helper.set_model_props(model, {f"medfl.{key}": json.dumps(value) for key, value in description.items()})
-    with _unfinished(directory / "model.onnx") as path:
+    with _unfinished(directory / MODEL) as path:
         _save_checked(model, path)
         parity = measure_parity(network, _runner(path), batches, origin)
-        description["onnx"] = {
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "size_bytes": path.stat().st_size,
-            "opset": next(entry.version for entry in model.opset_import if entry.domain == ""),
-            "input": INPUT,
-            "output": OUTPUT,
-        }
-    with _unfinished(directory / "model.json") as path:
-        path.write_text(json.dumps({**description, "parity": asdict(parity)}, indent=1), encoding="utf-8")
+        description = _describe(package, weights, model, _variant(path), parity)
+    with _unfinished(directory / DESCRIPTION) as path:
+        path.write_text(description.model_dump_json(indent=1), encoding="utf-8")
     return parity
 
 
@@ -99,26 +91,40 @@ def _sizes(package: ModelPackage) -> list[tuple[int, ...]]:
     return [patch, tuple(edge + step * (axis + 1) for axis, edge in enumerate(patch))]
 
 
-def _describe(package: ModelPackage, weights: Vector) -> dict[str, Any]:
+def _variant(path: Path) -> Variant:
+    return Variant(
+        file=MODEL, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), size_bytes=path.stat().st_size, dice_loss=0.0,
+        speed=1.0,
+    )  # fmt: skip
+
+
+def _describe(
+    package: ModelPackage, weights: Vector, model: onnx.ModelProto, float32: Variant, parity: Parity
+) -> PackageDescription:
     note = onnx_size_note(package.model)
-    return {
-        "format": PACKAGE_FORMAT,
-        "name": package.name,
-        "task": package.task,
-        "network": package.model.model_dump(mode="json"),
-        "spatial_dims": package.spatial_dims,
-        "channels": list(package.channels),
-        "labels": {str(value): name for value, name in package.labels.items()},
-        "out_channels": package.out_channels,
-        "patch_size": list(package.patch_size),
-        "size_divisor": size_divisor(package.model),
-        "dynamic_batch": True,
-        "dynamic_space": not note,
-        "dynamic_space_note": note,
-        "preprocessing": package.preprocessing.model_dump(mode="json"),
-        "privacy": package.privacy,
-        "weights_checksum": checksum(weights),
-    }
+    return PackageDescription(
+        name=package.name,
+        task=package.task,
+        network=package.model,
+        spatial_dims=2 if package.spatial_dims == 2 else 3,
+        channels=package.channels,
+        labels=package.labels,
+        out_channels=package.out_channels,
+        patch_size=package.patch_size,
+        size_divisor=size_divisor(package.model),
+        dynamic_batch=True,
+        dynamic_space=not note,
+        dynamic_space_note=note,
+        preprocessing=package.preprocessing,
+        sliding_window=WINDOW,
+        privacy=package.privacy,
+        weights_checksum=checksum(weights),
+        opset=next(entry.version for entry in model.opset_import if entry.domain == ""),
+        input=INPUT,
+        output=OUTPUT,
+        variants={"float32": float32},
+        parity=asdict(parity),
+    )
 
 
 def _to_onnx(network: nn.Module, example: torch.Tensor, dynamic_space: bool) -> onnx.ModelProto:

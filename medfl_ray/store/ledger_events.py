@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from medfl_ray.errors import LedgerError
 from medfl_ray.privacy.accountant import Charge, Segment, TreeSegment
+from medfl_ray.store.hash_chain import digest_of, link_problem
 from medfl_ray.store.signing_key import SigningKey, signature_is_valid
 
 CHAIN_LABEL = "medfl-ray privacy ledger v1"
@@ -109,10 +110,7 @@ class LedgerEvent:
 
     def digest(self) -> str:
         """SHA-256 over every other field, the hash of the row before included."""
-        # A damaged file may hold bytes where text was: shown as such they have another hash, which is the point.
-        body = {name: value for name, value in self.to_dict().items() if name not in SEALS}
-        text = json.dumps(body, sort_keys=True, separators=(",", ":"), default=repr)
-        return hashlib.sha256(f"{CHAIN_LABEL}\n{text}".encode()).hexdigest()
+        return digest_of(CHAIN_LABEL, {name: value for name, value in self.to_dict().items() if name not in SEALS})
 
     @property
     def head(self) -> LedgerHead:
@@ -221,17 +219,9 @@ def is_genuine(event: LedgerEvent, public_key: str) -> bool:
 
 
 def _row_problem(event: LedgerEvent, previous: LedgerHead, account: tuple[str, str], public_key: str) -> str | None:
-    if event.sequence != previous.sequence + 1:
-        return f"it is numbered {event.sequence}, so that a row is missing or doubled"
     if (event.hospital, event.data_set) != account:
         return "it belongs to another account"
-    if event.previous_hash != previous.hash:
-        return "it does not follow the row before it"
-    if event.digest() != event.hash:
-        return "its contents do not match its hash"
-    if not signature_is_valid(public_key, event.hash, event.signature):
-        return "its signature is not the hospital's"
-    return None
+    return link_problem(event, previous.sequence, previous.hash, public_key, "the hospital's")
 
 
 def _state_problem(event: LedgerEvent, open_charges: dict[str, str]) -> str | None:

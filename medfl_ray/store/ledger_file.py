@@ -13,8 +13,10 @@ from sqlalchemy.pool import NullPool
 
 from medfl_ray.errors import LedgerError
 from medfl_ray.failpoints import failpoint
+from medfl_ray.store import sqlite_files
 from medfl_ray.store.ledger_events import LedgerEvent
 from medfl_ray.store.signing_key import SigningKey, create_key, load_key
+from medfl_ray.store.sqlite_files import LOCK_TIMEOUT_S, WRITES
 from medfl_ray.store.tables import (
     APPEND_ONLY_TRIGGERS,
     LEDGER_APPLICATION_ID,
@@ -23,19 +25,9 @@ from medfl_ray.store.tables import (
     ledger_metadata,
 )
 
-LOCK_TIMEOUT_S = 30.0
 LEDGER_NAME = "ledger.sqlite"
 KEY_NAME = "hospital.key"
-PLAIN_WORDS = (
-    ("locked", "another process holds it; wait for that run to end, or end it"),
-    ("full", "the disk is full; free space"),
-    ("disk i/o", "the disk reports an error; check it before anything else"),
-    ("readonly", "it cannot be written; check the permissions of the state folder"),
-    ("unable to open", "it cannot be opened; check that the state folder exists and may be written"),
-    ("not a database", "it is damaged; restore it with `medfl-ray privacy ledger recover`"),
-    ("malformed", "it is damaged; restore it with `medfl-ray privacy ledger recover`"),
-    ("append-only", "its rows are never changed or deleted"),
-)
+DAMAGED = "it is damaged; restore it with `medfl-ray privacy ledger recover`"
 
 
 class LedgerFile:
@@ -55,7 +47,7 @@ class LedgerFile:
         self._recovering = recovering
         self._shared: Connection | None = None
         self._engine = create_engine("sqlite://", creator=self._connect, poolclass=NullPool)
-        event.listen(self._engine, "begin", _begin)
+        event.listen(self._engine, "begin", sqlite_files.begin)
         self._prepare()
         self._may_create = False
         self.key = self._open_key()
@@ -76,7 +68,7 @@ class LedgerFile:
             yield self._shared
             return
         with self._in_plain_words(), self._engine.connect() as connection:
-            connection.execution_options(ledger_writes=True)
+            connection.execution_options(**{WRITES: True})
             with connection.begin():
                 yield connection
 
@@ -176,12 +168,7 @@ class LedgerFile:
 
     def _connect(self) -> sqlite3.Connection:
         # Made once and never again: a file that vanishes during a run must not come back empty.
-        mode = "rwc" if self._may_create else "rw"
-        address = f"{self.path.absolute().as_uri()}?mode={mode}"
-        connection = sqlite3.connect(address, uri=True, timeout=self._lock_timeout_s, isolation_level=None)
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-            connection.execute(f"PRAGMA {pragma}")
-        return connection
+        return sqlite_files.connect(self.path, self._may_create, self._lock_timeout_s)
 
     @contextmanager
     def _in_plain_words(self) -> Iterator[None]:
@@ -193,14 +180,10 @@ class LedgerFile:
             raise self._damaged() from None
 
     def _explained(self, error: Exception) -> LedgerError:
-        text = str(error.orig if isinstance(error, DBAPIError) else error)
-        words = next((words for mark, words in PLAIN_WORDS if mark in text.lower()), f"SQLite says: {text}")
+        cause = error.orig if isinstance(error, DBAPIError) else error
+        damaged = any(mark in str(cause).lower() for mark in ("not a database", "malformed"))
+        words = DAMAGED if damaged else sqlite_files.in_plain_words(cause or error)
         return LedgerError(f"the privacy ledger {self.path.name!r} cannot be used: {words}. Nothing was trained.")
 
     def _damaged(self) -> LedgerError:
         return self._explained(sqlite3.DatabaseError("malformed"))
-
-
-def _begin(connection: Connection) -> None:
-    writes = connection.get_execution_options().get("ledger_writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")

@@ -1,4 +1,4 @@
-"""The tables of a hospital's privacy ledger, and those of a run's rounds."""
+"""The tables of a hospital's privacy ledger, of a run's rounds, and of registry and audit log."""
 
 from __future__ import annotations
 
@@ -85,4 +85,40 @@ round_deliveries = Table(
     Column("attempt", Integer, nullable=False),
     Column("hospital", String(64), nullable=False),
     UniqueConstraint("job", "round", "attempt", "hospital"),
+)
+
+# Registry and audit log; store/migrations makes them, and a test holds both to each other.
+registry_metadata = MetaData()
+
+audit_log = Table(
+    "audit_log",
+    registry_metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=False),
+    Column("at", String(32), nullable=False),
+    Column("actor", String(64), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("subject", String(64), nullable=False, index=True),
+    Column("details", Text, nullable=False),
+    Column("previous_hash", String(64), nullable=False),
+    Column("hash", String(64), nullable=False),
+    Column("signature", String(128), nullable=False),
+)
+
+model_versions = Table(
+    "model_versions",
+    registry_metadata,
+    Column("name", String(64), primary_key=True),
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("record", Text, nullable=False),
+    Column("hash", String(64), nullable=False),
+    Column("signature", String(128), nullable=False),
+)
+
+model_stages = Table(
+    "model_stages",
+    registry_metadata,
+    Column("name", String(64), primary_key=True),
+    Column("state", Text, nullable=False),
+    Column("hash", String(64), nullable=False),
+    Column("signature", String(128), nullable=False),
 )

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medfl_ray.data.cases import PreparedCase
+from medfl_ray.data.windows import SlidingWindow
 from medfl_ray.errors import ModelError
 
-OVERLAP = 0.25
+WINDOW = SlidingWindow()
 WINDOWS_AT_ONCE = 4
 # Small images go through the network together, up to about as many voxels as one volume of 64 voxels an edge has.
 VOXELS_AT_ONCE = 64**3
@@ -29,8 +30,9 @@ def segment(network: nn.Module, images: Tensor, patch_size: tuple[int, ...]) -> 
 
     at_once = max(WINDOWS_AT_ONCE, len(images))
     logits = sliding_window_inference(
-        images, patch_size, at_once, network, overlap=OVERLAP, mode="gaussian", padding_mode="constant"
-    )
+        images, patch_size, at_once, network, overlap=WINDOW.overlap, mode=WINDOW.mode,
+        sigma_scale=WINDOW.sigma_scale, padding_mode=WINDOW.padding,
+    )  # fmt: skip
     if not isinstance(logits, Tensor):
         raise ModelError(
             "the network has several outputs; a segmentation network has one, so switch deep supervision off"

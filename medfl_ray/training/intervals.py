@@ -30,6 +30,20 @@ def bootstrap_intervals(
     return {name: _bounds(values, tail) for name, values in drawn.items()}
 
 
+def interval_of_means(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of several hospitals' means, patients drawn within each hospital.
+
+    Args:
+      groups: one figure per patient of each hospital; no hospital without a patient.
+    """
+    rng = np.random.default_rng(0)
+    columns = []
+    for group in groups:
+        scores = np.asarray(group, dtype=np.float64)
+        columns.append(scores[rng.integers(len(scores), size=(NUM_RESAMPLES, len(scores)))].mean(axis=1))
+    return _bounds(np.mean(columns, axis=0).tolist(), (1 - LEVEL) / 2)
+
+
 def _bounds(values: Sequence[float], tail: float) -> tuple[float, float]:
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)

@@ -159,7 +159,8 @@ def test_the_configuration_shows_folders_by_name_and_is_otherwise_whole(make_run
 def test_the_export_is_shown_with_its_parity():
     parity = {"agreement": 0.9995, "max_abs_difference": 3.1e-6, "num_patches": 5, "images": "2 phantoms"}
     manifest = {
-        "onnx": {"size_bytes": 48178, "opset": 20, "sha256": "ab"},
+        "opset": 20,
+        "variants": {"float32": {"file": "model.onnx", "size_bytes": 48178, "sha256": "ab"}},
         "parity": parity,
         "labels": {"1": "core"},
         "patch_size": [32, 32, 32],

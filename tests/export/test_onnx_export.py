@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
 
-from medfl_ray.data.preprocess import Preprocessing
 from medfl_ray.errors import ConfigError, ExportError
+from medfl_ray.export.description import read_description
 from medfl_ray.export.onnx_export import export_onnx, export_run, network_of
 from medfl_ray.export.package import ModelPackage
 from medfl_ray.export.parity import measure_parity
@@ -51,7 +50,7 @@ def test_parity_and_dynamic_sizes(
     with torch.inference_mode():
         expected = network(torch.from_numpy(image)).numpy()
     assert np.abs(expected - logits).max() < 1e-3
-    assert json.loads((tmp_path / "model.json").read_text())["dynamic_space"] is dynamic
+    assert read_description(tmp_path).dynamic_space is dynamic
 
 
 def test_package_of_a_classifier(make_run: Callable[..., Path]) -> None:
@@ -62,20 +61,24 @@ def test_package_of_a_classifier(make_run: Callable[..., Path]) -> None:
     )
     parity = export_run(folder)
     assert parity.images == "1 held-out synthetic images"
-    manifest = json.loads((folder / "model.json").read_text())
-    assert manifest["channels"] == ["T1c", "FLAIR"]
-    assert manifest["labels"] == {"1": "tumour"}
-    assert manifest["parity"]["max_abs_difference"] == parity.max_abs_difference
-    assert manifest["privacy"]["differential_privacy"] is False
+    description = read_description(folder)
+    assert description.channels == ("T1c", "FLAIR")
+    assert description.labels == {1: "tumour"}
+    assert description.parity["max_abs_difference"] == parity.max_abs_difference
+    assert description.privacy["differential_privacy"] is False
 
 
 def test_private_data_are_not_opened_for_parity(make_run: Callable[..., Path]) -> None:
     folder = make_run()
     assert export_run(folder).images == "2 phantoms"
-    properties = {entry.key: json.loads(entry.value) for entry in onnx.load(folder / "model.onnx").metadata_props}
-    assert properties["medfl.patch_size"] == [32, 32]
-    preprocessing = Preprocessing.model_validate(properties["medfl.preprocessing"])
-    assert (preprocessing.spatial_dims, preprocessing.label_values) == (2, (7,))
+    description = read_description(folder)
+    assert description.patch_size == (32, 32)
+    assert (description.preprocessing.spatial_dims, description.preprocessing.label_values) == (2, (7,))
+    windows = description.sliding_window
+    assert (windows.overlap, windows.mode, windows.sigma_scale) == (0.25, "gaussian", 0.125)
+    content = (folder / "model.onnx").read_bytes()
+    assert description.variants["float32"].sha256 == hashlib.sha256(content).hexdigest()
+    assert description.variants["float32"].size_bytes == len(content)
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.yaml", "hospitals.json", "model.json", "model.onnx", "model.safetensors",
     ]  # fmt: skip

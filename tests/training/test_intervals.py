@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from medfl_ray.training.evaluation import PatientScore
-from medfl_ray.training.intervals import bootstrap_intervals
+from medfl_ray.training.intervals import bootstrap_intervals, interval_of_means
 
 
 def test_close_to_the_normal_interval() -> None:
@@ -21,3 +21,10 @@ def test_an_auc_has_an_interval() -> None:
     scores = [PatientScore(probabilities=(1 - p, p), truth=t) for p, t in [(0.9, 1), (0.7, 1), (0.8, 0), (0.1, 0)]]
     low, high = bootstrap_intervals(scores)["auc"]
     assert 0 <= low < high <= 1
+
+
+def test_hospitals_count_alike_and_patients_are_drawn_within_each() -> None:
+    assert interval_of_means([[0.4, 0.4, 0.4], [0.8]]) == pytest.approx((0.6, 0.6))
+    low, high = interval_of_means([[0.0, 1.0] * 50, [0.5] * 3])
+    half = 1.96 * 0.5 / 10 / 2  # the deviation of one mean of a hundred, halved by the hospital that never varies
+    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.01)

@@ -1,0 +1,185 @@
+"""Bearer tokens: 256 random bits, kept as SHA-256 in a file that its owner alone may read."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from medfl_ray.errors import ConfigError
+from medfl_ray.store.durable import replace_file
+from medfl_ray.store.state_folders import state_root
+from serve.refusals import Forbidden, Unauthenticated, Unavailable
+
+Role = Literal["infer", "observe"]
+TOKEN = re.compile(r"[A-Za-z0-9_-]{20,128}")
+RELOAD_S = 1.0
+log = structlog.get_logger("medfl_ray.serve")
+
+
+class Token(BaseModel):
+    """One token as the file has it: `infer` may use models, `observe` may read metrics alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    roles: tuple[Role, ...] = ("infer", "observe")
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: tuple[Token, ...]
+
+
+def default_tokens_file() -> Path:
+    """Return where tokens lie when nobody says otherwise."""
+    return state_root() / "serve" / "tokens.json"
+
+
+def tokens_path(given: Path | None) -> Path:
+    """Return the file of tokens: the one that is given, else MEDFL_SERVE_TOKENS, else the default."""
+    return given or Path(os.environ.get("MEDFL_SERVE_TOKENS") or default_tokens_file())
+
+
+def read_tokens(path: Path) -> tuple[Token, ...]:
+    """Read a file of tokens; none where there is no file.
+
+    Raises:
+      ConfigError: the file is damaged, or others may read it.
+    """
+    try:
+        mode, text = path.stat().st_mode, path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the tokens file {path.name!r} cannot be read ({type(error).__name__})") from None
+    if os.name == "posix" and mode & 0o077:
+        raise ConfigError(f"other users may read the tokens file {path.name!r}; run `chmod 600` on it")
+    try:
+        return _File.model_validate_json(text).tokens
+    except ValidationError:
+        raise ConfigError(
+            f"the tokens file {path.name!r} is damaged; restore it, or delete it and make new tokens"
+        ) from None
+
+
+def add_token(path: Path, name: str, roles: Iterable[Role] = ("infer", "observe")) -> str:
+    """Add a token to the file, which is made if absent, and return it; it cannot be read back later.
+
+    Raises:
+      ConfigError: the name is taken or not fit, or the file cannot be used.
+    """
+    tokens = read_tokens(path)
+    if any(token.name == name for token in tokens):
+        raise ConfigError(f"there is a token {name!r} already; revoke it first, or choose another name")
+    secret = secrets.token_urlsafe(32)
+    try:
+        token = Token(name=name, sha256=digest_of(secret), roles=tuple(roles))
+    except ValidationError:
+        raise ConfigError(f"{name!r} is no name of a token; use letters, digits, '.', '_' and '-'") from None
+    _write(path, (*tokens, token))
+    return secret
+
+
+def revoke_token(path: Path, name: str) -> None:
+    """Remove a token; a running service refuses it within seconds.
+
+    Raises:
+      ConfigError: there is no such token.
+    """
+    tokens = read_tokens(path)
+    kept = tuple(token for token in tokens if token.name != name)
+    if len(kept) == len(tokens):
+        known = ", ".join(token.name for token in tokens) or "none"
+        raise ConfigError(f"there is no token {name!r}; known: {known}")
+    _write(path, kept)
+
+
+def _write(path: Path, tokens: tuple[Token, ...]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    previous = os.umask(0o077)
+    try:
+        replace_file(path, _File(tokens=tokens).model_dump_json(indent=1).encode())
+    finally:
+        os.umask(previous)
+
+
+def digest_of(secret: str) -> str:
+    """SHA-256 of a token, in hex; 256 random bits need no slow hash."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+class TokenBook:
+    """The tokens that are valid now; the file is read again when it changes, so that revoking needs no restart."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._tokens = read_tokens(path)
+        self._seen = self._changed_at()
+        self._looked_at = time.monotonic()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is known."""
+        return not self._tokens
+
+    def identify(self, authorization: str | None) -> Token:
+        """Return the token of an Authorization header.
+
+        Raises:
+          Unauthenticated: there is none, or it is not known.
+          Unavailable: the file was damaged since; a token that somebody meant to revoke must not stay valid.
+        """
+        scheme, _, secret = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not TOKEN.fullmatch(secret.strip()):
+            raise Unauthenticated("the request has no token; send the header Authorization: Bearer TOKEN")
+        self._reload()
+        digest = digest_of(secret.strip())
+        # All are compared, each in constant time: the time taken says nothing of which one was near.
+        found = [token for token in self._tokens if hmac.compare_digest(token.sha256, digest)]
+        if not found:
+            raise Unauthenticated("the token is not known; it was mistyped or revoked")
+        return found[0]
+
+    def _reload(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < RELOAD_S:
+            return
+        self._looked_at = now
+        changed_at = self._changed_at()
+        if changed_at == self._seen:
+            return
+        try:
+            self._tokens, self._seen = read_tokens(self._path), changed_at
+        except ConfigError as error:
+            self._looked_at = -math.inf
+            log.error("tokens_unreadable", reason=str(error))
+            raise Unavailable("the service's file of tokens cannot be used; its operator must repair it") from None
+
+    def _changed_at(self) -> int:
+        try:
+            return self._path.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+
+def check_role(token: Token, role: Role) -> None:
+    """Refuse a token without a role.
+
+    Raises:
+      Forbidden: the token lacks it.
+    """
+    if role not in token.roles:
+        raise Forbidden(f"the token {token.name!r} has no role {role!r}; use another, or make one with it")

@@ -1,0 +1,162 @@
+"""What every request passes before a route sees it: id, token and limits; afterwards the log and the figures."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+import traceback
+from collections.abc import Callable
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.auth import Role, TokenBook, check_role
+from serve.limits import RateLimit, check_declared_size, limited
+from serve.refusals import Refusal, TooLarge, TooMany, Unauthenticated
+from serve.serving_metrics import ServingMetrics
+from serve.settings import Limits
+
+OPEN_ROUTES = frozenset({"/v2/health/live", "/v2/health/ready"})
+METRICS_ROUTE = "/metrics"
+REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
+OUR_FAULT = 500
+LEFT = 499  # the client went before there was an answer
+MOST_HEADER_BYTES = 32 * 1024
+log = structlog.get_logger("medfl_ray.serve")
+
+
+class Gate:
+    """ASGI middleware around the whole application; there is no way in beside it."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        tokens: TokenBook,
+        limits: Limits,
+        metrics: ServingMetrics,
+        sets_request_id: bool,
+        open_routes: frozenset[str] = OPEN_ROUTES,
+    ) -> None:
+        """Stand before an application.
+
+        Args:
+          open_routes: addresses that need no token.
+          sets_request_id: write X-Request-ID into answers; Serve's proxy does so itself, with the id that it gave us.
+        """
+        self._app, self._tokens, self._limits, self._metrics = app, tokens, limits, metrics
+        self._rate = RateLimit(limits.requests_per_minute, limits.burst)
+        self._sets_request_id, self._open_routes = sets_request_id, open_routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let one request through, or answer it here."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # there are no websockets, and none comes in without a token
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers.get("x-request-id"))
+        answer = _Answer(send, request_id if self._sets_request_id else None)
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = time.perf_counter()
+        self._metrics.started()
+        try:
+            await self._pass(scope, headers, limited(receive, self._limits), answer)
+        finally:
+            seconds, route = time.perf_counter() - started, _route(scope)
+            self._metrics.ended(route, answer.status, seconds)
+            if _path(scope) not in self._open_routes:
+                self._note(scope, route, answer.status, seconds)
+
+    async def _pass(self, scope: Scope, headers: Headers, receive: Receive, answer: _Answer) -> None:
+        try:
+            self._check(scope, headers)
+            await self._app(scope, receive, answer)
+        except Refusal as refusal:
+            await refusal_response(refusal)(scope, receive, answer)
+        except Exception as error:  # noqa: BLE001 - no words of a traceback leave the service
+            request_id = scope["state"]["request_id"]
+            log.error("request_failed", error=type(error).__name__, where=_where(error), request_id=request_id)
+            if not answer.has_begun:
+                text = f"the service failed on this request; its log has the reason under {request_id}"
+                await JSONResponse({"error": text}, OUR_FAULT)(scope, receive, answer)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        path = _path(scope)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+            raise TooLarge(f"the request's headers are larger than {MOST_HEADER_BYTES} bytes")
+        if path not in self._open_routes:
+            token = self._tokens.identify(headers.get("authorization"))
+            scope["state"]["token"] = token.name
+            self._rate.admit(token.name)
+            role: Role = "observe" if path == METRICS_ROUTE else "infer"
+            check_role(token, role)
+        check_declared_size(headers.get("content-length"), self._limits)
+
+    def _note(self, scope: Scope, route: str, status: int, seconds: float) -> None:
+        """Write one line; it has nothing that a client chose except an id of safe letters: no path, name or file."""
+        log.info(
+            "request",
+            method=scope["method"] if scope["method"] in {"GET", "POST", "PUT", "DELETE", "HEAD"} else "other",
+            route=route,
+            status=status,
+            seconds=round(seconds, 4),
+            token=scope["state"].get("token"),
+            request_id=scope["state"]["request_id"],
+        )
+
+
+class _Answer:
+    """Passes the answer on and remembers its status."""
+
+    def __init__(self, send: Send, request_id: str | None) -> None:
+        self._send, self._request_id = send, request_id
+        self.status = LEFT
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client has been sent a status."""
+        return self.status != LEFT
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if self._request_id is not None:
+                MutableHeaders(scope=message)["X-Request-ID"] = self._request_id
+        await self._send(message)
+
+
+def refusal_response(refusal: Refusal) -> JSONResponse:
+    """Return a refusal as every route of this service says it."""
+    headers = {}
+    if isinstance(refusal, Unauthenticated):
+        headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(refusal, TooMany):
+        headers["Retry-After"] = str(max(1, round(refusal.retry_after_s)))
+    return JSONResponse({"error": str(refusal)}, refusal.status, headers)
+
+
+def _request_id(given: str | None, make: Callable[[], str] = lambda: secrets.token_hex(16)) -> str:
+    """Return the client's id if it is harmless in a log, else a new one."""
+    return given if given is not None and REQUEST_ID.fullmatch(given) else make()
+
+
+def _where(error: Exception) -> str:
+    """Return the function and line that failed; a traceback's text could hold what a client sent."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.name}:{last.lineno}"
+
+
+def _path(scope: Scope) -> str:
+    """Return the address below the prefix that the application is mounted at, as the router will see it."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def _route(scope: Scope) -> str:
+    """Return the pattern of the route that answered; never the address itself, which a client could fill."""
+    return str(getattr(scope.get("route"), "path", "none"))
