@@ -131,8 +131,13 @@ class TrainingConfig(Section):
 class AggregationConfig(Section):
     """How updates become new weights."""
 
-    strategy: Literal["fedavg", "fedadam"] = Field(
-        "fedavg", description="Aggregation: the mean update, or an Adam step along it at the server."
+    strategy: Literal["fedavg", "fedadam", "custom"] = Field(
+        "fedavg", description="Aggregation: the mean update, an Adam step along it at the server, or your own strategy."
+    )
+    factory: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
+        None,
+        description="With strategy 'custom': 'module:function', called with this section; it returns a Strategy, as in "
+        "medfl_ray/aggregation/strategies.py.",
     )
     mode: Literal["plain"] = Field("plain", description="'plain' sums the updates at the coordinator.")
     weighting: Literal["patients", "uniform"] = Field(
@@ -147,6 +152,12 @@ class AggregationConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Decay of the moving average of the weights that is evaluated and released; 0 switches it off."
     )
+
+    @model_validator(mode="after")
+    def _factory_belongs_to_custom(self) -> Self:
+        if (self.strategy == "custom") != (self.factory is not None):
+            raise ValueError("aggregation.strategy 'custom' and aggregation.factory belong together; set both or none")
+        return self
 
 
 class OutputConfig(Section):
