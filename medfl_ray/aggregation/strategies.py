@@ -120,7 +120,11 @@ def own_strategy(config: AggregationConfig) -> Strategy:
     return strategy
 
 
-CATALOGUE: dict[str, Callable[[AggregationConfig], Strategy]] = {"fedavg": fedavg, "fedadam": fedadam, "custom": own_strategy}
+CATALOGUE: dict[str, Callable[[AggregationConfig], Strategy]] = {
+    "fedavg": fedavg,
+    "fedadam": fedadam,
+    "custom": own_strategy,
+}
 
 
 def build_strategy(config: AggregationConfig) -> Strategy:
