@@ -101,7 +101,8 @@ laptop() { # $1 = work folder: what an administrator and a data scientist type
     unshare --net --pid --mount --uts --fork --kill-child --mount-proc bash "$0" node "$work" "$name" 2>"$work/$name.log" &
     ip link add "to-$name" type veth peer name "eth-$name"
     ip link set "to-$name" master switch up
-    until ip link set "eth-$name" netns $! name eth0 2>/dev/null; do sleep 0.1; done
+    until [ "$(readlink "/proc/$!/ns/net")" != "$(readlink /proc/self/ns/net)" ]; do sleep 0.1; done
+    ip link set "eth-$name" netns $! name eth0
     until on "$name" true; do sleep 0.3; done
   done
   cd "$work/project"

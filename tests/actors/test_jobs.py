@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from small_runs import small_run
+
+from medfl_ray.config_files import dump_yaml
 
 pytestmark = pytest.mark.ci
 
@@ -219,6 +223,94 @@ def test_a_stopped_job_resumes(guarded, clean_folder, tmp_path):
     assert "all 6 rounds were published." in done.stdout
     receipts = [json.loads(line) for line in (folder / "receipts.jsonl").read_text().splitlines()]
     assert [receipt["round"] for receipt in receipts if receipt["published"]] == [1, 2, 3, 4, 5, 6]
+
+
+HOWTO = ROOT / "docs" / "howto" / "cluster.md"
+BLOCK = re.compile(r"^<!-- (test|not tested): ([^>]+) -->\n```sh\n(.*?)```$", re.MULTILINE | re.DOTALL)
+
+
+def commands(kind):
+    """Return the lines of the how-to's blocks of one kind, in order."""
+    return [
+        line
+        for mark, what, body in BLOCK.findall(HOWTO.read_text())
+        if (mark, what) == ("test", kind)
+        for line in body.splitlines()
+    ]
+
+
+def shell(line, folder, home, guarded=None):
+    """Run a line of the how-to as it stands, in a clean folder and with a home of its own."""
+    line = line.replace("http://127.0.0.1:8265", guarded["dashboard"] if guarded else "")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(home), "PATH": f"{home}/bin:{os.environ['PATH']}"}
+    script = f"set -e\n{line}"
+    return subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+@pytest.fixture
+def home(tmp_path, guarded):
+    """A user's home with the cluster's token, and ray and medfl-ray on the path."""
+    (tmp_path / "bin").mkdir()
+    for name, module in (("ray", "ray.scripts.scripts"), ("medfl-ray", "medfl_ray.cli.main")):
+        script = tmp_path / "bin" / name
+        script.write_text(f"#!{sys.executable}\nfrom {module} import main\nmain()\n")
+        script.chmod(0o755)
+    secrets = tmp_path / "medfl" / "deploy" / "ray" / "secrets"
+    secrets.mkdir(parents=True)
+    (secrets / "auth_token").write_text(guarded["token"])
+    return tmp_path
+
+
+def write_run(folder, rounds=2):
+    run = small_run(
+        name="demo",
+        federation={"pool": "ray", "rounds": rounds},
+        output={"report": False, "export": False, "register_model": False},
+    )
+    (folder / "run.yaml").write_text(dump_yaml(run))
+
+
+def test_the_howtos_commands_for_the_laptop_run_as_they_stand(home, tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    write_run(folder)
+    lines = commands("laptop")
+    assert len(lines) == 2
+    for line in lines:
+        done = shell(line, folder, home)
+        assert done.returncode == 0, done.stderr
+        assert "all 2 rounds were published" in done.stdout
+    one, other = ((run / "receipts.jsonl").read_text().splitlines()[-1] for run in sorted(folder.glob("runs/*")))
+    assert json.loads(one)["weights_after"] == json.loads(other)["weights_after"]
+
+
+def test_the_howtos_commands_for_jobs_run_as_they_stand(guarded, home, tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
+    write_run(folder)
+    export, submit, logs, status, again, stop, resume = commands("job")
+
+    def typed(line):
+        return shell(f"{export}\n{line}", folder, home, guarded)
+
+    # The cluster's home is not the user's; on a real one, ~ in the entrypoint is the head's own.
+    stays = f"output.directory={tmp_path}/runs"
+    here = [line.replace("output.directory=~/medfl/runs", stays) for line in (submit, again)]
+    assert all(stays in line for line in here)
+    assert "all 2 rounds were published." in typed(here[0]).stdout
+    assert "round 2/2" in typed(logs).stdout
+    said = typed(status)
+    assert "SUCCEEDED" in said.stdout + said.stderr
+    before = set((tmp_path / "runs").iterdir())
+    assert typed(here[1]).returncode == 0
+    wait_until(lambda: "round 1/6" in typed(logs.replace("first", "second")).stdout)
+    assert typed(stop).returncode == 0
+    (stopped,) = set((tmp_path / "runs").iterdir()) - before
+    done = typed(resume.replace("~/medfl/runs/<folder>", str(stopped)))
+    assert "all 6 rounds were published." in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_without_the_token_no_job_is_taken(guarded):
