@@ -106,10 +106,14 @@ def _cpus(node: Mapping[str, float], num_actors: int) -> float:
 
 
 def _gpus(crowds: Sequence[tuple[Mapping[str, float], int]], asked: float) -> float:
-    """Return an actor's share: one over the actors per GPU, so that the shares of a GPU add up to it."""
+    """Return an actor's share where it may run; what was asked for wins where there is a GPU at all."""
     if not crowds:
         return 0.0
     if asked:
         return asked
-    per_gpu = max(math.ceil(num_actors / node["GPU"]) for node, num_actors in crowds)
-    return math.floor(10_000 / per_gpu) / 10_000
+    return min(gpu_share(num_actors, node["GPU"]) for node, num_actors in crowds)
+
+
+def gpu_share(num_actors: int, num_gpus: float) -> float:
+    """Return the share of a GPU with which so many actors fit on so many GPUs, none of them on parts of two."""
+    return math.floor(10_000 / math.ceil(num_actors / num_gpus)) / 10_000

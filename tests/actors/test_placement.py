@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.placement import PIN, place_actors
+from actors.placement import PIN, gpu_share, place_actors
 from medfl_ray.errors import ClusterError
 
 PROCESS = Path(__file__).parent / "two_nodes.py"
@@ -39,6 +39,10 @@ def test_actors_without_a_node_are_spread_or_packed():
     assert place_actors(homes, nodes, gpus_per_actor=0.25)["b",].num_gpus == 0.25
     assert place_actors(homes, [{"CPU": 4.0}], gpus_per_actor=0.25)["b",].num_gpus == 0.0
     assert place_actors(homes, nodes)["a",].options()["resources"] is None
+
+
+def test_no_actor_needs_parts_of_two_gpus():
+    assert [gpu_share(count, 2.0) for count in (1, 2, 3, 4, 5, 16)] == [1.0, 1.0, 0.5, 0.5, 0.3333, 0.125]
 
 
 def test_hospitals_of_two_nodes_do_not_share_an_actor():
