@@ -76,6 +76,7 @@ node() { # one machine: loopback, eth0, home, /tmp and /dev/shm of its own, and 
     -o ListenAddress="$(address_of "$name")" -o PasswordAuthentication=no -o PermitRootLogin=prohibit-password
 }
 
+plain() { sed -E 's/\x1b\[[0-9;]*m//g'; } # without colours
 say() { printf '\n=== %s\n' "$*"; }
 on() { ssh -q -i ~/.ssh/id_ed25519 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null "root@$(address_of "$1")" "${@:2}"; }
 ray() { "$python" -c 'from ray.scripts.scripts import main; main()' "$@"; }
@@ -83,8 +84,9 @@ at_head() { on head ". ~/medfl/node/ray.env; export PATH=~/medfl/env/bin:\$PATH;
 ray_processes() { # of all namespaces below this one
   local found=0 process
   for process in /proc/[0-9]*; do
-    if tr '\0' ' ' <"$process/cmdline" 2>/dev/null | grep -qE 'raylet|gcs_server|ray::|ray/_private|ray/dashboard|medfl'; then
-      case "$(tr '\0' ' ' <"$process/cmdline" 2>/dev/null)" in *rehearse.sh*) ;; *) found=$((found + 1)) ;; esac
+    if tr '\0' ' ' <"$process/cmdline" 2>/dev/null |
+      grep -qE 'raylet|gcs_server|ray::|/ray/(_private|dashboard|autoscaler|util)/|medfl/env/bin/'; then
+      found=$((found + 1))
     fi
   done
   echo "$found"
@@ -108,7 +110,8 @@ laptop() { # $1 = work folder: what an administrator and a data scientist type
   cd "$work/project"
 
   say 'ray up onpremise.yaml'
-  ray up -y --no-config-cache onpremise.yaml </dev/null 2>&1 | grep -E '^\s+\[[0-9]/[0-9]\]|Setting up|New status|Ray runtime started|Usage|rror' || true
+  ray up -y --no-config-cache onpremise.yaml </dev/null >"$work/up.log" 2>&1 || { tail -n 60 "$work/up.log"; exit 1; }
+  plain <"$work/up.log" | grep -oE 'Setting up head node|New status: .*|Ray runtime started'
   say 'each hospital renders its own images (a real one has them)'
   for name in north south; do
     on "$name" "~/medfl/env/bin/medfl-ray data make ~/data --hospitals 1 --patients 12 --size 16 --layout manifest --seed \$RANDOM" | tail -n 2
@@ -130,6 +133,7 @@ laptop() { # $1 = work folder: what an administrator and a data scientist type
   at_head ss -Hltn | awk '$4 ~ /:8265$/ { print $4 }'
   say 'ray dashboard onpremise.yaml; ray job submit --working-dir job -- medfl-ray run run.yaml'
   ray dashboard onpremise.yaml >/dev/null 2>&1 </dev/null &
+  local tunnel=$!
   until curl -s -o /dev/null http://127.0.0.1:8265; do sleep 0.5; done
   export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$work/project/deploy/ray/secrets/auth_token
   curl -s -o /dev/null -w 'jobs without the token: HTTP %{http_code}\n' http://127.0.0.1:8265/api/jobs/
@@ -140,7 +144,7 @@ laptop() { # $1 = work folder: what an administrator and a data scientist type
   for name in head north south; do
     on "$name" "cd ~/.local/state/medfl-ray 2>/dev/null && find . -name ledger.sqlite | sed 's/^/'$name': /'" || true
   done
-  kill %?dashboard 2>/dev/null || true
+  kill "$tunnel"
   echo "processes of Ray before ray down: $(ray_processes)"
   say 'ray down onpremise.yaml'
   ray down -y onpremise.yaml </dev/null 2>&1 | grep -vE '^\s*$' | tail -n 4
