@@ -71,7 +71,9 @@ def place_actors(
         offered = {name for index in where[home] for name in nodes[index]}
         pins = tuple(resource_of(name) for name in home if resource_of(name) in offered)
         pinned = len(where[home]) == 1
-        shared = [crowds[where[home][0]]] if pinned else [(everything, len(homes))]
+        shared: list[tuple[Mapping[str, float], int]] = (
+            [crowds[where[home][0]]] if pinned else [(everything, len(homes))]
+        )
         if not pinned and len(loose) < len(homes):  # so that no actor takes what a pinned one cannot find elsewhere
             shared += [crowd for crowd in crowds if crowd[1] > len(loose)]
         places[home] = Place(

@@ -17,7 +17,6 @@ from ray.exceptions import RayError
 
 from actors.cluster import simulation_environment
 from actors.dealing import TRIES, Dealer, Lost
-from actors.placement import STRATEGIES, gpu_share
 from actors.virtual_hospitals import VirtualHospitals
 from actors.virtual_work import Assignment, Finished, OpenData, Scoring, Turn
 from medfl_ray.config import Declared, RunConfig
@@ -289,11 +288,10 @@ def start_actors(run: RunConfig, declared: Declared, open_data: OpenData | None,
     fitting = int(gpus / share) if share else cores
     count = min(run.federation.num_actors or max(1, fitting), num_hospitals)
     if gpus and not share:
-        share = gpu_share(count, gpus)
+        share = min(1.0, gpus / count)
     remote = ray.remote(VirtualHospitals).options(
         num_cpus=min(1.0, cores / count) * 0.9,
         num_gpus=share,
-        scheduling_strategy=STRATEGIES[run.federation.placement],
         max_restarts=-1,
         max_task_retries=0,
         runtime_env={"env_vars": simulation_environment()},

@@ -4,7 +4,7 @@
 # submit and ray down do is done; `ray stop` reaches only the namespace that it runs in. Needs root, iproute2,
 # openssh-server, openssh-client, rsync and the project's environment (make install).
 #   sudo deploy/ray/rehearse.sh [PYTHON]
-# The output of one such run is in rehearsal.log.
+# It has been seen to install and to make certificates on the head; it has not yet run to its end.
 set -euo pipefail
 role=${1:-}
 address_of() { case $1 in head) echo 10.77.0.10 ;; north) echo 10.77.0.11 ;; south) echo 10.77.0.12 ;; esac; }
