@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input insta
 PACKAGES := medfl_ray actors serve tune
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ci lint orthanc format ci reference docs lock clean
+.PHONY: help install demo test test-ci lint orthanc format ci reference docs wheel lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ reference: $(VENV)/.installed-dev ## Write docs/reference/ from the configuratio
 
 docs: $(VENV)/.installed-docs reference ## Build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+wheel: $(VENV)/.installed-dev ## Build the wheel that clusters and images install, into dist/
+	rm -f dist/medfl_ray-*.whl
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps -w dist .
 
 lock: $(VENV)/.installed-docs ## Write constraints.txt from the installed environment
 	{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | \

@@ -205,7 +205,7 @@ class Coordinator:
         specs = hospital_specs(run, self._policies, self._folder, self._root)
         config = run.federation
         keeps_late = config.stragglers == "keep"
-        pool = RayPool(specs, self._folder.name, config.num_actors, self._gpus_per_actor, keeps_late)
+        pool = RayPool(specs, self._folder.name, config.num_actors, self._gpus_per_actor, keeps_late, config.placement)
         with ClusterMetrics(run, self._folder.name, self._policies) as metrics:
             emit = both(self._events.append, metrics.update)
             return run_in_process(run, self._policies, self._folder, pool, emit, self._stop, self._root)

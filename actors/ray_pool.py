@@ -19,6 +19,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from actors.cluster import check_pinned
 from actors.hospital import HospitalActor, HospitalSpec
 from actors.names import actor_name, home_name
+from actors.placement import Place, Policy, place_actors
 from medfl_ray.errors import ClusterError
 from medfl_ray.federation.baselines import CENTRAL
 from medfl_ray.federation.local_pool import deadline_failure, evaluation_failure, start_failure
@@ -57,8 +58,13 @@ class RayPool:
         num_actors: int | None = None,
         gpus_per_actor: float = 0.0,
         keeps_late: bool = False,
+        placement: Policy = "spread",
     ) -> None:
-        """Take the hospitals; with `keeps_late`, an update that misses its deadline is yielded in the next round."""
+        """Take the hospitals; with `keeps_late`, an update that misses its deadline is yielded in the next round.
+
+        Raises:
+          ClusterError: a hospital's ledger has no node of its own, or hospitals of different nodes share an actor.
+        """
         self._specs = {spec.policy.hospital: spec for spec in specs}
         self._job = job
         self._gpus_per_actor = gpus_per_actor
@@ -66,8 +72,10 @@ class RayPool:
         self._actors: dict[str, Any] = {}
         self._unfinished: dict[Home, Unfinished] = {}
         self._clock: tuple[tuple[int, int], float] = ((0, 0), 0.0)
+        self._placement: Policy = placement
         check_pinned(ledgers_to_pin(specs), ray.nodes())  # type: ignore[no-untyped-call]
         self._homes = deal(sorted(name for name in self._specs if name != CENTRAL), num_actors)
+        self._places = self._find_places()
 
     def describe(self) -> Sequence[HospitalInfo | ClientFailure]:
         names = [name for home in self._homes for name in home]
@@ -232,6 +240,11 @@ class RayPool:
             self._clock = key, time.monotonic()
         return None if plan.deadline_s is None else self._clock[1] + plan.deadline_s
 
+    def _find_places(self) -> dict[Home, Place]:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        central = [(CENTRAL,)] if CENTRAL in self._specs else []  # its share is kept free from the start
+        return place_actors([*self._homes, *central], nodes, self._placement, self._gpus_per_actor)
+
     @staticmethod
     def _ends(seconds: float | None) -> float | None:
         return None if seconds is None else time.monotonic() + seconds
@@ -239,8 +252,7 @@ class RayPool:
     def _actor(self, home: Home) -> Any:
         name = home_name(home)
         if name not in self._actors:
-            resources = ray.cluster_resources()  # type: ignore[no-untyped-call]
-            options = actor_options(home, len(self._homes), resources, self._gpus_per_actor)
+            options = self._places[home].options()
             remote = ray.remote(HospitalActor).options(name=actor_name(self._job, "hospital", name), **options)
             self._actors[name] = create_named(remote, [self._specs[hospital] for hospital in home])
         return self._actors[name]
@@ -309,19 +321,3 @@ def deal(names: Sequence[str], num_actors: int | None) -> list[tuple[str, ...]]:
     """Deal hospitals to actors in turn; one actor each when no number is given."""
     count = min(num_actors or len(names), len(names))
     return [tuple(names[start::count]) for start in range(count)]
-
-
-def actor_options(
-    home: Sequence[str], num_actors: int, resources: Mapping[str, float], gpus_per_actor: float
-) -> dict[str, Any]:
-    """Return an actor's resources: its hospital's own node where the cluster names one, a GPU and a CPU share."""
-    gpus = resources.get("GPU", 0.0)
-    share = gpus_per_actor or (min(1.0, gpus / num_actors) if gpus else 0.0)
-    pins = {f"hospital:{name}": 0.001 for name in home if f"hospital:{name}" in resources}
-    return {
-        "num_cpus": min(1.0, max(0.01, round(resources.get("CPU", 1.0) / (2 * num_actors), 2))),
-        "num_gpus": share,
-        "resources": pins or None,
-        "max_restarts": -1,
-        "max_task_retries": 0,
-    }

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from medfl_ray.config_base import Declared, Fraction, HospitalId, Positive, PositiveFloat, Section, one_to_many
 from medfl_ray.config_data import DataConfig, HospitalConfig, PartitionConfig, PhantomConfig
+from medfl_ray.config_federation import FederationConfig
 from medfl_ray.config_output import OutputConfig
 from medfl_ray.config_privacy import PrivacyConfig
 
@@ -128,87 +129,16 @@ class TrainingConfig(Section):
     )
 
 
-class FederationConfig(Section):
-    """Rounds and who takes part."""
-
-    rounds: Positive = Field(10, description="Number of rounds.")
-    local_epochs: PositiveFloat | None = Field(
-        None, description="Expected passes over a hospital's patients per round."
-    )
-    local_steps: Positive | None = Field(None, description="Steps per round, instead of local_epochs.")
-    min_clients: Positive = Field(1, description="Updates without which a round is not published.")
-    min_available_clients: Positive = Field(1, description="Hospitals that must be present to start.")
-    fraction: Fraction = Field(1.0, description="Share of the available hospitals asked in a round.")
-    over_selection: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0,
-        description="Share of hospitals asked beyond `fraction`; the round closes when enough have delivered, and "
-        "what the others spent stays spent. Who is in time then decides the result: no bitwise repeat.",
-    )
-    deadline_s: PositiveFloat | None = Field(
-        None,
-        description="Seconds from a round's start after which it closes without the missing hospitals; its evaluation "
-        "has as long again.",
-    )
-    stragglers: Literal["drop", "keep"] = Field(
-        "drop",
-        description="An update that misses the deadline: dropped, or kept for the next round if it is there by then.",
-    )
-    retries: Annotated[int, Field(ge=0, le=10)] = Field(
-        2,
-        description="Times that a hospital is asked again within a round after a passing fault; once training has "
-        "begun, with differential privacy off only, since a second training would be a second charge.",
-    )
-    max_hospital_failures: Positive = Field(
-        3,
-        description="Rounds in a row that a hospital may fail before it is left out: for 1 round, then 2, 4, up to 16; "
-        "an update that arrives sets it back.",
-    )
-    max_failed_rounds: Annotated[int, Field(ge=0)] = Field(
-        2, description="Consecutive rounds below quorum after which the run stops."
-    )
-    eval_every: Positive = Field(1, description="Rounds between evaluations on the held-out patients.")
-    seed: int = Field(
-        0, description="Seed of initial weights, selection and, with DP off, of sampling and augmentation."
-    )
-    pool: Literal["ray", "local", "virtual"] = Field(
-        "ray", description="A Ray actor per hospital, all in one process, or virtual hospitals that share few actors."
-    )
-    exact: bool = Field(
-        False, description="With virtual hospitals: each trains alone, as it would outside of a simulation."
-    )
-    eval_hospitals: Positive | None = Field(
-        None, description="With virtual hospitals: how many evaluate, drawn once; all of them when absent."
-    )
-    num_actors: Positive | None = Field(
-        None, description="Ray actors that share the hospitals; one per hospital when absent."
-    )
-    baselines: tuple[Literal["local", "central"], ...] = Field(
-        (), description="Baselines to train beside the federation."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _enough_are_available(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and "min_clients" in raw:
-            return {"min_available_clients": raw["min_clients"], **raw}
-        return raw
-
-    @model_validator(mode="after")
-    def _steps_or_epochs(self) -> Self:
-        if self.local_epochs is not None and self.local_steps is not None:
-            raise ValueError("federation has both local_epochs and local_steps; keep one")
-        if self.stragglers == "keep" and self.deadline_s is None:
-            raise ValueError("federation.stragglers is keep, but without deadline_s a round waits for everybody")
-        if self.min_clients > self.min_available_clients:
-            raise ValueError("federation.min_clients exceeds min_available_clients; a round could never be published")
-        return self
-
-
 class AggregationConfig(Section):
     """How updates become new weights."""
 
-    strategy: Literal["fedavg", "fedadam"] = Field(
-        "fedavg", description="Aggregation: the mean update, or an Adam step along it at the server."
+    strategy: Literal["fedavg", "fedadam", "custom"] = Field(
+        "fedavg", description="Aggregation: the mean update, an Adam step along it at the server, or your own strategy."
+    )
+    factory: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
+        None,
+        description="With strategy 'custom': 'module:function', called with this section; it returns a Strategy, as in "
+        "medfl_ray/aggregation/strategies.py.",
     )
     mode: Literal["plain"] = Field("plain", description="'plain' sums the updates at the coordinator.")
     weighting: Literal["patients", "uniform"] = Field(
@@ -223,6 +153,12 @@ class AggregationConfig(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Decay of the moving average of the weights that is evaluated and released; 0 switches it off."
     )
+
+    @model_validator(mode="after")
+    def _factory_belongs_to_custom(self) -> Self:
+        if (self.strategy == "custom") != (self.factory is not None):
+            raise ValueError("aggregation.strategy 'custom' and aggregation.factory belong together; set both or none")
+        return self
 
 
 __all__ = [
@@ -322,7 +258,7 @@ class RunConfig(Section):
                 "output": True,
                 "data": {"directory": True, "hospitals": {"__all__": {"directory", "site_config"}}, "cache": True},
                 "training": {"initial_weights": True, "measured_group_sizes": True, "hospitals_per_group": True},
-                "federation": {"pool": True, "num_actors": True, "baselines": True},
+                "federation": {"pool": True, "num_actors": True, "placement": True, "baselines": True},
             },
         )
         return hashlib.sha256(relevant.encode()).hexdigest()

@@ -8,7 +8,7 @@ import sys
 import click
 import typer
 
-from medfl_ray.cli import data, models, privacy, receipts, tokens
+from medfl_ray.cli import cluster, data, models, privacy, receipts, tokens
 from medfl_ray.cli.deploy import deploy
 from medfl_ray.cli.doctor import doctor
 from medfl_ray.cli.evaluate import evaluate
@@ -42,6 +42,7 @@ app.add_typer(data.app, name="data", help="Make, inspect, split and fetch data."
 app.add_typer(models.app, name="models", help="Register, promote, roll back and fetch models; read who did what.")
 app.add_typer(tokens.app, name="tokens", help="Make and revoke the tokens of a served model.")
 app.add_typer(privacy.app, name="privacy", help="Plan and estimate epsilon; read ledgers.")
+app.add_typer(cluster.app, name="cluster", help="Make the token and the certificates of a Ray cluster's nodes.")
 app.add_typer(receipts.app, name="receipts", help="Show and verify the signed record of a run's rounds.")
 
 

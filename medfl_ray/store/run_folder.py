@@ -61,13 +61,14 @@ class RunFolder:
           CheckpointError: the folder cannot be made or written.
         """
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        path = run.output.directory / f"{stamp}-{run.name}"
+        directory = run.output.directory.expanduser()
+        path = directory / f"{stamp}-{run.name}"
         for number in range(2, 100):
             try:
                 path.mkdir(parents=True)
                 break
             except FileExistsError:
-                path = run.output.directory / f"{stamp}-{run.name}-{number}"
+                path = directory / f"{stamp}-{run.name}-{number}"
             except OSError as error:
                 raise CheckpointError(
                     f"cannot make a folder under output.directory {run.output.directory.name!r}: {error.strerror}. "

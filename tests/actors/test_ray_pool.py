@@ -6,7 +6,7 @@ import pytest
 from small_runs import small_run
 
 from actors.coordinator import hospital_specs, local_pool, run_in_process
-from actors.ray_pool import RayPool, actor_options, deal
+from actors.ray_pool import RayPool, deal
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.store.run_folder import RunFolder
 
@@ -57,15 +57,6 @@ def test_a_killed_hospital_is_a_failure_with_a_reason_and_returns_for_the_next_r
     assert [f.hospital for f in first.failures if f.stage == "train"] == killed
     assert "process ended" in first.failures[0].reason
     assert len(second.trained) == 3
-
-
-def test_an_actor_is_pinned_to_its_hospitals_node_and_shares_the_gpu():
-    resources = {"CPU": 4.0, "GPU": 1.0, "hospital:a": 1.0}
-    assert actor_options(["a"], 2, resources, 0.0)["resources"] == {"hospital:a": 0.001}
-    assert actor_options(["a"], 2, resources, 0.0)["num_gpus"] == 0.5
-    assert actor_options(["b"], 2, resources, 0.25)["num_gpus"] == 0.25
-    assert actor_options(["b"], 2, {"CPU": 4.0}, 0.0)["num_gpus"] == 0.0
-    assert actor_options(["b"], 2, {"CPU": 4.0}, 0.0)["max_task_retries"] == 0
 
 
 def test_a_full_object_store_is_one_sentence(monkeypatch):

@@ -1,0 +1,121 @@
+"""Where each actor of hospitals runs, and what it reserves there: a pure rule over the cluster's nodes.
+
+A hospital whose node offers the resource `hospital:<id>` stays on that node. The others are spread over the nodes
+or packed, as `federation.placement` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from medfl_ray.errors import ClusterError
+
+Policy = Literal["spread", "pack"]
+PIN = 0.001
+"""How much of its hospital's resource an actor takes; several runs may hold it at once."""
+# Ray's own rule fills a node to half of its processors before it goes on to the next.
+STRATEGIES: Mapping[Policy, str] = {"spread": "SPREAD", "pack": "DEFAULT"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one actor asks Ray for."""
+
+    num_cpus: float
+    num_gpus: float
+    pins: tuple[str, ...]
+    strategy: str
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of `ray.remote`; no task is tried again, for a second training is a second release."""
+        return {
+            "num_cpus": self.num_cpus,
+            "num_gpus": self.num_gpus,
+            "resources": dict.fromkeys(self.pins, PIN) or None,
+            "scheduling_strategy": self.strategy,
+            "max_restarts": -1,
+            "max_task_retries": 0,
+        }
+
+
+def resource_of(hospital: str) -> str:
+    """Return the name of the resource that a hospital's node offers."""
+    return f"hospital:{hospital}"
+
+
+def place_actors(
+    homes: Sequence[tuple[str, ...]],
+    nodes: Sequence[Mapping[str, float]],
+    policy: Policy = "spread",
+    gpus_per_actor: float = 0.0,
+) -> dict[tuple[str, ...], Place]:
+    """Return each actor's place, such that all fit at once: half of the processors, and all of the GPUs, are shared.
+
+    Args:
+      homes: the hospitals of each actor.
+      nodes: the resources of each node that is alive.
+      gpus_per_actor: share of a GPU that each actor takes where its node has one; 0 shares them evenly.
+
+    Raises:
+      ClusterError: hospitals of different nodes share an actor.
+    """
+    where = {home: _nodes_of(home, nodes) for home in homes}
+    loose = [home for home in homes if not where[home]]
+    everything = _total(nodes)
+    crowds = [(nodes[index], sum(where[home] == [index] for home in homes) + len(loose)) for index in range(len(nodes))]
+    places = {}
+    for home in homes:
+        offered = {name for index in where[home] for name in nodes[index]}
+        pins = tuple(resource_of(name) for name in home if resource_of(name) in offered)
+        pinned = len(where[home]) == 1
+        shared: list[tuple[Mapping[str, float], int]] = (
+            [crowds[where[home][0]]] if pinned else [(everything, len(homes))]
+        )
+        if not pinned and len(loose) < len(homes):  # so that no actor takes what a pinned one cannot find elsewhere
+            shared += [crowd for crowd in crowds if crowd[1] > len(loose)]
+        places[home] = Place(
+            num_cpus=min(_cpus(*crowd) for crowd in shared),
+            num_gpus=_gpus([crowd for crowd in shared if crowd[0].get("GPU")], gpus_per_actor),
+            pins=pins,
+            strategy=STRATEGIES[policy],
+        )
+    return places
+
+
+def _nodes_of(home: tuple[str, ...], nodes: Sequence[Mapping[str, float]]) -> list[int]:
+    """Return the nodes that offer an actor's hospitals; none where no node names them."""
+    named = [name for name in home if any(resource_of(name) in node for node in nodes)]
+    if not named:
+        return []
+    found = [index for index, node in enumerate(nodes) if all(resource_of(name) in node for name in named)]
+    if not found:
+        raise ClusterError(
+            f"hospitals {', '.join(named)} are to share an actor, but no node of the cluster offers all of them; "
+            "leave out federation.num_actors (--actors), so that each has an actor on its own node"
+        )
+    return found
+
+
+def _total(nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+
+
+def _cpus(node: Mapping[str, float], num_actors: int) -> float:
+    return min(1.0, max(0.01, math.floor(100 * node.get("CPU", 1.0) / (2 * num_actors)) / 100))
+
+
+def _gpus(crowds: Sequence[tuple[Mapping[str, float], int]], asked: float) -> float:
+    """Return an actor's share where it may run; what was asked for wins where there is a GPU at all."""
+    if not crowds:
+        return 0.0
+    if asked:
+        return asked
+    return min(gpu_share(num_actors, node["GPU"]) for node, num_actors in crowds)
+
+
+def gpu_share(num_actors: int, num_gpus: float) -> float:
+    """Return the share of a GPU with which so many actors fit on so many GPUs, none of them on parts of two."""
+    return math.floor(10_000 / math.ceil(num_actors / num_gpus)) / 10_000

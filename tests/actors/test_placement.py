@@ -1,0 +1,90 @@
+"""Actors stay on their hospital's node, the others are spread or packed, and all of them fit at once."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.placement import PIN, gpu_share, place_actors
+from medfl_ray.errors import ClusterError
+
+PROCESS = Path(__file__).parent / "two_nodes.py"
+
+
+def test_an_actor_is_pinned_to_its_hospitals_node_and_shares_its_gpu():
+    nodes = [
+        {"CPU": 4.0},
+        {"CPU": 8.0, "GPU": 1.0, "hospital:a": 1.0, "hospital:b": 1.0},
+        {"CPU": 2.0, "hospital:c": 1},
+    ]
+    places = place_actors([("a",), ("b",), ("c",)], nodes)
+    assert places["a",].options()["resources"] == {"hospital:a": PIN}
+    assert (places["a",].num_gpus, places["a",].num_cpus) == (0.5, 1.0)
+    assert places["c",].num_gpus == 0.0  # its node has none; asking for one would wait for ever
+    assert places["c",].num_cpus == 1.0
+    assert places["c",].options()["max_task_retries"] == 0
+
+
+def test_actors_without_a_node_are_spread_or_packed():
+    nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0}]
+    homes = [("a",), ("b",), ("c",)]
+    assert {place.strategy for place in place_actors(homes, nodes).values()} == {"SPREAD"}
+    assert {place.strategy for place in place_actors(homes, nodes, "pack").values()} == {"DEFAULT"}
+    # Three actors on two GPUs: two thirds each would leave the third without a GPU that has so much left.
+    assert {place.num_gpus for place in place_actors(homes, nodes).values()} == {0.5}
+    assert place_actors(homes, nodes, gpus_per_actor=0.25)["b",].num_gpus == 0.25
+    assert place_actors(homes, [{"CPU": 4.0}], gpus_per_actor=0.25)["b",].num_gpus == 0.0
+    assert place_actors(homes, nodes)["a",].options()["resources"] is None
+
+
+def test_no_actor_needs_parts_of_two_gpus():
+    assert [gpu_share(count, 2.0) for count in (1, 2, 3, 4, 5, 16)] == [1.0, 1.0, 0.5, 0.5, 0.3333, 0.125]
+
+
+def test_hospitals_of_two_nodes_do_not_share_an_actor():
+    nodes = [{"CPU": 1.0, "hospital:a": 1.0}, {"CPU": 1.0, "hospital:b": 1.0}]
+    with pytest.raises(ClusterError, match=r"a, b are to share an actor.*num_actors"):
+        place_actors([("a", "b")], nodes)
+    both = [{"CPU": 1.0, "hospital:a": 1.0, "hospital:b": 1.0}]
+    assert place_actors([("a", "b")], both)["a", "b"].pins == ("hospital:a", "hospital:b")
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 8), st.integers(0, 4)), min_size=1, max_size=4),
+    st.lists(st.integers(-1, 3), min_size=1, max_size=8),
+)
+def test_all_actors_fit_on_their_nodes_at_once(machines, pins):
+    nodes = [{"CPU": float(cpus), "GPU": float(gpus)} for cpus, gpus in machines]
+    homes = []
+    for number, pin in enumerate(pins):
+        homes.append((f"h{number}",))
+        if pin >= 0:
+            nodes[pin % len(nodes)][f"hospital:h{number}"] = 1.0
+    places = place_actors(homes, nodes)
+    for node in nodes:
+        here = [place for home, place in places.items() if f"hospital:{home[0]}" in node]
+        assert sum(place.num_gpus for place in here) <= node["GPU"]
+        assert sum(place.num_cpus for place in here) <= node["CPU"]
+    assert sum(place.num_gpus for place in places.values()) <= sum(node["GPU"] for node in nodes)
+    assert sum(place.num_cpus for place in places.values()) <= sum(node["CPU"] for node in nodes)
+
+
+@pytest.mark.ci
+def test_on_two_nodes_each_hospital_trains_on_its_own_also_after_its_process_was_killed(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(PROCESS), str(tmp_path)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(done.stdout.splitlines()[-1])
+    nodes = seen["nodes"]
+    assert len(set(nodes.values())) == 2
+    assert set(seen["hospitals"]["a"]) == {nodes["a"]}
+    assert set(seen["hospitals"]["b"]) == {nodes["b"]}
+    assert seen["killed"] not in seen["processes"]["a"][-1:]
+    assert seen["coordinator"] == nodes["head"]
+    assert seen["failed"] == ["a"]
+    assert seen["completed"]
