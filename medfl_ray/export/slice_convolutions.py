@@ -90,7 +90,8 @@ def spread_weights(weights: Array, strides: Sequence[int], pads: Sequence[int]) 
     axes = list(zip(kernel, strides, pads, strict=True))
     reach = [((edge - 1 - pad) // stride, (stride - 1 + pad) // stride) for edge, stride, pad in axes]
     taps = [before + 1 + after for before, after in reach]
-    plain = np.zeros((*strides, weights.shape[1], weights.shape[0], *taps), dtype=weights.dtype)
+    by_tap = np.moveaxis(weights, (0, 1), (4, 3))
+    plain = np.zeros((*strides, *taps, weights.shape[1], weights.shape[0]), dtype=weights.dtype)
     for phase in itertools.product(*(range(stride) for stride in strides)):
         for tap in itertools.product(*(range(length) for length in taps)):
             source: tuple[int, ...] = tuple(
@@ -98,8 +99,8 @@ def spread_weights(weights: Array, strides: Sequence[int], pads: Sequence[int]) 
                 for r, t, (_, stride, pad), (before, _) in zip(phase, tap, axes, reach, strict=True)
             )
             if all(0 <= position < edge for position, edge in zip(source, kernel, strict=True)):
-                plain[(*phase, ..., *tap)] = weights[(..., *source)].T
-    return plain.reshape(-1, weights.shape[0], *taps), reach
+                plain[phase + tap] = by_tap[source]
+    return plain.transpose(0, 1, 2, 6, 7, 3, 4, 5).reshape(-1, weights.shape[0], *taps), reach
 
 
 def _spread(graph: ir.Graph, node: ir.Node) -> None:
