@@ -249,6 +249,7 @@ def _restoration(description: PackageDescription) -> list[dict[str, Any]]:
         steps.append({"_target_": "MapLabelValued", "keys": "pred", "orig_labels": old, "target_labels": new})
     saving = {
         "output_dir": "@output_dir",
+        "resample": True,  # to its own grid, on which it lies already: without, MONAI misreads exchanged axes
         "output_ext": ".nii.gz",
         "output_postfix": "mask",
         "separate_folder": False,
