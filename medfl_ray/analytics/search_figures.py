@@ -187,7 +187,18 @@ def _draw_axis(axes: Axes, place: int, values: Sequence[float | int | str]) -> l
         names = sorted({str(value) for value in values})[:MOST_CATEGORIES]
         height = {name: number / max(1, len(names) - 1) if len(names) > 1 else 0.5 for number, name in enumerate(names)}
         for name, at in height.items():
-            axes.annotate(name, (place, at), (5, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.2}
+            axes.annotate(
+                name,
+                (place, at),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                color=INK,
+                bbox=box,
+                zorder=6,
+            )
         return [height[str(value)] for value in values]
     numbers = np.array([float(value) for value in values])
     scaled = np.log(numbers) if numbers.min() > 0 and numbers.max() / numbers.min() > 8 else numbers

@@ -39,7 +39,7 @@ def render_search_report(summary: SearchSummary) -> str:
         badges=badges(summary),
         tiles=tiles(summary),
         names=NAMES,
-        varied=list(summary.rows[0].parameters) if summary.rows else [],
+        varied=[name for name in summary.rows[0].parameters if name != "epsilon"] if summary.rows else [],
         rows=sorted(summary.rows, key=lambda row: (not row.on_front, not row.finished, row.epsilon)),
         privacy_facts=privacy_facts(summary),
         megabytes=megabytes,
