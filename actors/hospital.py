@@ -54,6 +54,9 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
     Raises:
       DataError, ModelError, PrivacyError: with the reason, in words that hold no identifier.
     """
+    from medfl_ray.models.light_monai import load_monai
+
+    load_monai()  # not where the actor is made: until then Ray counts it as not there, and calls fail
     from medfl_ray.data.sources import open_hospital_data
     from medfl_ray.training.trainer import Trainer
 
@@ -213,9 +216,6 @@ class HospitalActor:
     def __init__(self, specs: Sequence[HospitalSpec], num_threads: int = 1) -> None:
         import torch
 
-        from medfl_ray.models.light_monai import load_monai
-
-        load_monai()
         torch.set_num_threads(num_threads)
         self._specs = {spec.policy.hospital: spec for spec in specs}
         self._hospitals: dict[str, Hospital] = {}
