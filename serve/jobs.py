@@ -1,7 +1,7 @@
 """Long segmentations as jobs: their state lies in files, so that every ingress replica of a machine can answer.
 
-A job belongs to the token that made it, is bounded in number, and goes after a while. A job whose replica ended is
-found by its heartbeat and called failed; none hangs.
+A job belongs to the token that made it, is bounded in number, and goes a while after its end. A job whose replica
+ended is found by its heartbeat and called failed; none hangs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +40,7 @@ class NotReady(Refusal):
 
 @dataclass(frozen=True)
 class JobLimits:
-    """How many jobs there may be and how long their results stay."""
+    """How many jobs there may be and how long each stays after its last heartbeat."""
 
     max_jobs: int = 64
     max_per_owner: int = 16
@@ -119,6 +120,7 @@ class JobBook:
 
     def start(self, job: str, work: Work) -> None:
         """Run a job in the background when there is room for it."""
+        self._change(job)
         task = asyncio.create_task(self._run(job, work))
         self._tasks[job] = task
         task.add_done_callback(lambda _: self._tasks.pop(job, None))
@@ -132,6 +134,9 @@ class JobBook:
         state = self._read(job) if JOB_ID.fullmatch(job) else None
         if state is None or state.owner != _digest(owner) or state.expires_at < time.time():
             raise NotServed("there is no such job of this token; it may have expired")
+        if state.status not in ENDED and time.time() - state.beat_at > DEAD_AFTER_S:
+            words = "the replica that had this job ended; send the request again"
+            return state.model_copy(update={"status": "failed", "error": words})
         return state
 
     def result(self, job: str, owner: str) -> tuple[Path, JobState]:
@@ -192,12 +197,12 @@ class JobBook:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, job: str, work: Work) -> None:
-        beat = asyncio.create_task(self._beat(job))
         try:
-            async with self._running:
-                self._change(job, status="running")
-                answer = await work(self.scratch(job), self._progress_of(job))
-            await asyncio.to_thread((self._root / job / RESULT).write_bytes, answer.body)
+            async with self.beating(job):
+                async with self._running:
+                    self._change(job, status="running")
+                    answer = await work(self.scratch(job), self._progress_of(job))
+                await asyncio.to_thread((self._root / job / RESULT).write_bytes, answer.body)
             self._change(
                 job, status="done", progress=1.0, media_type=answer.media_type, filename=answer.filename,
                 headers=answer.headers,
@@ -210,7 +215,6 @@ class JobBook:
         except Exception as error:  # noqa: BLE001 - whatever happened, the job has ended and its owner is told
             self._change(job, status="failed", error=f"the service failed on this job ({type(error).__name__})")
         finally:
-            beat.cancel()
             shutil.rmtree(self.scratch(job), ignore_errors=True)
 
     def _progress_of(self, job: str) -> Callable[[float], None]:
@@ -224,6 +228,15 @@ class JobBook:
 
         return progress
 
+    @asynccontextmanager
+    async def beating(self, job: str) -> AsyncIterator[None]:
+        """Keep a job alive while its upload arrives or its work is done."""
+        beat = asyncio.create_task(self._beat(job))
+        try:
+            yield
+        finally:
+            beat.cancel()
+
     async def _beat(self, job: str) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
@@ -234,7 +247,9 @@ class JobBook:
         state = self._read(job)
         if state is not None and state.status not in ENDED:
             with contextlib.suppress(FileNotFoundError):
-                self._write(state.model_copy(update={"beat_at": time.time(), **fields}))
+                now = time.time()
+                times = {"beat_at": now, "expires_at": now + self._limits.keep_s}
+                self._write(state.model_copy(update=times | fields))
 
     def _write(self, state: JobState) -> None:
         path = self._root / state.id / STATE
@@ -244,14 +259,9 @@ class JobBook:
 
     def _read(self, job: str) -> JobState | None:
         try:
-            state = JobState.model_validate_json((self._root / job / STATE).read_text(encoding="utf-8"))
+            return JobState.model_validate_json((self._root / job / STATE).read_text(encoding="utf-8"))
         except (OSError, ValidationError):
             return None
-        if state.status not in ENDED and time.time() - state.beat_at > DEAD_AFTER_S:
-            return state.model_copy(
-                update={"status": "failed", "error": "the replica that had this job ended; send the request again"}
-            )
-        return state
 
     def _states(self) -> list[JobState]:
         folders = [folder.name for folder in self._root.iterdir() if JOB_ID.fullmatch(folder.name)]

@@ -74,7 +74,8 @@ def segment_router(clinic: Clinic) -> APIRouter:
 async def _start_job(request: Request, clinic: Clinic, wish: Wish) -> Response:
     state = clinic.jobs.open(owner_of(request))
     try:
-        file = await receive_file(request, clinic.jobs.scratch(state.id), clinic.limits)
+        async with clinic.jobs.beating(state.id):
+            file = await receive_file(request, clinic.jobs.scratch(state.id), clinic.limits)
     except BaseException:
         clinic.jobs.discard(state.id)
         raise
