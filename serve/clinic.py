@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import structlog
 from fastapi import APIRouter, Request
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
@@ -37,13 +38,18 @@ from medfl_ray.store.state_folders import state_root
 from serve.jobs import Answer, JobBook, JobLimits
 from serve.pacs import store_in_pacs
 from serve.pacs_target import PacsTarget
+from serve.pools import ANSWERS, DISK, PACS, until_done
 from serve.refusals import Refusal, TooLarge, Unavailable
+from serve.scratch import Scratch
+from serve.sessions import SessionBook
 
 Output = Literal["nifti", "nrrd", "dicom-seg", "rtstruct", "json", "png"]
 Progress = Callable[[float], None]
 UPLOAD = "upload"
 FILE_FIELDS = ("file", "image", "files")
 MOST_FIELD_BYTES = 64 * 1024
+SWEEP_S = 60.0
+log = structlog.get_logger("medfl_ray.serve")
 
 
 class Summary(Protocol):
@@ -105,17 +111,33 @@ class Clinic:
         self.reader = UploadReader(self.limits)
         self.root = root or state_root() / "serve"
         self.jobs = JobBook(self.root / "jobs", job_limits)
+        self.sessions = SessionBook(self.root / "sessions")
+        self.scratch = Scratch(self.root / "scratch")
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
-        """Start the reader's process before the first upload and end it with the application."""
+        """Start the reader's process before the first upload and end it with the application; sweep all along."""
         starting = asyncio.create_task(asyncio.to_thread(self.reader.start))
+        sweeping = asyncio.create_task(self._sweep())
         try:
             yield
         finally:
+            sweeping.cancel()
+            await until_done(sweeping)
             await asyncio.gather(starting, return_exceptions=True)
             await self.jobs.close()
             await asyncio.to_thread(self.reader.close)
+            await DISK.run(self.scratch.close)
+
+    async def _sweep(self) -> None:
+        """Remove what expired and what ended processes left, at once and then every minute."""
+        while True:
+            for sweep in (self.scratch.sweep, self.sessions.sweep, self.jobs.sweep):
+                try:
+                    await DISK.run(sweep)
+                except OSError as error:  # the next turn may go well
+                    log.error("not_swept", error=type(error).__name__)
+            await asyncio.sleep(SWEEP_S)
 
     async def check(self, wish: Wish) -> None:
         """Refuse what cannot work before a body is read.
@@ -131,13 +153,13 @@ class Clinic:
 
     async def segment(self, file: Path, folder: Path, wish: Wish, progress: Progress | None = None) -> Answer:
         """Read a file, run the model, write the result and store it where that is asked for."""
-        upload = await asyncio.to_thread(self.reader.read, file, folder, wish.series)
+        upload = await self.reader.read(file, folder, wish.series)
         if wish.output in MASK_FORMATS:
             check_writable(upload, wish.output)
         result = await self.backend.segment(wish.model, wish.version, upload.volume, progress)
-        answer, raw = await asyncio.to_thread(_write_answer, upload, result, wish)
+        answer, raw = await ANSWERS.run(_write_answer, upload, result, wish)
         if wish.store is not None:
-            await asyncio.to_thread(store_in_pacs, wish.store, raw)
+            await PACS.run(store_in_pacs, wish.store, raw)
             answer.headers["X-Stored-In"] = wish.store.name
         return answer
 
@@ -248,9 +270,9 @@ async def _write_parts(parts: AsyncIterator[bytes], target: Path, limits: Upload
                     raise TooLarge(f"the upload is larger than {limits.max_upload_bytes} bytes, which is the most")
                 waiting += part
                 if len(waiting) >= CHUNK_BYTES:
-                    await asyncio.to_thread(sink.write, bytes(waiting))
+                    await DISK.run(sink.write, bytes(waiting))
                     waiting.clear()
-            sink.write(waiting)
+            await DISK.run(sink.write, bytes(waiting))
     except OSError as error:
         raise Unavailable(f"there is no room for the upload ({type(error).__name__}); send it again later") from None
     if not size:

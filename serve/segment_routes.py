@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,9 +38,9 @@ def segment_router(clinic: Clinic) -> APIRouter:
         await clinic.check(wish)
         if as_job:
             return await _start_job(request, clinic, wish)
-        with tempfile.TemporaryDirectory(prefix="medfl-segment-") as name:
-            file = await receive_file(request, Path(name), clinic.limits)
-            return _response(await clinic.segment(file, Path(name), wish))
+        async with clinic.scratch.folder() as folder:
+            file = await receive_file(request, folder, clinic.limits)
+            return _response(await clinic.segment(file, folder, wish))
 
     @router.get("/jobs/{job}")
     def job_state(request: Request, job: str) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def segment_router(clinic: Clinic) -> APIRouter:
     @router.delete("/jobs/{job}", status_code=204)
     async def delete_job(request: Request, job: str) -> None:
         """Stop a job and remove its result."""
-        clinic.jobs.delete(job, owner_of(request))
+        await clinic.jobs.delete(job, owner_of(request))
 
     return router
 
@@ -77,7 +76,7 @@ async def _start_job(request: Request, clinic: Clinic, wish: Wish) -> Response:
         async with clinic.jobs.beating(state.id):
             file = await receive_file(request, clinic.jobs.scratch(state.id), clinic.limits)
     except BaseException:
-        clinic.jobs.discard(state.id)
+        await clinic.jobs.discard(state.id)
         raise
     clinic.jobs.start(state.id, _work(clinic, file, wish))
     return JSONResponse(state.public(), 202, {"Location": f"{request.scope.get('root_path', '')}/v2/jobs/{state.id}"})

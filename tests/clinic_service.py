@@ -101,7 +101,7 @@ def clinic_service(
     tokens = folder / "tokens.json"
     token = add_token(tokens, "test")
     routers = (segment_router(clinic), monai_label_router(clinic))
-    app = build_http_app(backend, chosen, TokenBook(tokens), metrics, routers)
+    app = build_http_app(backend, chosen, TokenBook(tokens), metrics, routers, scratch=clinic.scratch)
     return LocalService(app, backend, metrics, token, tokens)
 
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+
+import pytest
 
 from serve import jobs
 from serve.jobs import Answer, JobBook, JobLimits
+from serve.pools import ANSWERS
+from serve.refusals import NotServed
+from serve.sessions import SessionBook
 
 ANSWER = Answer(b"mask", "application/octet-stream", "mask", {})
 
@@ -69,3 +75,51 @@ def test_a_job_is_kept_from_its_end_on(tmp_path, monkeypatch):
         return state
 
     assert asyncio.run(work()).status == "done"
+
+
+@pytest.mark.parametrize("by_another", [False, True])
+def test_a_deleted_job_is_stopped_before_its_files_go(tmp_path, monkeypatch, by_another):
+    monkeypatch.setattr(jobs, "HEARTBEAT_S", 0.02)
+    book = JobBook(tmp_path)
+    deleting = JobBook(tmp_path) if by_another else book
+    written = []
+
+    def unpack(folder):
+        time.sleep(0.2)
+        (folder / "slice").write_bytes(b"pixels")  # fails where the folder went too early
+        written.append(folder)
+
+    async def slow(folder, progress):
+        await ANSWERS.run(unpack, folder)
+        return ANSWER
+
+    async def work():
+        job = book.open("me").id
+        book.start(job, slow)
+        await asyncio.sleep(0.1)
+        await deleting.delete(job, "me")
+        with pytest.raises(NotServed):
+            book.get(job, "me")
+        deadline = time.monotonic() + 5
+        while (tmp_path / job).exists():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+
+    asyncio.run(work())
+    assert len(written) == 1
+
+
+def test_a_job_whose_state_cannot_be_read_goes_too(tmp_path):
+    book, sessions = JobBook(tmp_path / "jobs"), SessionBook(tmp_path / "sessions")
+    job = tmp_path / "jobs" / book.open("me").id
+    session = sessions.open("me")[1]
+    for folder, state in ((job, "job.json"), (session, "session.json")):
+        (folder / state).write_text("{")
+    for is_old in (False, True):
+        for folder in (job, session):
+            if is_old:
+                os.utime(folder, (0, 0))
+        book.sweep()
+        sessions.sweep()
+        assert job.exists() != is_old
+        assert session.exists() != is_old
