@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from medfl_ray.errors import ConfigError
 from medfl_ray.store.durable import replace_file
@@ -41,6 +41,13 @@ class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     tokens: tuple[Token, ...]
+
+    @field_validator("tokens")
+    @classmethod
+    def _names_differ(cls, tokens: tuple[Token, ...]) -> tuple[Token, ...]:
+        if len({token.name for token in tokens}) < len(tokens):
+            raise ValueError("two tokens have one name")
+        return tokens
 
 
 def default_tokens_file() -> Path:

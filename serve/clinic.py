@@ -280,8 +280,8 @@ async def _write_parts(parts: AsyncIterator[bytes], target: Path, limits: Upload
 
 
 def owner_of(request: Request) -> str:
-    """Return the name of the token that a request came with."""
-    return str(request.scope.get("state", {}).get("token", ""))
+    """Return whose jobs and sessions a request may use: its token's SHA-256, which no later token of its name has."""
+    return str(request.scope["state"]["owner"])
 
 
 def clinical_routers(

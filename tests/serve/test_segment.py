@@ -19,7 +19,7 @@ from local_service import running
 from medfl_ray.data.contours import fill_regions
 from medfl_ray.data.upload_limits import UploadLimits
 from medfl_ray.data.volume import Volume
-from serve.auth import add_token
+from serve.auth import add_token, revoke_token
 from serve.jobs import JobBook, JobLimits, JobState
 from serve.refusals import NotServed, TooMany
 
@@ -211,6 +211,19 @@ def test_a_job_runs_reports_and_gives_its_result_once_it_is_done(client, service
     assert client.delete(location, headers={"Authorization": f"Bearer {other}"}).status_code == 404
     assert client.delete(location).status_code == 204
     assert client.get(location).status_code == 404
+
+
+def test_a_later_token_of_the_same_name_has_no_part_in_what_the_first_one_left(client, service):
+    headers = {"Authorization": f"Bearer {add_token(service.tokens, 'guest')}"}
+    time.sleep(1.1)  # the service looks at its file of tokens once a second
+    accepted = client.post(SEGMENT, content=nifti_bytes(image()), params={"async": "true"}, headers=headers)
+    location = accepted.headers["location"]
+    assert client.get(location, headers=headers).status_code == 200
+    revoke_token(service.tokens, "guest")
+    headers = {"Authorization": f"Bearer {add_token(service.tokens, 'guest')}"}
+    time.sleep(1.1)
+    assert client.get(location, headers=headers).status_code == 404
+    assert client.get("/auth/token/valid", headers=headers).json() == {"username": "guest"}
 
 
 def test_a_job_that_fails_says_why(client):
