@@ -21,14 +21,14 @@ from medfl_ray.store.durable import replace_file
 from medfl_ray.store.state_folders import state_root
 from serve.refusals import Forbidden, Unauthenticated, Unavailable
 
-Role = Literal["infer", "observe"]
+Role = Literal["infer", "observe", "store"]
 TOKEN = re.compile(r"[A-Za-z0-9_-]{20,128}")
 RELOAD_S = 1.0
 log = structlog.get_logger("medfl_ray.serve")
 
 
 class Token(BaseModel):
-    """One token as the file has it: `infer` may use models, `observe` may read metrics alone."""
+    """One token as the file has it: `infer` may use models, `observe` read metrics, `store` write results to a PACS."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -8,7 +8,7 @@ import json
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -39,7 +39,7 @@ from serve.jobs import Answer, JobBook, JobLimits
 from serve.pacs import store_in_pacs
 from serve.pacs_target import PacsTarget
 from serve.pools import ANSWERS, DISK, PACS, until_done
-from serve.refusals import Refusal, TooLarge, Unavailable
+from serve.refusals import Forbidden, Refusal, TooLarge, Unavailable
 from serve.scratch import Scratch
 from serve.sessions import SessionBook
 
@@ -139,8 +139,8 @@ class Clinic:
                     log.error("not_swept", error=type(error).__name__)
             await asyncio.sleep(SWEEP_S)
 
-    async def check(self, wish: Wish) -> None:
-        """Refuse what cannot work before a body is read.
+    async def check(self, wish: Wish) -> Wish:
+        """Refuse what cannot work before a body is read; return the wish with the version that it is to keep to.
 
         Raises:
           Refusal: the model is not served or does not segment, or what is stored would not be DICOM.
@@ -150,6 +150,7 @@ class Clinic:
             raise Refusal(f"the model is for {summary.description.task}; use its /infer route")
         if wish.store is not None and wish.output not in DICOM_FORMATS:
             raise Refusal(f"a PACS takes DICOM objects; with store= ask for output={' or '.join(DICOM_FORMATS)}")
+        return replace(wish, version=summary.version)
 
     async def segment(self, file: Path, folder: Path, wish: Wish, progress: Progress | None = None) -> Answer:
         """Read a file, run the model, write the result and store it where that is asked for."""
@@ -282,6 +283,16 @@ async def _write_parts(parts: AsyncIterator[bytes], target: Path, limits: Upload
 def owner_of(request: Request) -> str:
     """Return whose jobs and sessions a request may use: its token's SHA-256, which no later token of its name has."""
     return str(request.scope["state"]["owner"])
+
+
+def check_may_store(request: Request) -> None:
+    """Refuse a request to write to a PACS whose token was not made for it.
+
+    Raises:
+      Forbidden: the token has no role `store`.
+    """
+    if "store" not in request.scope["state"]["roles"]:
+        raise Forbidden("the token has no role 'store'; ask without store=, or with a token made by tokens add --store")
 
 
 def clinical_routers(

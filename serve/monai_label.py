@@ -96,8 +96,7 @@ def _add_inference(router: APIRouter, clinic: Clinic, sessions: SessionBook) -> 
                 file = sessions.image(session_id, owner_of(request))
             if file is None:
                 raise NotServed(NO_DATASTORE)
-            wish = Wish(model, None, _output(fields))
-            await clinic.check(wish)
+            wish = await clinic.check(Wish(model, None, _output(fields)))
             started = time.perf_counter()
             answer = await clinic.segment(file, folder, wish)
         summary = await clinic.backend.summary(model, answer.headers["X-Model-Version"] or None)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
-from serve.clinic import Clinic, Output, Wish, owner_of, receive_file
+from serve.clinic import Clinic, Output, Wish, check_may_store, owner_of, receive_file
 from serve.jobs import Answer, Work
 from serve.pacs import choose_pacs
 
@@ -34,8 +34,10 @@ def segment_router(clinic: Clinic) -> APIRouter:
         as_job: Annotated[bool, Query(alias="async")] = False,
     ) -> Response:
         """Segment a NIfTI or NRRD file, a DICOM file or a zipped DICOM series."""
+        if store is not None:
+            check_may_store(request)
         wish = Wish(model, version, output, bundle, tuple(series or ()), choose_pacs(store, clinic.pacs))
-        await clinic.check(wish)
+        wish = await clinic.check(wish)
         if as_job:
             return await _start_job(request, clinic, wish)
         async with clinic.scratch.folder() as folder:
