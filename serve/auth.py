@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import Literal
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from medfl_ray.errors import ConfigError
 from medfl_ray.store.durable import replace_file
 from medfl_ray.store.state_folders import state_root
 from serve.refusals import Forbidden, Unauthenticated, Unavailable
 
-Role = Literal["infer", "observe"]
+Role = Literal["infer", "observe", "store"]
 TOKEN = re.compile(r"[A-Za-z0-9_-]{20,128}")
 RELOAD_S = 1.0
 log = structlog.get_logger("medfl_ray.serve")
 
 
 class Token(BaseModel):
-    """One token as the file has it: `infer` may use models, `observe` may read metrics alone."""
+    """One token as the file has it: `infer` may use models, `observe` read metrics, `store` write results to a PACS."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -41,6 +41,13 @@ class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     tokens: tuple[Token, ...]
+
+    @field_validator("tokens")
+    @classmethod
+    def _names_differ(cls, tokens: tuple[Token, ...]) -> tuple[Token, ...]:
+        if len({token.name for token in tokens}) < len(tokens):
+            raise ValueError("two tokens have one name")
+        return tokens
 
 
 def default_tokens_file() -> Path:

@@ -8,10 +8,11 @@ import json
 import zipfile
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import structlog
 from fastapi import APIRouter, Request
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
@@ -37,13 +38,18 @@ from medfl_ray.store.state_folders import state_root
 from serve.jobs import Answer, JobBook, JobLimits
 from serve.pacs import store_in_pacs
 from serve.pacs_target import PacsTarget
-from serve.refusals import Refusal, TooLarge, Unavailable
+from serve.pools import ANSWERS, DISK, PACS, until_done
+from serve.refusals import Forbidden, Refusal, TooLarge, Unavailable
+from serve.scratch import Scratch
+from serve.sessions import SessionBook
 
 Output = Literal["nifti", "nrrd", "dicom-seg", "rtstruct", "json", "png"]
 Progress = Callable[[float], None]
 UPLOAD = "upload"
 FILE_FIELDS = ("file", "image", "files")
 MOST_FIELD_BYTES = 64 * 1024
+SWEEP_S = 60.0
+log = structlog.get_logger("medfl_ray.serve")
 
 
 class Summary(Protocol):
@@ -105,20 +111,36 @@ class Clinic:
         self.reader = UploadReader(self.limits)
         self.root = root or state_root() / "serve"
         self.jobs = JobBook(self.root / "jobs", job_limits)
+        self.sessions = SessionBook(self.root / "sessions")
+        self.scratch = Scratch(self.root / "scratch")
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
-        """Start the reader's process before the first upload and end it with the application."""
+        """Start the reader's process before the first upload and end it with the application; sweep all along."""
         starting = asyncio.create_task(asyncio.to_thread(self.reader.start))
+        sweeping = asyncio.create_task(self._sweep())
         try:
             yield
         finally:
+            sweeping.cancel()
+            await until_done(sweeping)
             await asyncio.gather(starting, return_exceptions=True)
             await self.jobs.close()
             await asyncio.to_thread(self.reader.close)
+            await DISK.run(self.scratch.close)
 
-    async def check(self, wish: Wish) -> None:
-        """Refuse what cannot work before a body is read.
+    async def _sweep(self) -> None:
+        """Remove what expired and what ended processes left, at once and then every minute."""
+        while True:
+            for sweep in (self.scratch.sweep, self.sessions.sweep, self.jobs.sweep):
+                try:
+                    await DISK.run(sweep)
+                except OSError as error:  # the next turn may go well
+                    log.error("not_swept", error=type(error).__name__)
+            await asyncio.sleep(SWEEP_S)
+
+    async def check(self, wish: Wish) -> Wish:
+        """Refuse what cannot work before a body is read; return the wish with the version that it is to keep to.
 
         Raises:
           Refusal: the model is not served or does not segment, or what is stored would not be DICOM.
@@ -128,16 +150,17 @@ class Clinic:
             raise Refusal(f"the model is for {summary.description.task}; use its /infer route")
         if wish.store is not None and wish.output not in DICOM_FORMATS:
             raise Refusal(f"a PACS takes DICOM objects; with store= ask for output={' or '.join(DICOM_FORMATS)}")
+        return replace(wish, version=summary.version)
 
     async def segment(self, file: Path, folder: Path, wish: Wish, progress: Progress | None = None) -> Answer:
         """Read a file, run the model, write the result and store it where that is asked for."""
-        upload = await asyncio.to_thread(self.reader.read, file, folder, wish.series)
+        upload = await self.reader.read(file, folder, wish.series)
         if wish.output in MASK_FORMATS:
             check_writable(upload, wish.output)
         result = await self.backend.segment(wish.model, wish.version, upload.volume, progress)
-        answer, raw = await asyncio.to_thread(_write_answer, upload, result, wish)
+        answer, raw = await ANSWERS.run(_write_answer, upload, result, wish)
         if wish.store is not None:
-            await asyncio.to_thread(store_in_pacs, wish.store, raw)
+            await PACS.run(store_in_pacs, wish.store, raw)
             answer.headers["X-Stored-In"] = wish.store.name
         return answer
 
@@ -248,9 +271,9 @@ async def _write_parts(parts: AsyncIterator[bytes], target: Path, limits: Upload
                     raise TooLarge(f"the upload is larger than {limits.max_upload_bytes} bytes, which is the most")
                 waiting += part
                 if len(waiting) >= CHUNK_BYTES:
-                    await asyncio.to_thread(sink.write, bytes(waiting))
+                    await DISK.run(sink.write, bytes(waiting))
                     waiting.clear()
-            sink.write(waiting)
+            await DISK.run(sink.write, bytes(waiting))
     except OSError as error:
         raise Unavailable(f"there is no room for the upload ({type(error).__name__}); send it again later") from None
     if not size:
@@ -258,8 +281,18 @@ async def _write_parts(parts: AsyncIterator[bytes], target: Path, limits: Upload
 
 
 def owner_of(request: Request) -> str:
-    """Return the name of the token that a request came with."""
-    return str(request.scope.get("state", {}).get("token", ""))
+    """Return whose jobs and sessions a request may use: its token's SHA-256, which no later token of its name has."""
+    return str(request.scope["state"]["owner"])
+
+
+def check_may_store(request: Request) -> None:
+    """Refuse a request to write to a PACS whose token was not made for it.
+
+    Raises:
+      Forbidden: the token has no role `store`.
+    """
+    if "store" not in request.scope["state"]["roles"]:
+        raise Forbidden("the token has no role 'store'; ask without store=, or with a token made by tokens add --store")
 
 
 def clinical_routers(

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from fastapi import FastAPI
 from ray import serve as ray_serve
 from ray.serve import Application
@@ -22,7 +20,7 @@ from serve.http_app import build_http_app
 from serve.logs import configure_logs
 from serve.model_loader import Catalogue, ModelSource
 from serve.ray_replicas import RayReplicas
-from serve.replica import LoadedModel, ModelReplica, WindowBatch
+from serve.replica import LoadedModel, ModelReplica, Together, WindowBatch, own_answer
 from serve.serving_metrics import ServingMetrics
 from serve.settings import Limits, ServeSettings
 from serve.sources import open_source
@@ -85,8 +83,11 @@ def _batching_replica(settings: ServeSettings) -> type[ModelReplica]:
             return await ModelReplica.load(self, model_id)
 
         @ray_serve.batch(max_batch_size=most, batch_wait_timeout_s=settings.batch_wait_s, batch_size_fn=share)
-        async def run_windows(self, batches: list[WindowBatch]) -> list[tuple[npt.NDArray[np.float32], int]]:
+        async def run_batch(self, batches: list[WindowBatch]) -> list[Together | Exception]:
             return await self.run_together(batches)
+
+        async def run_windows(self, batch: WindowBatch) -> Together:
+            return own_answer(await self.run_batch(batch))
 
     BatchingReplica.__name__ = BatchingReplica.__qualname__ = ModelReplica.__name__
     return BatchingReplica

@@ -8,6 +8,7 @@ Ray 2.55.1, which is pinned; tests/serve/test_on_ray.py measures the memory. See
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -16,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 MOST_WAITING_BYTES = 16 * 1024**2
 MOST_WAITING_PARTS = 64
 LOOK_AGAIN_S = 0.005
+SAY_HELD_BACK_S = 1.0  # well below any stall_timeout_s that makes sense
+HELD_BACK = {"type": "http.request", "body": b"", "more_body": True}
 
 
 def middlewares() -> list[Middleware]:
@@ -24,7 +27,10 @@ def middlewares() -> list[Middleware]:
 
 
 class HeldBackProxy:
-    """Reads no more of any body while the bodies of all requests together have too much waiting in the proxy."""
+    """Reads no more of any body while the bodies of all requests together have too much waiting in the proxy.
+
+    Meanwhile an empty part a second says that it is not the client who has stopped.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         """Stand before Serve's proxy."""
@@ -32,11 +38,18 @@ class HeldBackProxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
+        is_complete = scope.get("type", "http") != "http"
 
         async def when_there_is_room() -> Message:
+            nonlocal is_complete
+            began = time.monotonic()
             while waiting_bytes(self._proxy) > MOST_WAITING_BYTES:
+                if not is_complete and time.monotonic() - began > SAY_HELD_BACK_S:
+                    return HELD_BACK
                 await asyncio.sleep(LOOK_AGAIN_S)
-            return await receive()
+            message = await receive()
+            is_complete = is_complete or not message.get("more_body", False)
+            return message
 
         await self._app(scope, when_there_is_room, send)
 

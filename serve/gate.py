@@ -95,7 +95,7 @@ class Gate:
             raise TooLarge(f"the request's headers are larger than {MOST_HEADER_BYTES} bytes")
         if path not in self._open_routes:
             token = self._tokens.identify(headers.get("authorization"))
-            scope["state"]["token"] = token.name
+            scope["state"] |= {"token": token.name, "owner": token.sha256, "roles": token.roles}
             self._rate.admit(token.name)
             role: Role = "observe" if path == METRICS_ROUTE else "infer"
             check_role(token, role)

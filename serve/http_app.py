@@ -17,11 +17,14 @@ from starlette.requests import ClientDisconnect
 
 import medfl_ray
 from medfl_ray.errors import MedflError
+from medfl_ray.store.state_folders import state_root
 from serve.auth import TokenBook
 from serve.backend import Backend
 from serve.gate import LEFT, METRICS_ROUTE, OPEN_ROUTES, Gate, refusal_response
 from serve.open_inference_routes import open_inference_router
+from serve.pools import DISK
 from serve.refusals import Refusal, status_of
+from serve.scratch import Scratch
 from serve.serving_metrics import ServingMetrics
 from serve.settings import ServeSettings
 from serve.sign_in import SIGN_IN_ROUTES, sign_in_router
@@ -36,28 +39,34 @@ def build_http_app(
     metrics: ServingMetrics,
     routers: Sequence[APIRouter] = (),
     behind_proxy: bool = False,
+    scratch: Scratch | None = None,
 ) -> FastAPI:
     """Return the application; while it runs, it follows the models' source.
 
     Args:
       routers: what is served beside the Open Inference Protocol.
       behind_proxy: whether Serve's proxy stands before it.
+      scratch: where bodies lie while they are used; in the state folder by default.
     """
+
+    bodies = scratch or Scratch(state_root() / "serve" / "scratch")
 
     @contextlib.asynccontextmanager
     async def following(app: FastAPI) -> AsyncIterator[None]:
+        await DISK.run(bodies.sweep)
         task = asyncio.create_task(_follow(backend, settings.poll_s))
         yield
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+        await DISK.run(bodies.close)
 
     app = FastAPI(title="medfl-ray", version=medfl_ray.__version__, docs_url=None, redoc_url=None, lifespan=following)
     open_routes = OPEN_ROUTES
     if settings.slicer_sign_in:
         app.include_router(sign_in_router(tokens))
         open_routes |= SIGN_IN_ROUTES
-    app.include_router(open_inference_router(backend, settings.limits))
+    app.include_router(open_inference_router(backend, settings.limits, bodies))
     for router in routers:
         app.include_router(router)
 

@@ -1,7 +1,7 @@
 """Long segmentations as jobs: their state lies in files, so that every ingress replica of a machine can answer.
 
-A job belongs to the token that made it, is bounded in number, and goes after a while. A job whose replica ended is
-found by its heartbeat and called failed; none hangs.
+A job belongs to the token that made it, is bounded in number, and goes a while after its end. A job whose replica
+ended is found by its heartbeat and called failed; none hangs.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import hashlib
 import json
 import re
 import secrets
-import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +22,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from medfl_ray.errors import MedflError
+from serve.pools import DISK, until_done
 from serve.refusals import NotServed, Refusal, TooMany
+from serve.scratch import remove, remove_unless_new
 
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{22}")
-STATE, RESULT, SCRATCH = "job.json", "result", "scratch"
+STATE, RESULT, SCRATCH, DELETED = "job.json", "result", "scratch", "deleted"
 HEARTBEAT_S, DEAD_AFTER_S, POLL_S, KEEP_ALIVE_S = 3.0, 30.0, 0.25, 15.0
 ENDED = ("done", "failed")
 Status = Literal["waiting", "running", "done", "failed"]
@@ -39,7 +41,7 @@ class NotReady(Refusal):
 
 @dataclass(frozen=True)
 class JobLimits:
-    """How many jobs there may be and how long their results stay."""
+    """How many jobs there may be and how long each stays after its last heartbeat."""
 
     max_jobs: int = 64
     max_per_owner: int = 16
@@ -119,6 +121,7 @@ class JobBook:
 
     def start(self, job: str, work: Work) -> None:
         """Run a job in the background when there is room for it."""
+        self._change(job)
         task = asyncio.create_task(self._run(job, work))
         self._tasks[job] = task
         task.add_done_callback(lambda _: self._tasks.pop(job, None))
@@ -132,6 +135,9 @@ class JobBook:
         state = self._read(job) if JOB_ID.fullmatch(job) else None
         if state is None or state.owner != _digest(owner) or state.expires_at < time.time():
             raise NotServed("there is no such job of this token; it may have expired")
+        if state.status not in ENDED and time.time() - state.beat_at > DEAD_AFTER_S:
+            words = "the replica that had this job ended; send the request again"
+            return state.model_copy(update={"status": "failed", "error": words})
         return state
 
     def result(self, job: str, owner: str) -> tuple[Path, JobState]:
@@ -148,23 +154,26 @@ class JobBook:
             raise NotReady(f"the job is {state.status}; ask again later, or listen to its events")
         return self._root / job / RESULT, state
 
-    def delete(self, job: str, owner: str) -> None:
-        """Remove a job and its result; a running one is stopped."""
+    async def delete(self, job: str, owner: str) -> None:
+        """Remove a job and its result; a running one is stopped first, by the replica that runs it."""
         state = self.get(job, owner)
+        (self._root / state.id / DELETED).touch()  # nobody finds it from now on
         if (task := self._tasks.get(state.id)) is not None:
             task.cancel()
-        shutil.rmtree(self._root / state.id, ignore_errors=True)
+            await until_done(task)
+        if task is not None or state.status in ENDED:
+            await self.discard(state.id)
 
-    def discard(self, job: str) -> None:
-        """Remove a job that was never started."""
-        shutil.rmtree(self._root / job, ignore_errors=True)
+    async def discard(self, job: str) -> None:
+        """Remove the folder of a job that does not run."""
+        await DISK.run(remove, self._root / job)
 
     async def events(self, job: str, owner: str) -> AsyncIterator[bytes]:
         """Yield server-sent events until the job ends."""
         last, said_at = "", time.monotonic()
         while True:
             try:
-                state = await asyncio.to_thread(self.get, job, owner)
+                state = await DISK.run(self.get, job, owner)
             except NotServed:
                 return
             words = json.dumps(state.public())
@@ -179,10 +188,15 @@ class JobBook:
             await asyncio.sleep(POLL_S)
 
     def sweep(self) -> None:
-        """Remove what expired."""
-        for state in self._states():
-            if state.expires_at < time.time() and state.id not in self._tasks:
-                shutil.rmtree(self._root / state.id, ignore_errors=True)
+        """Remove what expired, and what nobody can find any more because its state is gone or damaged."""
+        for name in self._names():
+            state = self._read(name)
+            if name in self._tasks:
+                continue
+            if state is None:
+                remove_unless_new(self._root / name)
+            elif state.expires_at < time.time():
+                remove(self._root / name)
 
     async def close(self) -> None:
         """Stop this replica's jobs."""
@@ -192,12 +206,14 @@ class JobBook:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, job: str, work: Work) -> None:
-        beat = asyncio.create_task(self._beat(job))
         try:
-            async with self._running:
-                self._change(job, status="running")
-                answer = await work(self.scratch(job), self._progress_of(job))
-            await asyncio.to_thread((self._root / job / RESULT).write_bytes, answer.body)
+            async with self.beating(job):
+                async with self._running:
+                    if self._read(job) is None:  # deleted while its upload came
+                        return
+                    self._change(job, status="running")
+                    answer = await work(self.scratch(job), self._progress_of(job))
+                await DISK.run((self._root / job / RESULT).write_bytes, answer.body)
             self._change(
                 job, status="done", progress=1.0, media_type=answer.media_type, filename=answer.filename,
                 headers=answer.headers,
@@ -210,8 +226,8 @@ class JobBook:
         except Exception as error:  # noqa: BLE001 - whatever happened, the job has ended and its owner is told
             self._change(job, status="failed", error=f"the service failed on this job ({type(error).__name__})")
         finally:
-            beat.cancel()
-            shutil.rmtree(self.scratch(job), ignore_errors=True)
+            is_deleted = self._read(job) is None
+            await DISK.run(remove, self._root / job if is_deleted else self.scratch(job))
 
     def _progress_of(self, job: str) -> Callable[[float], None]:
         said = [0.0]
@@ -224,17 +240,30 @@ class JobBook:
 
         return progress
 
+    @asynccontextmanager
+    async def beating(self, job: str) -> AsyncIterator[None]:
+        """Keep a job alive while its upload arrives or its work is done."""
+        beat = asyncio.create_task(self._beat(job))
+        try:
+            yield
+        finally:
+            beat.cancel()
+
     async def _beat(self, job: str) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_S)
             self._change(job)
+            if self._read(job) is None and (task := self._tasks.get(job)) is not None:
+                task.cancel()  # another replica was told to delete it
 
     def _change(self, job: str, **fields: Any) -> None:
         """Write a job's new state; nothing where its owner has deleted it."""
         state = self._read(job)
         if state is not None and state.status not in ENDED:
             with contextlib.suppress(FileNotFoundError):
-                self._write(state.model_copy(update={"beat_at": time.time(), **fields}))
+                now = time.time()
+                times = {"beat_at": now, "expires_at": now + self._limits.keep_s}
+                self._write(state.model_copy(update=times | fields))
 
     def _write(self, state: JobState) -> None:
         path = self._root / state.id / STATE
@@ -244,18 +273,17 @@ class JobBook:
 
     def _read(self, job: str) -> JobState | None:
         try:
-            state = JobState.model_validate_json((self._root / job / STATE).read_text(encoding="utf-8"))
+            if (self._root / job / DELETED).exists():
+                return None
+            return JobState.model_validate_json((self._root / job / STATE).read_text(encoding="utf-8"))
         except (OSError, ValidationError):
             return None
-        if state.status not in ENDED and time.time() - state.beat_at > DEAD_AFTER_S:
-            return state.model_copy(
-                update={"status": "failed", "error": "the replica that had this job ended; send the request again"}
-            )
-        return state
 
     def _states(self) -> list[JobState]:
-        folders = [folder.name for folder in self._root.iterdir() if JOB_ID.fullmatch(folder.name)]
-        return [state for name in folders if (state := self._read(name)) is not None]
+        return [state for name in self._names() if (state := self._read(name)) is not None]
+
+    def _names(self) -> list[str]:
+        return [folder.name for folder in self._root.iterdir() if JOB_ID.fullmatch(folder.name)]
 
 
 def _digest(owner: str) -> str:

@@ -9,9 +9,7 @@ Source: the server and the Slicer plug-in of MONAI Label 0.8 (routes, fields and
 from __future__ import annotations
 
 import json
-import tempfile
 import time
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -38,7 +36,7 @@ class NotOffered(Refusal):
 def monai_label_router(clinic: Clinic) -> APIRouter:
     """Return MONAI Label's routes."""
     router = APIRouter(tags=["MONAI Label"])
-    sessions = SessionBook(clinic.root / "sessions")
+    sessions = clinic.sessions
     _add_information(router, clinic)
     _add_inference(router, clinic, sessions)
     _add_sessions(router, clinic, sessions)
@@ -66,7 +64,7 @@ def _add_information(router: APIRouter, clinic: Clinic) -> None:
     @router.get("/auth/token/valid")
     def valid(request: Request) -> dict[str, Any]:
         """Say whose token came; without a valid one no request comes this far."""
-        return {"username": owner_of(request)}
+        return {"username": str(request.scope["state"]["token"])}
 
 
 def _segments(summary: Summary) -> bool:
@@ -92,16 +90,15 @@ def _add_inference(router: APIRouter, clinic: Clinic, sessions: SessionBook) -> 
         output: Literal["all", "image", "json"] = "all",
     ) -> Response:
         """Segment the image of a session, or a file that comes with the request."""
-        with tempfile.TemporaryDirectory(prefix="medfl-infer-") as name:
-            file, fields = await receive_form(request, Path(name), clinic.limits)
+        async with clinic.scratch.folder() as folder:
+            file, fields = await receive_form(request, folder, clinic.limits)
             if session_id:
                 file = sessions.image(session_id, owner_of(request))
             if file is None:
                 raise NotServed(NO_DATASTORE)
-            wish = Wish(model, None, _output(fields))
-            await clinic.check(wish)
+            wish = await clinic.check(Wish(model, None, _output(fields)))
             started = time.perf_counter()
-            answer = await clinic.segment(file, Path(name), wish)
+            answer = await clinic.segment(file, folder, wish)
         summary = await clinic.backend.summary(model, answer.headers["X-Model-Version"] or None)
         params = {
             "label_names": {name: value for value, name in label_values(summary.description).items()},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from medfl_ray.export.description import PackageDescription
 from serve.backend import Backend
 from serve.model_loader import ModelKey
 from serve.open_inference import HEADER_LENGTH, Encoded, InferRequest, metadata, read_request, write_answer
+from serve.pools import ANSWERS
 from serve.refusals import Refusal
+from serve.scratch import Scratch
 from serve.settings import Limits
 from serve.spool import spooled
 
@@ -23,7 +24,7 @@ VERSION_HEADER = "X-Model-Version"
 SEND_BYTES = 1024**2
 
 
-def open_inference_router(backend: Backend, limits: Limits) -> APIRouter:
+def open_inference_router(backend: Backend, limits: Limits, scratch: Scratch) -> APIRouter:
     """Return the routes below /v2."""
     router = APIRouter(prefix="/v2")
 
@@ -68,10 +69,10 @@ def open_inference_router(backend: Backend, limits: Limits) -> APIRouter:
         """Run preprocessed images [N, C, *S]; return logits, labels or both."""
         key = backend.catalogue.resolve(model, version)
         description = (await backend.summary(model, key.version)).description
-        async with spooled(request) as body:
-            asked = await asyncio.to_thread(_read, body, request, description, limits)
+        async with spooled(request, scratch) as body:
+            asked = await ANSWERS.run(_read, body, request, description, limits)
             answer = await backend.infer(key, asked.tensor)
-        encoded = await asyncio.to_thread(
+        encoded = await ANSWERS.run(
             write_answer, asked, key.name, answer.key.version, answer.logits, description, limits.max_json_bytes
         )
         return _response(encoded, answer.key)

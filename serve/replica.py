@@ -31,6 +31,7 @@ from serve.settings import ServeSettings
 
 Array = npt.NDArray[np.float32]
 T = TypeVar("T")
+Together = tuple[Array, int]  # logits, and how many windows ran together
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,24 +112,35 @@ class ModelReplica:
 
     async def run_windows(self, batch: WindowBatch) -> tuple[Array, int]:
         """Return the logits of windows, and how many windows ran together."""
-        return (await self.run_together([batch]))[0]
+        return own_answer((await self.run_together([batch]))[0])
 
-    async def run_together(self, asked: list[WindowBatch]) -> list[tuple[Array, int]]:
-        """Run windows of several requests for one version in one onnxruntime call per shape of window."""
-        answers: list[tuple[Array, int] | None] = [None] * len(asked)
+    async def run_together(self, asked: list[WindowBatch]) -> list[Together | Exception]:
+        """Run windows of several requests for one version in one onnxruntime call per shape of window.
+
+        Where a call fails, each request of it is run again by itself, so that it fails by its own fault alone.
+        """
+        answers: dict[int, Together | Exception] = {}
         groups: dict[tuple[object, ...], list[int]] = {}
         for place, batch in enumerate(asked):
             groups.setdefault((batch.model.key, batch.windows.shape[1:]), []).append(place)
         for places in groups.values():
-            windows = [asked[place].windows for place in places]
-            model = asked[places[0]].model.predictor.model
-            joined = windows[0] if len(windows) == 1 else np.concatenate(windows)
-            logits = await self._on_compute_thread(lambda model=model, joined=joined: model.run(joined))  # type: ignore[misc]
-            first = 0
-            for place, part in zip(places, windows, strict=True):
-                answers[place] = (logits[first : first + len(part)], len(joined))
-                first += len(part)
-        return [answer for answer in answers if answer is not None]
+            answers |= zip(places, await self._run_group([asked[place] for place in places]), strict=True)
+        return [answers[place] for place in range(len(asked))]
+
+    async def _run_group(self, asked: list[WindowBatch]) -> list[Together | Exception]:
+        try:
+            return [*await self._run_joined(asked)]
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer of one request and no more
+            if len(asked) == 1:
+                return [error]
+        return [answer for batch in asked for answer in await self._run_group([batch])]
+
+    async def _run_joined(self, asked: list[WindowBatch]) -> list[Together]:
+        model, windows = asked[0].model.predictor.model, [batch.windows for batch in asked]
+        joined = windows[0] if len(windows) == 1 else np.concatenate(windows)
+        logits = await self._on_compute_thread(lambda: model.run(joined))
+        ends = np.cumsum([len(part) for part in windows])
+        return [(logits[end - len(part) : end], len(joined)) for part, end in zip(windows, ends, strict=True)]
 
     async def describe(self, model_id: str) -> PackageDescription:
         """Load a version, take an empty image through it, and return what its package says of itself.
@@ -226,6 +238,13 @@ class ModelReplica:
             return work()
         finally:
             self._running_since = None
+
+
+def own_answer(answer: Together | Exception) -> Together:
+    """Return one request's part of a shared batch, or raise what it failed by."""
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _add_all(steps: SegmentationSteps, numbers: Sequence[int], logits: Array) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
-from serve.clinic import Clinic, Output, Wish, owner_of, receive_file
+from serve.clinic import Clinic, Output, Wish, check_may_store, owner_of, receive_file
 from serve.jobs import Answer, Work
 from serve.pacs import choose_pacs
 
@@ -35,13 +34,15 @@ def segment_router(clinic: Clinic) -> APIRouter:
         as_job: Annotated[bool, Query(alias="async")] = False,
     ) -> Response:
         """Segment a NIfTI or NRRD file, a DICOM file or a zipped DICOM series."""
+        if store is not None:
+            check_may_store(request)
         wish = Wish(model, version, output, bundle, tuple(series or ()), choose_pacs(store, clinic.pacs))
-        await clinic.check(wish)
+        wish = await clinic.check(wish)
         if as_job:
             return await _start_job(request, clinic, wish)
-        with tempfile.TemporaryDirectory(prefix="medfl-segment-") as name:
-            file = await receive_file(request, Path(name), clinic.limits)
-            return _response(await clinic.segment(file, Path(name), wish))
+        async with clinic.scratch.folder() as folder:
+            file = await receive_file(request, folder, clinic.limits)
+            return _response(await clinic.segment(file, folder, wish))
 
     @router.get("/jobs/{job}")
     def job_state(request: Request, job: str) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def segment_router(clinic: Clinic) -> APIRouter:
     @router.delete("/jobs/{job}", status_code=204)
     async def delete_job(request: Request, job: str) -> None:
         """Stop a job and remove its result."""
-        clinic.jobs.delete(job, owner_of(request))
+        await clinic.jobs.delete(job, owner_of(request))
 
     return router
 
@@ -74,9 +75,10 @@ def segment_router(clinic: Clinic) -> APIRouter:
 async def _start_job(request: Request, clinic: Clinic, wish: Wish) -> Response:
     state = clinic.jobs.open(owner_of(request))
     try:
-        file = await receive_file(request, clinic.jobs.scratch(state.id), clinic.limits)
+        async with clinic.jobs.beating(state.id):
+            file = await receive_file(request, clinic.jobs.scratch(state.id), clinic.limits)
     except BaseException:
-        clinic.jobs.discard(state.id)
+        await clinic.jobs.discard(state.id)
         raise
     clinic.jobs.start(state.id, _work(clinic, file, wish))
     return JSONResponse(state.public(), 202, {"Location": f"{request.scope.get('root_path', '')}/v2/jobs/{state.id}"})

@@ -6,12 +6,12 @@ import hashlib
 import json
 import re
 import secrets
-import shutil
 import time
 from pathlib import Path
 from typing import TypedDict
 
 from serve.refusals import NotServed, TooMany
+from serve.scratch import remove, remove_unless_new
 
 SESSION_ID = re.compile(r"[A-Za-z0-9_-]{22}")
 STATE, IMAGE = "session.json", "upload"
@@ -62,13 +62,15 @@ class SessionBook:
 
     def delete(self, name: str) -> None:
         """Remove a session that `image` has found, or that failed to open."""
-        shutil.rmtree(self._root / name, ignore_errors=True)
+        remove(self._root / name)
 
     def sweep(self) -> None:
-        """Remove what expired."""
+        """Remove what expired, and what nobody can find because its state is damaged."""
         for name in self._names():
             state = self._state(name)
-            if state is not None and state["expires_at"] < time.time():
+            if state is None:
+                remove_unless_new(self._root / name)
+            elif state["expires_at"] < time.time():
                 self.delete(name)
 
     def _names(self) -> list[str]:

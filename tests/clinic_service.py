@@ -18,7 +18,7 @@ from medfl_ray.config import ModelConfig
 from medfl_ray.data.preprocess import Preprocessing
 from medfl_ray.data.upload_limits import UploadLimits
 from medfl_ray.export.description import DESCRIPTION, PackageDescription, Variant
-from serve.auth import TokenBook, add_token
+from serve.auth import Role, TokenBook, add_token
 from serve.backend import Backend, LocalReplicas
 from serve.clinic import Clinic
 from serve.http_app import build_http_app
@@ -86,6 +86,7 @@ def clinic_service(
     pacs: Iterable[PacsTarget] = (),
     jobs: JobLimits | None = None,
     serving: dict[str, Any] | None = None,
+    roles: tuple[Role, ...] = ("infer", "observe"),
 ) -> LocalService:
     """Build the application over one replica in this process."""
     models = folder / "models"
@@ -99,9 +100,9 @@ def clinic_service(
     backend = Backend(replicas, catalogue, metrics, chosen.limits.inference_timeout_s)
     clinic = Clinic(backend, limits, pacs, folder / "state", jobs)
     tokens = folder / "tokens.json"
-    token = add_token(tokens, "test")
+    token = add_token(tokens, "test", roles)
     routers = (segment_router(clinic), monai_label_router(clinic))
-    app = build_http_app(backend, chosen, TokenBook(tokens), metrics, routers)
+    app = build_http_app(backend, chosen, TokenBook(tokens), metrics, routers, scratch=clinic.scratch)
     return LocalService(app, backend, metrics, token, tokens)
 
 

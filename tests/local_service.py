@@ -21,6 +21,7 @@ from serve.backend import Backend, LocalReplicas
 from serve.http_app import build_http_app
 from serve.model_loader import Catalogue
 from serve.replica import ModelReplica
+from serve.scratch import Scratch
 from serve.serving_metrics import ServingMetrics
 from serve.settings import ServeSettings
 from serve.sources import FolderSource
@@ -48,7 +49,7 @@ def local_service(
     backend = Backend(replicas, catalogue, metrics, chosen.limits.inference_timeout_s)
     tokens = folder / "tokens.json"
     token = add_token(tokens, "test")
-    app = build_http_app(backend, chosen, TokenBook(tokens), metrics, routers)
+    app = build_http_app(backend, chosen, TokenBook(tokens), metrics, routers, scratch=Scratch(folder / "scratch"))
     return LocalService(app, backend, metrics, token, tokens)
 
 

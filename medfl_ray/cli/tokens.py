@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from medfl_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from serve.auth import Role
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -21,11 +26,15 @@ def add(
     metrics_only: Annotated[
         bool, typer.Option("--metrics-only", help="It may read /metrics and nothing else.")
     ] = False,
+    store: Annotated[bool, typer.Option("--store", help="It may also send results to the configured PACS.")] = False,
 ) -> None:
     """Make a token and print it once; only its SHA-256 is kept."""
     from serve.auth import add_token, tokens_path
 
-    typer.echo(add_token(tokens_path(file), name, ("observe",) if metrics_only else ("infer", "observe")))
+    if metrics_only and store:
+        raise ConfigError("--metrics-only and --store exclude each other; choose one")
+    roles: tuple[Role, ...] = ("observe",) if metrics_only else ("infer", "observe", *(("store",) if store else ()))
+    typer.echo(add_token(tokens_path(file), name, roles))
 
 
 @app.command("list")

@@ -2,12 +2,15 @@
 
 A helper imports the readers once and waits at a socket in a private folder; each upload gets a fork of it. Decoders
 are written in C and fed by strangers: one that crashes, swallows memory or never ends takes its fork with it and
-nothing else. The helper ends when its parent does, because its standard input is a pipe from it.
+nothing else. The helper ends when its parent does, because its standard input is a pipe from it. A fork ends as soon
+as whoever asked shuts the connection: the kernel sends it a signal, which no decoder holds up.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -41,31 +44,32 @@ NICE_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NU
 
 
 class UploadReader:
-    """Reads uploads in forks of a helper process; thread-safe, and started at its first use or by `start`."""
+    """Reads uploads in forks of a helper process, which is started at its first use or by `start`."""
 
     def __init__(self, limits: UploadLimits) -> None:
         self.limits = limits
         self._lock = threading.Lock()
-        self._places = threading.BoundedSemaphore(MOST_AT_ONCE)
+        self._places = asyncio.Semaphore(MOST_AT_ONCE)
         self._helper: subprocess.Popen[bytes] | None = None
         self._folder = ""
 
     def start(self) -> None:
         """Start the helper, which takes a second or two for its imports; does nothing if it runs."""
         with self._lock:
-            if self._helper is not None and self._helper.poll() is None:
+            if self._runs():
                 return
             self._remove_folder()
             self._folder = _private_folder()
-            self._helper = subprocess.Popen(
+            helper = subprocess.Popen(
                 [sys.executable, "-m", "medfl_ray.data.upload_process", self._folder],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **NICE_ENVIRONMENT},
             )  # fmt: skip
-            assert self._helper.stdout is not None
-            ready, _, _ = select.select([self._helper.stdout], [], [], START_SECONDS)
-            if not ready or self._helper.stdout.readline() != b"ready\n":
-                self._helper.kill()
+            assert helper.stdout is not None
+            ready, _, _ = select.select([helper.stdout], [], [], START_SECONDS)
+            if not ready or helper.stdout.readline() != b"ready\n":
+                helper.kill()
                 raise UnreadableFile("the process that reads uploads did not start; look at the server's log")
+            self._helper = helper
 
     def close(self) -> None:
         """End the helper and remove its folder."""
@@ -82,19 +86,20 @@ class UploadReader:
                 self._helper = None
             self._remove_folder()
 
-    def read(self, path: Path, workspace: Path, series: Sequence[str] = ()) -> Upload:
+    async def read(self, path: Path, workspace: Path, series: Sequence[str] = ()) -> Upload:
         """Read an upload in a fork; voxels come back through a file in `workspace`.
+
+        Nothing writes into `workspace` after this has ended, cancelled or not. No thread waits meanwhile.
 
         Raises:
           DataError: what `read_upload` raises, or the fork used up its memory or time, or crashed.
         """
-        self.start()
         request = {
             "path": str(path), "workspace": str(workspace), "series": list(series),
             "limits": self.limits.model_dump(),
         }  # fmt: skip
-        with self._places:
-            answer = self._ask_twice(json.dumps(request).encode() + b"\n")
+        async with self._places:
+            answer = await self._ask_twice(json.dumps(request).encode() + b"\n")
         if not answer:
             raise UnreadableFile(
                 "reading the upload was ended, because it took more time or memory than its size allows; the file is "
@@ -102,30 +107,50 @@ class UploadReader:
             )
         return _upload_of(json.loads(answer), workspace)
 
-    def _ask_twice(self, request: bytes) -> bytes:
+    async def _ask_twice(self, request: bytes) -> bytes:
         """Ask again where the helper itself ended; an upload ends its own fork alone."""
         try:
-            return self._ask(request)
+            return await self._ask(request)
         except OSError:
-            self.start()
-            return self._ask(request)
+            return await self._ask(request)
 
-    def _ask(self, request: bytes) -> bytes:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.connect(f"{self._folder}/socket")
-            connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)
-            parts = []
-            # A fork that is killed closes the connection; there is no other way to wait for ever.
-            with contextlib.suppress(ConnectionResetError):
-                while part := connection.recv(65_536):
-                    parts.append(part)
-        return b"".join(parts)
+    async def _ask(self, request: bytes) -> bytes:
+        if not self._runs():
+            await asyncio.to_thread(self.start)
+        reader, writer = await asyncio.open_unix_connection(f"{self._folder}/socket")
+        ending = asyncio.ensure_future(_answer_of(reader))
+        try:
+            writer.write(request)
+            return await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            await _end_fork(writer, ending)
+            raise
+        finally:
+            writer.close()
+
+    def _runs(self) -> bool:
+        return self._helper is not None and self._helper.poll() is None
 
     def _remove_folder(self) -> None:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = ""
+
+
+async def _answer_of(reader: asyncio.StreamReader) -> bytes:
+    """Return all that a fork says; one that is killed closes the connection, so that nothing waits for ever."""
+    with contextlib.suppress(ConnectionResetError):
+        return await reader.read()
+    return b""
+
+
+async def _end_fork(writer: asyncio.StreamWriter, ending: asyncio.Future[bytes]) -> None:
+    """Shut the connection, which ends the fork, and wait until it has ended, even if this is cancelled again."""
+    with contextlib.suppress(OSError):
+        writer.write_eof()
+    while not ending.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([ending])
 
 
 def _private_folder() -> str:
@@ -171,11 +196,20 @@ def _answer_and_exit(connection: socket.socket) -> None:
     try:
         with connection.makefile("rb") as stream:
             request = json.loads(stream.readline())
+        _end_when_shut(connection)
         connection.sendall(json.dumps(_answer(request)).encode())
-        connection.close()
         code = 0
     finally:
         os._exit(code)
+
+
+def _end_when_shut(connection: socket.socket) -> None:
+    """Let the kernel end this process when the other side shuts the connection or is gone: SIGIO ends what has it."""
+    signal.signal(signal.SIGIO, signal.SIG_DFL)
+    fcntl.fcntl(connection, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(connection, fcntl.F_SETFL, fcntl.fcntl(connection, fcntl.F_GETFL) | fcntl.FASYNC)
+    if select.select([connection], [], [], 0)[0]:  # it was shut before
+        os._exit(1)
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -25,14 +25,22 @@ def test_a_token_is_made_listed_and_revoked(file):
     secret = call("add", "slicer", "--file", file).strip()
     assert TokenBook(file).identify(f"Bearer {secret}").name == "slicer"
     call("add", "prometheus", "--metrics-only", "--file", file)
+    call("add", "workstation", "--store", "--file", file)
     listed = call("list", "--file", file)
     assert [line.split(maxsplit=1) for line in listed.splitlines()] == [
         ["slicer", "infer, observe"],
         ["prometheus", "observe"],
+        ["workstation", "infer, observe, store"],
     ]
     assert secret not in listed
     call("revoke", "slicer", "--file", file)
     assert "slicer" not in call("list", "--file", file)
+
+
+def test_a_token_for_metrics_alone_cannot_store(file):
+    result = CliRunner().invoke(app, ["tokens", "add", "both", "--metrics-only", "--store", "--file", str(file)])
+    assert isinstance(result.exception, ConfigError) or "exclude each other" in result.output
+    assert not file.exists()
 
 
 def test_deploy_takes_a_folder_or_a_registered_model(tmp_path):

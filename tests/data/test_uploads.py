@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
+import os
 import time
 import zipfile
 from pathlib import Path
@@ -11,13 +13,14 @@ from pathlib import Path
 import nibabel as nib
 import nrrd
 import numpy as np
+import psutil
 import pydicom.data
 import pytest
 from hostile_uploads import HOSTILE
 
 from medfl_ray.data.readers import read_volume
 from medfl_ray.data.upload_limits import UploadLimits
-from medfl_ray.data.upload_process import UploadReader
+from medfl_ray.data.upload_process import VOXELS, UploadReader
 from medfl_ray.data.uploads import opened_upload, read_upload
 from medfl_ray.errors import DataError, LayoutError, UnreadableFile
 
@@ -119,7 +122,7 @@ def test_nifti_and_nrrd_whatever_they_are_called(tmp_path, reader):
     for name in ("plain", "packed", "second", "raw", "gzip"):
         workspace = tmp_path / f"space of {name}"
         workspace.mkdir()
-        for upload in (read(tmp_path / name), reader.read(tmp_path / name, workspace)):
+        for upload in (read(tmp_path / name), asyncio.run(reader.read(tmp_path / name, workspace))):
             assert np.array_equal(upload.volume.array[0], values)
             assert np.allclose(upload.volume.affine, AFFINE, atol=1e-6)
 
@@ -149,7 +152,7 @@ def test_a_zipped_series_a_folder_and_a_fork_agree(tmp_path, dicom, reader):
         assert [h.SOPInstanceUID for h in upload.headers] == [s.SOPInstanceUID for s in builder.slices]
         assert all("PixelData" not in header for header in upload.headers)
         zipped = upload.volume
-    forked = reader.read(packed, tmp_path / "space")
+    forked = asyncio.run(reader.read(packed, tmp_path / "space"))
     assert [h.SOPInstanceUID for h in forked.headers] == [s.SOPInstanceUID for s in builder.slices]
     for volume in (read(folder).volume, zipped, forked.volume):
         assert np.array_equal(volume.array, expected.array)
@@ -208,8 +211,34 @@ def test_a_reader_that_takes_too_long_is_ended(tmp_path):
     reader.start()
     started = time.monotonic()
     with pytest.raises(UnreadableFile, match="more time or memory than its size allows"):
-        reader.read(tmp_path / "upload", tmp_path / "space")
+        asyncio.run(reader.read(tmp_path / "upload", tmp_path / "space"))
     assert time.monotonic() - started < 5
+    reader.close()
+
+
+def test_a_reading_that_is_cancelled_ends_its_fork_before_it_ends_itself(tmp_path):
+    """The fork would wait a minute for somebody to read what it writes; its folder is not removed under it."""
+    reader = UploadReader(LIMITS.model_copy(update={"seconds": 60}))
+    space = tmp_path / "space"
+    space.mkdir()
+    os.mkfifo(space / VOXELS)
+    (tmp_path / "image.nii").write_bytes(nib.Nifti1Image(np.zeros((3, 3, 3), np.float32), np.eye(4)).to_bytes())
+    reader.start()
+    helper = psutil.Process(reader._helper.pid)
+
+    async def work():
+        reading = asyncio.create_task(reader.read(tmp_path / "image.nii", space))
+        while not (forks := helper.children()):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        assert helper.children() == forks
+        reading.cancel()
+        await asyncio.wait([reading], timeout=20)
+        assert reading.cancelled()
+        return forks
+
+    _, alive = psutil.wait_procs(asyncio.run(work()), timeout=10)
+    assert not alive
     reader.close()
 
 
@@ -219,7 +248,7 @@ def test_a_helper_that_was_killed_is_started_again(tmp_path):
     for turn in range(2):
         space = tmp_path / f"space {turn}"
         space.mkdir()
-        assert reader.read(tmp_path / "image.nii", space).volume.spatial_shape == (3, 3, 3)
+        assert asyncio.run(reader.read(tmp_path / "image.nii", space)).volume.spatial_shape == (3, 3, 3)
         assert reader._helper is not None
         reader._helper.kill()
         reader._helper.wait()

@@ -106,3 +106,13 @@ def test_the_file_is_the_given_one_else_that_of_the_environment(tmp_path, monkey
     monkeypatch.delenv("MEDFL_SERVE_TOKENS")
     monkeypatch.setenv("MEDFL_STATE_DIR", str(tmp_path))
     assert tokens_path(None) == tmp_path / "medfl-ray" / "serve" / "tokens.json"
+
+
+def test_two_tokens_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "tokens.json"
+    add_token(path, "one")
+    words = json.loads(path.read_text())
+    words["tokens"].append({**words["tokens"][0], "sha256": "0" * 64})
+    path.write_text(json.dumps(words))
+    with pytest.raises(ConfigError, match="damaged"):
+        read_tokens(path)

@@ -8,6 +8,8 @@ from starlette.middleware import Middleware
 
 from serve import flow_control
 from serve.flow_control import HeldBackProxy, hold_back, innermost, middlewares, waiting_bytes
+from serve.limits import limited
+from serve.settings import Limits
 
 PART = {"type": "http.request", "body": b"x" * 1000, "more_body": True}
 
@@ -53,6 +55,38 @@ def test_the_proxy_stops_reading_while_much_is_waiting_and_goes_on_when_it_is_fe
         running.cancel()
 
     asyncio.run(work())
+
+
+def test_a_client_who_is_held_back_is_not_taken_for_one_who_stopped(monkeypatch):
+    monkeypatch.setattr(flow_control, "MOST_WAITING_BYTES", 100)
+    monkeypatch.setattr(flow_control, "SAY_HELD_BACK_S", 0.05)
+    last = {"type": "http.request", "body": b"y", "more_body": False}
+    gone = {"type": "http.disconnect"}
+
+    async def work():
+        proxy, told, sent = Proxy(), [], [last, gone]
+
+        async def send_next():
+            return sent.pop(0)
+
+        async def application(scope, receive, send):
+            guarded = limited(receive, Limits(stall_timeout_s=0.5))
+            while not told or told[-1] != gone:
+                told.append(await guarded())
+
+        application.asgi_receive_queues = proxy.asgi_receive_queues
+        await proxy.asgi_receive_queues["one"](PART)
+        running = asyncio.create_task(HeldBackProxy(application)({"type": "http"}, send_next, None))
+        await asyncio.sleep(1.0)
+        assert len(told) > 3
+        assert not any(part["body"] for part in told)
+        proxy.asgi_receive_queues["one"].get_messages_nowait()
+        await asyncio.wait_for(running, 5)
+        return told
+
+    told = asyncio.run(work())
+    assert [part for part in told if part.get("body") != b""] == [last, gone]
+    assert told[-2:] == [last, gone]  # nothing is said of being held back once the body is complete
 
 
 def test_the_ingress_stops_fetching_while_enough_is_waiting(monkeypatch):

@@ -78,7 +78,7 @@ def client(orthanc, tmp_path, monkeypatch):
     monkeypatch.setenv("MEDFL_TEST_USER", "medfl")
     monkeypatch.setenv("MEDFL_TEST_PASSWORD", "a-password")
     target = PacsTarget(name="archive", url=orthanc, username_env="MEDFL_TEST_USER", password_env="MEDFL_TEST_PASSWORD")
-    with running(clinic_service(tmp_path / "service", pacs=[target])) as client:
+    with running(clinic_service(tmp_path / "service", pacs=[target], roles=("infer", "store"))) as client:
         yield client
 
 

@@ -1,17 +1,18 @@
 """The model replica as a plain object: windows, batches, answers and what they report."""
 
 import asyncio
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_models import noise_volume, promote, write_model
 
-from medfl_ray.errors import ExportError, GeometryError
+from medfl_ray.errors import ExportError, GeometryError, InferenceError
 from medfl_ray.export.onnx_session import OnnxModel
 from medfl_ray.export.predictor import Predictor
 from serve.model_loader import ModelKey
 from serve.refusals import NotServed
-from serve.replica import ModelReplica, SegmentAnswer, WindowBatch
+from serve.replica import ModelReplica, SegmentAnswer, WindowBatch, own_answer
 from serve.settings import ServeSettings
 from serve.sources import FolderSource
 
@@ -67,6 +68,30 @@ def test_windows_of_several_requests_run_together_by_version_and_size(replica):
     assert [int(logits.argmax(axis=1).max()) for logits, _ in answers] == [1, 2, 1, 1]
     assert [together for _, together in answers] == [2, 1, 2, 2]
     assert answers[3][0].shape == (2, 4, 4, 4, 4)
+
+
+def test_a_request_that_fails_fails_alone(replica):
+    """As where one request's windows do not fit into memory together with the others'."""
+
+    async def work():
+        loaded = await replica.load("tiny@1")
+        run = loaded.predictor.model.run
+
+        def fails_on_sevens(windows):
+            if (windows == 7).any():
+                raise InferenceError("no memory")
+            return run(windows)
+
+        model = SimpleNamespace(key=loaded.key, predictor=SimpleNamespace(model=SimpleNamespace(run=fails_on_sevens)))
+        window = np.zeros((2, 1, 8, 8, 8), dtype=np.float32)
+        return await replica.run_together([WindowBatch(model, w) for w in (window, window + 7, window[:1])])
+
+    first, failed, last = asyncio.run(work())
+    assert isinstance(failed, InferenceError)
+    with pytest.raises(InferenceError):
+        own_answer(failed)
+    assert [len(logits) for logits, _ in (first, last)] == [2, 1]
+    assert own_answer(first)[1] == 2
 
 
 def test_what_cannot_be_loaded_says_so(models, replica):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import io
 import json
 import time
 import zipfile
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +21,8 @@ from local_service import running
 from medfl_ray.data.contours import fill_regions
 from medfl_ray.data.upload_limits import UploadLimits
 from medfl_ray.data.volume import Volume
-from serve.auth import add_token
+from serve.auth import add_token, revoke_token
+from serve.clinic import Clinic, Wish
 from serve.jobs import JobBook, JobLimits, JobState
 from serve.refusals import NotServed, TooMany
 
@@ -159,13 +162,32 @@ def test_two_series_are_chosen_by_uid_or_refused_without_one(client, tmp_path):
         ({"output": "exe"}, 400, "output"),
         ({"series": "../../etc"}, 400, "series"),
         ({"store": "http://169.254.169.254/"}, 400, "store"),
-        ({"store": "elsewhere"}, 404, "no PACS of that name"),
+        ({"store": "elsewhere"}, 403, "no role 'store'"),
     ],
 )
 def test_wishes_that_cannot_be_met(client, params, status, words):
     answer = client.post(SEGMENT, content=nifti_bytes(image()), params=params)
     assert answer.status_code == status, answer.text
     assert words in answer.json()["error"]
+
+
+def test_a_token_for_storing_may_name_a_pacs(client, service):
+    headers = {"Authorization": f"Bearer {add_token(service.tokens, 'storing', ('infer', 'store'))}"}
+    time.sleep(1.1)  # the service looks at its file of tokens once a second
+    answer = client.post(SEGMENT, content=nifti_bytes(image()), params={"store": "elsewhere"}, headers=headers)
+    assert answer.status_code == 404
+    assert "no PACS of that name" in answer.json()["error"]
+
+
+def test_a_request_keeps_to_the_version_it_came_in_with(tmp_path):
+    """A promotion while a body arrives changes nothing for its request."""
+    clinic = Clinic(_Promoted(), root=tmp_path)
+    assert asyncio.run(clinic.check(Wish("bright", None))).version == "3"
+
+
+class _Promoted:
+    async def summary(self, model, version=None):
+        return SimpleNamespace(name=model, version=version or "3", description=SimpleNamespace(task="segmentation"))
 
 
 def test_an_unknown_model_is_refused_before_its_body_is_read(client):
@@ -211,6 +233,19 @@ def test_a_job_runs_reports_and_gives_its_result_once_it_is_done(client, service
     assert client.delete(location, headers={"Authorization": f"Bearer {other}"}).status_code == 404
     assert client.delete(location).status_code == 204
     assert client.get(location).status_code == 404
+
+
+def test_a_later_token_of_the_same_name_has_no_part_in_what_the_first_one_left(client, service):
+    headers = {"Authorization": f"Bearer {add_token(service.tokens, 'guest')}"}
+    time.sleep(1.1)  # the service looks at its file of tokens once a second
+    accepted = client.post(SEGMENT, content=nifti_bytes(image()), params={"async": "true"}, headers=headers)
+    location = accepted.headers["location"]
+    assert client.get(location, headers=headers).status_code == 200
+    revoke_token(service.tokens, "guest")
+    headers = {"Authorization": f"Bearer {add_token(service.tokens, 'guest')}"}
+    time.sleep(1.1)
+    assert client.get(location, headers=headers).status_code == 404
+    assert client.get("/auth/token/valid", headers=headers).json() == {"username": "guest"}
 
 
 def test_a_job_that_fails_says_why(client):
