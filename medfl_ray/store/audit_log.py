@@ -128,14 +128,27 @@ class Chain:
         """Start with nothing checked."""
         self._checked = FIRST
 
+    @property
+    def last(self) -> LedgerHead:
+        """The last row that was checked."""
+        return self._checked
+
+    def must_hold(self, connection: Connection) -> None:
+        """Find a log that was emptied, cut off or exchanged since.
+
+        Raises:
+          RegistryAltered: the last row that was checked is gone or another one.
+        """
+        _must_hold(connection, self._checked, "this process")
+
     def check(self, connection: Connection, public_key: str) -> LedgerHead:
         """Check the rows that came since, and return the last.
 
         Raises:
           RegistryAltered: names the first bad row, or says that rows are gone.
         """
+        self.must_hold(connection)
         known = self._checked
-        _must_hold(connection, known, "this process")
         self._checked = verify(events(connection, known.sequence), public_key, known)
         return self._checked
 
@@ -146,6 +159,12 @@ class LastSeen:
     def __init__(self, folder: Path) -> None:
         """Take the folder of the registry's key; the file is written with the first row."""
         self._path = folder / SEEN_NAME
+
+    @property
+    def sequence(self) -> int:
+        """The number of that row; 0 where this machine has seen none."""
+        seen = self._read()
+        return 0 if seen is None else seen.sequence
 
     def check(self, connection: Connection) -> None:
         """Find a log that was cut off or exchanged since.

@@ -291,13 +291,24 @@ class Registry:
 
     def _read(self, read: Callable[[ReadRows], T], nothing: T) -> T:
         if not self._database.exists:
+            self._must_be_new()
             return nothing
         with self._database.reading() as connection:
             self._seen.check(connection)
+            self._chain.must_hold(connection)
             if audit.is_empty(connection):
                 return nothing
             self._chain.check(connection, self.public_key)
             return read(ReadRows(connection, self.public_key))
+
+    def _must_be_new(self) -> None:
+        """Refuse to take a database that is gone for one that was never made: its disk may be unmounted."""
+        sequence = max(self._chain.last.sequence, self._seen.sequence)
+        if sequence:
+            raise RegistryError(
+                f"the registry's database {self._database.name} is not there, but row {sequence} of its audit log was "
+                "seen: its disk is not mounted, or it was removed. Mount the disk, or restore it from a backup"
+            )
 
     def _write(self, change: Callable[[WriteRows], T]) -> T:
         with self._database.writing() as connection:

@@ -188,6 +188,31 @@ def test_a_version_that_was_removed_is_missed(place, tmp_path):
     assert rows(place, "SELECT version FROM model_versions ORDER BY version") == [(2,), (3,)]  # no number twice
 
 
+def test_a_database_that_is_gone_is_not_an_empty_registry(place, tmp_path):
+    running = Registry(place)
+    assert running.names() == ["lesions"]
+    place.rename(tmp_path / "unmounted")  # with the key and the note of the last row
+    place.mkdir()
+    for read in (running.names, running.versions, running.audit, running.verify):
+        with pytest.raises(RegistryError, match=r"row 4 of its audit log was seen: its disk is not mounted"):
+            read()
+    (tmp_path / "unmounted" / "audit.seen").rename(place / "audit.seen")
+    with pytest.raises(RegistryError, match="its disk is not mounted"):  # a process that starts now
+        Registry(place).names()
+    assert not (place / "registry.sqlite").exists()
+    (place / "audit.seen").unlink()
+    assert Registry(place).names() == []
+
+
+def test_a_log_that_was_emptied_under_a_running_service_is_not_an_empty_registry(place):
+    running = Registry(place)
+    assert running.names() == ["lesions"]
+    edit(place, "DELETE FROM audit_log", "DELETE FROM model_versions", "DELETE FROM model_stages")
+    (place / "audit.seen").unlink()
+    with pytest.raises(RegistryAltered, match="no longer holds row 4, which this process has seen"):
+        running.versions()
+
+
 def test_a_model_whose_row_of_stages_was_removed_is_missed(place, tmp_path):
     edit(place, "DELETE FROM model_stages")
     refused_everywhere(place, "row of stages of 'lesions' is", tmp_path)
