@@ -298,8 +298,10 @@ class Registry:
             self._chain.must_hold(connection)
             if audit.is_empty(connection):
                 return nothing
-            self._chain.check(connection, self.public_key)
-            return read(ReadRows(connection, self.public_key))
+            head = self._chain.check(connection, self.public_key)
+            answer = read(ReadRows(connection, self.public_key))
+        self._seen.note_if_possible(head)
+        return answer
 
     def _must_be_new(self) -> None:
         """Refuse to take a database that is gone for one that was never made: its disk may be unmounted."""

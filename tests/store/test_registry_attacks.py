@@ -129,8 +129,28 @@ def test_a_reader_that_runs_finds_a_log_that_was_cut(place, tmp_path):
     reader = Registry(place, key_folder=tmp_path / "none", public_key=Registry(place).public_key)
     assert reader.get("lesions").version == 2
     edit(place, "DELETE FROM audit_log WHERE sequence = 4")
-    with pytest.raises(RegistryAltered, match="no longer holds row 4, which this process has seen"):
+    with pytest.raises(RegistryAltered, match="no longer holds row 4, which this machine has seen"):
         reader.get("lesions")
+
+
+def test_a_machine_that_only_reads_remembers_the_last_row_after_a_restart(place, tmp_path):
+    url, key = f"sqlite:///{place / 'registry.sqlite'}", Registry(place).public_key
+    writer, folder = Registry(place), tmp_path / "reader" / "state"
+    shutil.copy(place / "registry.sqlite", tmp_path / "old.sqlite")
+    writer.retire("lesions", 1, "a wrong label")
+    assert len(Registry(place, url, folder, key).audit()) == 5
+    shutil.copy(tmp_path / "old.sqlite", place / "registry.sqlite")
+    with pytest.raises(RegistryAltered, match="no longer holds row 5, which this machine has seen"):
+        Registry(place, url, folder, key).get("lesions")
+
+
+def test_a_reader_whose_state_cannot_be_written_reads_on_and_says_so_once(place, tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    reader = Registry(place, None, tmp_path / "file" / "state", Registry(place).public_key)
+    for _ in range(3):
+        assert reader.get("lesions").version == 2
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    assert str(tmp_path) not in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"7", b"\xff\xfe", b"2:short"])
