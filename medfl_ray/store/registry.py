@@ -222,12 +222,12 @@ class Registry:
                     f"{found} is the champion; promote another version or roll back first, or say --leave-none to "
                     "leave the model without one"
                 )
-            after = state.withdrawn(found.version)
+            after = state.without(found.version)
             if after == state:
                 raise RegistryError(f"{found} is retired already")
             what = {"version": found.version, "from": found.stage, "reason": why}
             rows.change(after, Action(who, "model.retire", name, what))
-            return replace(found, stage="retired")
+            return replace(found, stage="retired", withdrawn=True)
 
         return self._write(change)
 
