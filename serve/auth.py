@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import math
 import os
 import re
 import secrets
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +20,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from medfl_ray.errors import ConfigError
-from medfl_ray.store.durable import replace_file
+from medfl_ray.store.durable import sync_folder
 from medfl_ray.store.state_folders import state_root
 from serve.refusals import Forbidden, Unauthenticated, Unavailable
 
@@ -88,15 +91,16 @@ def add_token(path: Path, name: str, roles: Iterable[Role] = ("infer", "observe"
     Raises:
       ConfigError: the name is taken or not fit, or the file cannot be used.
     """
-    tokens = read_tokens(path)
-    if any(token.name == name for token in tokens):
-        raise ConfigError(f"there is a token {name!r} already; revoke it first, or choose another name")
     secret = secrets.token_urlsafe(32)
     try:
         token = Token(name=name, sha256=digest_of(secret), roles=tuple(roles))
     except ValidationError:
         raise ConfigError(f"{name!r} is no name of a token; use letters, digits, '.', '_' and '-'") from None
-    _write(path, (*tokens, token))
+    with _changing(path):
+        tokens = read_tokens(path)
+        if any(token.name == name for token in tokens):
+            raise ConfigError(f"there is a token {name!r} already; revoke it first, or choose another name")
+        _write(path, (*tokens, token))
     return secret
 
 
@@ -104,23 +108,54 @@ def revoke_token(path: Path, name: str) -> None:
     """Remove a token; a running service refuses it within seconds.
 
     Raises:
-      ConfigError: there is no such token.
+      ConfigError: there is no such token, or the file cannot be used.
     """
-    tokens = read_tokens(path)
-    kept = tuple(token for token in tokens if token.name != name)
-    if len(kept) == len(tokens):
-        known = ", ".join(token.name for token in tokens) or "none"
-        raise ConfigError(f"there is no token {name!r}; known: {known}")
-    _write(path, kept)
+    with _changing(path):
+        tokens = read_tokens(path)
+        kept = tuple(token for token in tokens if token.name != name)
+        if len(kept) == len(tokens):
+            known = ", ".join(token.name for token in tokens) or "none"
+            raise ConfigError(f"there is no token {name!r}; known: {known}")
+        _write(path, kept)
+
+
+@contextmanager
+def _changing(path: Path) -> Iterator[None]:
+    """Hold the file's lock, so that what one process reads and writes brings back no token that another revoked."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _write(path: Path, tokens: tuple[Token, ...]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    previous = os.umask(0o077)
+    """Replace the file in one step; the new one is its owner's alone from the first byte."""
     try:
-        replace_file(path, _File(tokens=tokens).model_dump_json(indent=1).encode())
-    finally:
-        os.umask(previous)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(_File(tokens=tokens).model_dump_json(indent=1).encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).replace(path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the tokens file {path.name!r} cannot be written ({error.strerror}); free space, or check its folder"
+    )
 
 
 def digest_of(secret: str) -> str:
@@ -133,8 +168,8 @@ class TokenBook:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._seen = self._state()  # before reading: a change between the two is then read again
         self._tokens = read_tokens(path)
-        self._seen = self._changed_at()
         self._looked_at = time.monotonic()
 
     @property
@@ -165,21 +200,23 @@ class TokenBook:
         if now - self._looked_at < RELOAD_S:
             return
         self._looked_at = now
-        changed_at = self._changed_at()
-        if changed_at == self._seen:
+        state = self._state()
+        if state == self._seen:
             return
         try:
-            self._tokens, self._seen = read_tokens(self._path), changed_at
+            self._tokens, self._seen = read_tokens(self._path), state
         except ConfigError as error:
             self._looked_at = -math.inf
             log.error("tokens_unreadable", reason=str(error))
             raise Unavailable("the service's file of tokens cannot be used; its operator must repair it") from None
 
-    def _changed_at(self) -> int:
+    def _state(self) -> tuple[int, int, int]:
+        """What changes with the file: two changes within one tick of the clock are two files."""
         try:
-            return self._path.stat().st_mtime_ns
+            found = self._path.stat()
         except OSError:
-            return 0
+            return (0, 0, 0)
+        return (found.st_mtime_ns, found.st_ino, found.st_size)
 
 
 def check_role(token: Token, role: Role) -> None:

@@ -21,7 +21,7 @@ from serve.refusals import TimedOut, Unavailable
 from serve.replica import SegmentAnswer, TensorAnswer, WorkReport
 from serve.serving_metrics import ServingMetrics
 
-ATTEMPTS = 3
+ATTEMPTS = 2
 RETRY_WAIT_S = 0.5
 Progress = Callable[[float], None]
 T = TypeVar("T")

@@ -123,4 +123,8 @@ def _http_app(settings: ServeSettings) -> FastAPI:
 
 def upload_limits(limits: Limits) -> UploadLimits:
     """Return the limits of uploaded images that follow from those of requests."""
-    return UploadLimits(max_upload_bytes=limits.max_upload_bytes, upload_seconds=limits.upload_timeout_s)
+    return UploadLimits(
+        max_upload_bytes=limits.max_upload_bytes,
+        upload_seconds=limits.upload_timeout_s,
+        max_voxels=limits.max_voxels,
+    )

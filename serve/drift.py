@@ -13,6 +13,7 @@ from medfl_ray.export.description import ChannelIntensities, Fingerprint
 PERCENTILES = (1, 25, 50, 75, 99)
 MOST_VOXELS = 200_000
 MIN_VOLUMES = 5
+SHOWN_DIGITS = 1
 
 
 def shift_of(volume: Volume, fingerprint: Fingerprint) -> tuple[float, ...]:
@@ -45,6 +46,11 @@ class DriftState:
         old = self.shifts if len(self.shifts) == len(shifts) else tuple(0.0 for _ in shifts)
         mean = tuple(before + weight * (now - before) for before, now in zip(old, shifts, strict=True))
         return DriftState(mean, self.num_volumes + 1)
+
+    @property
+    def shown(self) -> tuple[float, ...]:
+        """The mean shifts as they may be published: after several volumes and rounded, lest they be one patient's."""
+        return tuple(round(shift, SHOWN_DIGITS) for shift in self.shifts) if self.num_volumes >= MIN_VOLUMES else ()
 
     def is_alert(self, threshold: float) -> bool:
         """Whether enough volumes were seen and the mean shift of a channel is over the threshold."""

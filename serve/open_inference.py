@@ -62,13 +62,18 @@ class InferRequest:
 
 
 def read_request(
-    body: Path, header_length: str | None, description: PackageDescription, most_json: int
+    body: Path,
+    header_length: str | None,
+    description: PackageDescription,
+    most_json: int,
+    most_voxels: int = MOST_ELEMENTS,
 ) -> InferRequest:
     """Read a request's body from its file; a binary tensor stays on the disk until it is used.
 
     Args:
       header_length: what the header Inference-Header-Content-Length says, if it is there.
       most_json: largest JSON in bytes.
+      most_voxels: most voxels of one image, over all channels; the model takes it whole.
 
     Raises:
       Refusal: the body is not a request of the protocol, or not one for this model.
@@ -82,7 +87,7 @@ def read_request(
     with body.open("rb") as stream:
         message = _parse(stream.read(json_size))
     (tensor,) = _only_input(message, description)
-    shape = _check_shape(tensor, description)
+    shape = _check_shape(tensor, description, most_voxels)
     binary_size = tensor.parameters.get("binary_data_size")
     if binary_size is None:
         if size != json_size:
@@ -132,7 +137,7 @@ def _only_input(message: _Request, description: PackageDescription) -> list[_Ten
     return message.inputs
 
 
-def _check_shape(tensor: _Tensor, description: PackageDescription) -> tuple[int, ...]:
+def _check_shape(tensor: _Tensor, description: PackageDescription, most_voxels: int) -> tuple[int, ...]:
     """Return the shape [N, C, *S] if the model can take it."""
     if tensor.datatype != "FP32":
         raise Refusal(f"the datatype of {tensor.name!r} is {tensor.datatype!r}; the model takes FP32")
@@ -141,6 +146,11 @@ def _check_shape(tensor: _Tensor, description: PackageDescription) -> tuple[int,
         raise Refusal(f"the shape of {tensor.name!r} is {list(shape)}; expected {list(expected)}, -1 for any size")
     if math.prod(shape) > MOST_ELEMENTS:
         raise TooLarge(f"the shape of {tensor.name!r} is {list(shape)}, more than {MOST_ELEMENTS} values")
+    if math.prod(shape[1:]) > most_voxels:
+        raise TooLarge(
+            f"one image of {tensor.name!r} has {math.prod(shape[1:])} values; this service takes {most_voxels}, as the "
+            "model gets it whole. Send it in parts, or as a volume to /segment"
+        )
     if any(want not in (-1, have) for have, want in zip(shape, expected, strict=True)):
         raise Refusal(f"the shape of {tensor.name!r} is {list(shape)}; expected {list(expected)}, -1 for any size")
     if description.dynamic_space and any(edge % description.size_divisor for edge in shape[2:]):

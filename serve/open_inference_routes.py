@@ -87,7 +87,9 @@ def _champions(backend: Backend) -> list[ModelKey]:
 def _read(body: Path, request: Request, description: PackageDescription, limits: Limits) -> InferRequest:
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refusal("the body is compressed; send it as it is")
-    return read_request(body, request.headers.get(HEADER_LENGTH), description, limits.max_json_bytes)
+    return read_request(
+        body, request.headers.get(HEADER_LENGTH), description, limits.max_json_bytes, limits.max_tensor_voxels
+    )
 
 
 def _response(encoded: Encoded, key: ModelKey) -> Response:

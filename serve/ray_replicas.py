@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import structlog
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
@@ -67,6 +67,8 @@ def _our_errors() -> Iterator[None]:
         raise Unavailable("too many requests are waiting; send this one again later") from None
     except RequestCancelledError:
         raise Unavailable("the request was cancelled inside the service; send it again") from None
+    except OutOfMemoryError:
+        raise _out_of_memory() from None
     except RayTaskError as error:  # before RayActorError: an error of the replica's own work has both in its family
         raise _cause_of(error) from None
     except RayActorError:
@@ -83,7 +85,18 @@ def _cause_of(error: RayTaskError) -> MedflError:
     cause = error.cause
     if isinstance(cause, MedflError):
         return cause
+    if isinstance(cause, OutOfMemoryError):
+        return _out_of_memory()
     if isinstance(cause, RayActorError):
         return ReplicaLost("the replica's process ended")
     log.error("replica_failed", error=type(cause).__name__)
     return InferenceError("the model replica failed on this request; its log has the reason")
+
+
+def _out_of_memory() -> Unavailable:
+    """Not `ReplicaLost`: sent again, the same request would take the memory of the next replica."""
+    log.error("replica_out_of_memory")
+    return Unavailable(
+        "the model replica ran out of memory, and the request is not sent again; send a smaller image, or have the "
+        "operator lower limits.max_voxels"
+    )

@@ -227,7 +227,7 @@ class ModelReplica:
         with TemporaryDirectory(prefix="medfl-model-") as folder:
             package = self._source.package(key, Path(folder) / "package")
             model = OnnxModel.open(package, self._settings.variant, num_threads=scaling.num_cpus)
-        return LoadedModel(key, Predictor(model, key.version))
+        return LoadedModel(key, Predictor(model, key.version, max_voxels=self._settings.limits.max_voxels))
 
     async def _on_compute_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._compute, self._timed, work)

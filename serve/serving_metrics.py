@@ -100,7 +100,7 @@ class ServingMetrics:
     def _drifted(self, model: str, shifts: tuple[float, ...]) -> bool:
         state = self._drift.get(model, DriftState()).after(shifts, self._smoothing)
         self._drift[model] = state
-        for channel, shift in enumerate(state.shifts):
+        for channel, shift in enumerate(state.shown):
             self._shift.set(shift, {"model": model, "channel": str(channel)})
         alert = state.is_alert(self._threshold)
         self._alert.set(int(alert), {"model": model})

@@ -26,6 +26,12 @@ class Limits(Section):
     max_json_bytes: Positive = Field(
         default=16 * 1024**2, description="Largest JSON of a request or an answer; larger tensors travel in binary."
     )
+    max_voxels: Positive = Field(
+        default=2**28, description="Voxels of a volume, over all channels, as it comes and at the model's spacing."
+    )
+    max_tensor_voxels: Positive = Field(
+        default=2**24, description="Voxels of one image of /infer, over all channels: it runs whole, not in windows."
+    )
     stall_timeout_s: PositiveFloat = Field(default=4.0, description="Longest pause between two parts of a body.")
     upload_timeout_s: PositiveFloat = Field(default=900.0, description="Longest time that a whole body may take.")
     inference_timeout_s: PositiveFloat = Field(

@@ -35,14 +35,14 @@ def open_source(settings: ServeSettings) -> ModelSource:
 
 
 class RegistrySource:
-    """Every version of a registry; its champions are served by default. All are checked when they are fetched."""
+    """The versions of a registry that nobody withdrew; its champions are served by default. Fetching checks them."""
 
     def __init__(self, registry: Registry) -> None:
         """Take a registry."""
         self._registry = registry
 
     def offers(self) -> dict[str, Offer]:
-        """Return every model with its versions.
+        """Return every model with its versions, without those that were withdrawn.
 
         Raises:
           RegistryError: the registry cannot be read, or a record is not what it signed.
@@ -50,7 +50,10 @@ class RegistrySource:
         versions: dict[str, list[str]] = {}
         champions: dict[str, str] = {}
         for version in self._registry.versions():
-            versions.setdefault(version.name, []).append(str(version.version))
+            numbers = versions.setdefault(version.name, [])
+            if version.withdrawn:
+                continue
+            numbers.append(str(version.version))
             if version.stage == "champion":
                 champions[version.name] = str(version.version)
         return {name: Offer(tuple(numbers), champions.get(name)) for name, numbers in versions.items()}

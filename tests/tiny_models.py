@@ -34,7 +34,12 @@ FINGERPRINT = Fingerprint(
 
 
 def write_model(
-    folder: Path, mark: int, name: str = "tiny", fingerprint: Fingerprint | None = FINGERPRINT, num_slow: int = 0
+    folder: Path,
+    mark: int,
+    name: str = "tiny",
+    fingerprint: Fingerprint | None = FINGERPRINT,
+    num_slow: int = 0,
+    spacing_mm: tuple[float, ...] | None = None,
 ) -> PackageDescription:
     """Write a package whose network says class `mark` (1 to 3) everywhere; label values are ten times the class.
 
@@ -58,7 +63,9 @@ def write_model(
         dynamic_batch=True,
         dynamic_space=True,
         dynamic_space_note="",
-        preprocessing=Preprocessing(channels=("T1",), label_values=(10, 20, 30), intensity="none"),
+        preprocessing=Preprocessing(
+            channels=("T1",), label_values=(10, 20, 30), intensity="none", spacing_mm=spacing_mm
+        ),
         fingerprint=fingerprint,
         privacy={"differential_privacy": False},
         weights_checksum=f"mark-{mark}",

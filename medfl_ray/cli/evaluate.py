@@ -29,6 +29,7 @@ def evaluate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """Score a run's model on every labelled case of a folder: Dice per label, or AUC and accuracy."""
+    from medfl_ray.data.fingerprints import fingerprint_of
     from medfl_ray.data.labelled_folder import open_labelled_folder
     from medfl_ray.export.package import load_run, open_public_data, read_package
     from medfl_ray.export.weights import load_weights
@@ -58,7 +59,7 @@ def evaluate(
         "intervals_95": bootstrap_intervals(scores),
     }
     if json_file is not None:
-        _write(json_file, report)
+        _write(json_file, {**report, "images": fingerprint_of(folder.cases).digest})
     _show(report, folder.num_unlabelled)
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, Val
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import RegistryError
 from medfl_ray.messages import HospitalInfo, Label, Metric, SignedReceipt, SiteEvaluation
+from medfl_ray.store.durable import file_sha256
 from medfl_ray.store.lineage import DataSet, EpsilonSpent, Figure, Lineage, ParityRecord, PrivacyRecord
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from medfl_ray.store.registry import Registry
 
 SHOWN_NAMES = 6
+SHOWN_DIGITS = 16
 Evaluations = Mapping[str, SiteEvaluation]
 
 
@@ -31,6 +33,7 @@ class PublicEvaluation(BaseModel):
     patients: int = Field(ge=1)
     figures: dict[str, FiniteFloat]
     intervals_95: dict[str, tuple[FiniteFloat, FiniteFloat]]
+    images: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
 
 def lineage_of_run(run_dir: Path, evaluation: Path | None = None) -> Lineage:
@@ -204,13 +207,18 @@ def _strictest(metrics: Iterable[Metric]) -> Label:
 
 
 def _public(path: Path) -> tuple[dict[str, Figure], str]:
-    """Read the figures of an evaluation on public or synthetic images."""
+    """Read the figures of an evaluation on public or synthetic images.
+
+    Which images is told by a hash, so that figures of the same ones are compared; the file's name may be anybody's.
+    """
     found = _read(path, PublicEvaluation)
     figures = {}
     for name, value in found.figures.items():
         low, high = found.intervals_95.get(name, (None, None))
         figures[name] = Figure(value=value, low=low, high=high, label="public")
-    return figures, f"{found.patients} patients of the evaluation {path.stem!r}"
+    if found.images is None:  # compared with no other evaluation
+        return figures, f"{found.patients} patients of the evaluation {file_sha256(path)[:SHOWN_DIGITS]}"
+    return figures, f"{found.patients} patients of the open images {found.images[:SHOWN_DIGITS]}"
 
 
 def _privacy(statement: Mapping[str, Any]) -> PrivacyRecord:

@@ -36,7 +36,7 @@ def data_fingerprint(run: RunConfig, policy: SitePolicy) -> DataFingerprint:
     if policy.declared == "private":
         return declared
     try:
-        return _of_cases(cases_of(run, policy.hospital))
+        return fingerprint_of(cases_of(run, policy.hospital))
     except (ConfigError, DataError, OSError):  # the files lie on another machine
         return declared
 
@@ -44,7 +44,7 @@ def data_fingerprint(run: RunConfig, policy: SitePolicy) -> DataFingerprint:
 DECLARED = {"hospital", "data_set", "declared", "num_patients"}
 
 
-def _of_cases(cases: Iterable[Case]) -> DataFingerprint:
+def fingerprint_of(cases: Iterable[Case]) -> DataFingerprint:
     """Hash what cases consist of, in any order and wherever it lies."""
     cases = tuple(cases)
     files = sorted({file for case in cases for path in _paths(case) for file in _files(path)})

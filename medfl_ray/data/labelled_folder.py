@@ -23,6 +23,7 @@ class LabelledFolder:
     labels: Mapping[int, str]
     num_patients: int
     num_unlabelled: int
+    cases: tuple[Case, ...]
 
 
 def open_labelled_folder(
@@ -61,4 +62,5 @@ def open_labelled_folder(
         labels,
         len({case.patient_id for case in labelled}),
         len(index.cases) - len(labelled),
+        tuple(ordered),
     )

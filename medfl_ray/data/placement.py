@@ -5,28 +5,41 @@ Only resampling needs MONAI and torch, which take half a gigabyte: a process tha
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
 
-from medfl_ray.data.volume import Affine, Array
+from medfl_ray.data.volume import Affine, Array, spacing_of
+from medfl_ray.errors import GeometryError
 
 AXES = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
 def place(
-    array: Array, affine: Affine, orientation: str | None, spacing_mm: tuple[float, ...] | None, mode: str
+    array: Array,
+    affine: Affine,
+    orientation: str | None,
+    spacing_mm: tuple[float, ...] | None,
+    mode: str,
+    max_voxels: int | None = None,
 ) -> tuple[Array, Affine]:
     """Turn the axes towards an anatomical orientation and resample to a spacing.
 
     Args:
       array: [C, *S].
       mode: 'bilinear' for images (trilinear in 3D), 'nearest' for labels.
+      max_voxels: most voxels of the resampled array, over all channels; checked before anything is made.
+
+    Raises:
+      GeometryError: the resampled array would have more.
     """
     if orientation is not None:
         array, affine = _turn(array, affine, orientation)
     if spacing_mm is not None:
+        if max_voxels is not None:
+            _check_size(array, affine, spacing_mm, max_voxels)
         return _resample(array, affine, spacing_mm, mode)
     return np.ascontiguousarray(array, dtype=np.float32), affine.copy()
 
@@ -38,6 +51,25 @@ def _turn(array: Array, affine: Affine, orientation: str) -> tuple[Array, Affine
     change = orientations.ornt_transform(nib.io_orientation(affine), target)  # type: ignore[no-untyped-call]
     turned = np.stack([orientations.apply_orientation(channel, change) for channel in array])
     return turned, affine @ orientations.inv_ornt_aff(change, array.shape[1:])
+
+
+def _check_size(array: Array, affine: Affine, spacing_mm: tuple[float, ...], max_voxels: int) -> None:
+    """A header of a few bytes can claim thick voxels, each of which becomes thousands."""
+    from monai.data.utils import compute_shape_offset, to_affine_nd, zoom_affine
+
+    shape = array.shape[1:]
+    found = spacing_of(affine, len(shape))
+    edges = [(edge - 1) * have / want + 1 for edge, have, want in zip(shape, found, spacing_mm, strict=True)]
+    if max(edges) < 2**31:  # MONAI rounds, and takes the box around a sheared image; beyond, its integers overflow
+        own = to_affine_nd(len(shape), affine)
+        exact, _ = compute_shape_offset(shape, own, zoom_affine(own, spacing_mm, diagonal=False))
+        edges = [int(edge) for edge in exact]
+    if array.shape[0] * math.prod(edges) > max_voxels:
+        raise GeometryError(
+            f"at the model's spacing the image would have {' x '.join(f'{edge:.4g}' for edge in edges)} voxels in "
+            f"{array.shape[0]} channels; at most {max_voxels} in all are prepared. Check the image's voxel spacing, or "
+            "crop it"
+        )
 
 
 def _resample(array: Array, affine: Affine, spacing_mm: tuple[float, ...], mode: str) -> tuple[Array, Affine]:

@@ -64,15 +64,19 @@ class Preprocessing(BaseModel):
             label_values=label_values,
         )
 
-    def prepare(self, image: Volume, label: Volume | int | None = None) -> Prepared:
+    def prepare(self, image: Volume, label: Volume | int | None = None, max_voxels: int | None = None) -> Prepared:
         """Orient, resample and normalise a volume and, in training, its label.
 
+        Args:
+          max_voxels: most voxels of the prepared image, over all channels.
+
         Raises:
-          GeometryError: the image does not have the dimensions or channels that the model needs.
+          GeometryError: the image does not have the dimensions or channels that the model needs, or is too large at the
+            model's spacing.
           LabelError: the label has a value that no class has.
         """
         image = self._flatten(self._check_channels(image))
-        array, affine = self._place(image.array, image.affine, mode="bilinear")
+        array, affine = self._place(image.array, image.affine, "bilinear", max_voxels)
         if isinstance(label, Volume):
             label = self._flatten(label)
             placed, _ = self._place(label.array, label.affine, mode="nearest")
@@ -118,10 +122,10 @@ class Preprocessing(BaseModel):
         spacing = [volume.spacing_mm[axis] for axis in kept]
         return Volume(np.squeeze(volume.array, axis=thin[0] + 1), np.diag([*spacing, 1.0, 1.0]), volume.notes)
 
-    def _place(self, array: Array, affine: Affine, mode: str) -> tuple[Array, Affine]:
+    def _place(self, array: Array, affine: Affine, mode: str, max_voxels: int | None = None) -> tuple[Array, Affine]:
         from medfl_ray.data.placement import place
 
-        return place(array, affine, self.orientation, self.spacing_mm, mode)
+        return place(array, affine, self.orientation, self.spacing_mm, mode, max_voxels)
 
     def _classes(self, values: Array) -> Labels:
         """Turn label values into class indices 0..len(label_values)."""

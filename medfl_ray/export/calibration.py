@@ -80,7 +80,7 @@ def _from_folder(package: ModelPackage, folder: CalibrationFolder) -> OpenImages
     calibration = min(NUM_CALIBRATION, max(1, len(cases) // 2))
     first = calibration if len(cases) > 1 else 0
     measured = [cases[i] for i in range(first, min(first + NUM_MEASURED, len(cases)))]
-    origin = f"{len(measured)} {folder.declared} images of {folder.directory.name}"
+    origin = f"{len(measured)} {folder.declared} images of a folder"  # whose name may be anything, a patient's too
     return _of_cases(_images(cases, calibration), measured, origin)
 
 

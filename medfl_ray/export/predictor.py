@@ -51,14 +51,19 @@ class SegmentationSteps:
     Windows may be run in any order and together with those of other volumes of the same model.
     """
 
-    def __init__(self, description: PackageDescription, volume: Volume, version: str = "") -> None:
+    def __init__(
+        self, description: PackageDescription, volume: Volume, version: str = "", max_voxels: int | None = None
+    ) -> None:
         """Prepare a volume.
+
+        Args:
+          max_voxels: most voxels of the prepared image, over all channels.
 
         Raises:
           GeometryError: the volume does not have the dimensions or channels that the model needs.
         """
         self._description, self._version = description, version
-        self._prepared: Prepared = description.preprocessing.prepare(volume)
+        self._prepared: Prepared = description.preprocessing.prepare(volume, max_voxels=max_voxels)
         self._original = volume
         image = self._prepared.image
         settings = description.sliding_window
@@ -101,9 +106,15 @@ class SegmentationSteps:
 class Predictor:
     """A loaded model for whole volumes; `version` is the registry's, kept in every result."""
 
-    def __init__(self, model: OnnxModel, version: str = "", windows_at_once: int = WINDOWS_AT_ONCE) -> None:
-        """Take a model that is loaded."""
-        self.model, self.version = model, version
+    def __init__(
+        self,
+        model: OnnxModel,
+        version: str = "",
+        windows_at_once: int = WINDOWS_AT_ONCE,
+        max_voxels: int | None = None,
+    ) -> None:
+        """Take a model that is loaded; images that have more than `max_voxels` at its spacing are refused."""
+        self.model, self.version, self.max_voxels = model, version, max_voxels
         self._at_once = windows_at_once
 
     @property
@@ -119,7 +130,7 @@ class Predictor:
           InferenceError: the model does not segment.
         """
         self._expect("segmentation")
-        return SegmentationSteps(self.description, volume, self.version)
+        return SegmentationSteps(self.description, volume, self.version, self.max_voxels)
 
     def segment(self, volume: Volume, progress: Progress | None = None) -> Segmentation:
         """Return the mask of a volume.
@@ -147,7 +158,7 @@ class Predictor:
           InferenceError: the model does not classify, or its output is not finite.
         """
         self._expect("classification")
-        image = self.description.preprocessing.prepare(volume).image
+        image = self.description.preprocessing.prepare(volume, max_voxels=self.max_voxels).image
         (logits,) = self.model.run(_padded(image, self.description.patch_size)[None])
         if not np.isfinite(logits).all():
             raise InferenceError("the model's output is not finite on this image; check the image's intensities")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import logging
 import os
 import re
 import tempfile
@@ -32,6 +33,7 @@ FIRST = LedgerHead(0, "0" * 64)
 SEEN_NAME = "audit.seen"
 ACTOR = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 MAX_REASON = 500
+_log = logging.getLogger(__name__)
 
 
 class AuditEvent(BaseModel):
@@ -128,14 +130,27 @@ class Chain:
         """Start with nothing checked."""
         self._checked = FIRST
 
+    @property
+    def last(self) -> LedgerHead:
+        """The last row that was checked."""
+        return self._checked
+
+    def must_hold(self, connection: Connection) -> None:
+        """Find a log that was emptied, cut off or exchanged since.
+
+        Raises:
+          RegistryAltered: the last row that was checked is gone or another one.
+        """
+        _must_hold(connection, self._checked, "this process")
+
     def check(self, connection: Connection, public_key: str) -> LedgerHead:
         """Check the rows that came since, and return the last.
 
         Raises:
           RegistryAltered: names the first bad row, or says that rows are gone.
         """
+        self.must_hold(connection)
         known = self._checked
-        _must_hold(connection, known, "this process")
         self._checked = verify(events(connection, known.sequence), public_key, known)
         return self._checked
 
@@ -146,6 +161,13 @@ class LastSeen:
     def __init__(self, folder: Path) -> None:
         """Take the folder of the registry's key; the file is written with the first row."""
         self._path = folder / SEEN_NAME
+        self._told = False
+
+    @property
+    def sequence(self) -> int:
+        """The number of that row; 0 where this machine has seen none."""
+        seen = self._read()
+        return 0 if seen is None else seen.sequence
 
     def check(self, connection: Connection) -> None:
         """Find a log that was cut off or exchanged since.
@@ -162,22 +184,43 @@ class LastSeen:
 
     def note(self, head: LedgerHead) -> None:
         """Remember a row that was committed. A crash before this, or two writers at once, leave an earlier one."""
-        seen = self._read()
-        if seen is not None and seen.sequence >= head.sequence:
-            return
         try:
-            descriptor, temporary = tempfile.mkstemp(prefix=f".{SEEN_NAME}.", dir=self._path.parent)
-            with os.fdopen(descriptor, "w") as stream:
-                stream.write(str(head))
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).replace(self._path)
-            sync_folder(self._path.parent)
+            self._note(head)
         except OSError as error:
             raise RegistryError(
                 f"{SEEN_NAME!r} cannot be written ({error.strerror}); what was asked for is done and recorded. Free "
                 "space, or check the permissions of the folder of the registry's key"
             ) from None
+
+    def note_if_possible(self, head: LedgerHead) -> None:
+        """Remember a row that was read; where the folder cannot be written, reading goes on, and the log says so."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._note(head)
+        except OSError as error:
+            level = logging.DEBUG if self._told else logging.WARNING
+            _log.log(
+                level,
+                "%s cannot be written (%s): an old copy may pass later",
+                SEEN_NAME,
+                error.strerror,
+            )
+            self._told = True
+
+    def _note(self, head: LedgerHead) -> None:
+        if self.sequence >= head.sequence:
+            return
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{SEEN_NAME}.", dir=self._path.parent)
+        try:
+            with os.fdopen(descriptor, "w") as stream:
+                stream.write(str(head))
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).replace(self._path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        sync_folder(self._path.parent)
 
     def _read(self) -> LedgerHead | None:
         try:

@@ -50,7 +50,8 @@ class ModelState(_Record):
     """The stages of one model's versions.
 
     versions: how many there were ever, so that none is removed unseen. history: champions before this one, the newest
-    last. audit: the row of the audit log that led here.
+    last. withdrawn: those of the retired that somebody decided against; the others were replaced by another champion.
+    audit: the row of the audit log that led here.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ModelState(_Record):
     champion: int | None = None
     history: tuple[int, ...] = ()
     retired: tuple[int, ...] = ()
+    withdrawn: tuple[int, ...] = ()
     audit: str = ""
 
     def stage(self, version: int) -> Stage:
@@ -77,17 +79,23 @@ class ModelState(_Record):
         """Return the stages with the champion before this one; this one is retired."""
         return self._with(self.history[-1], self.history[:-1])
 
-    def withdrawn(self, version: int) -> ModelState:
-        """Return the stages without a version, to which no rollback comes back."""
+    def without(self, version: int) -> ModelState:
+        """Return the stages with a version withdrawn, to which no rollback comes back."""
         retired = tuple(sorted({*self.retired, version}))
+        withdrawn = tuple(sorted({*self.withdrawn, version}))
         history = tuple(number for number in self.history if number != version)
         champion = None if version == self.champion else self.champion
-        return self.model_copy(update={"champion": champion, "history": history, "retired": retired})
+        return self.model_copy(
+            update={"champion": champion, "history": history, "retired": retired, "withdrawn": withdrawn}
+        )
 
     def _with(self, champion: int, history: tuple[int, ...]) -> ModelState:
         before = () if self.champion is None else (self.champion,)
         retired = tuple(sorted({*self.retired, *before} - {champion}))
-        return self.model_copy(update={"champion": champion, "history": history, "retired": retired})
+        withdrawn = tuple(number for number in self.withdrawn if number != champion)
+        return self.model_copy(
+            update={"champion": champion, "history": history, "retired": retired, "withdrawn": withdrawn}
+        )
 
 
 @dataclass(frozen=True)
@@ -119,12 +127,13 @@ class Sealed:
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A checked version with its stage at the time it was read."""
+    """A checked version with its stage at the time it was read; `withdrawn` if it was retired by a decision."""
 
     record: VersionRecord
     stage: Stage
     seal: Sealed
     public_key: str
+    withdrawn: bool = False
 
     @property
     def name(self) -> str:
@@ -157,7 +166,7 @@ class ModelVersion:
           RegistryAltered: the text is not what the owner of the key signed.
         """
         record = read_version(self.seal, public_key, self.name, self.version)
-        return ModelVersion(record, self.stage, self.seal, public_key)
+        return ModelVersion(record, self.stage, self.seal, public_key, self.withdrawn)
 
     def as_document(self) -> dict[str, Any]:
         """Return what travels with a fetched package: the record, and with which key it is signed."""

@@ -222,12 +222,12 @@ class Registry:
                     f"{found} is the champion; promote another version or roll back first, or say --leave-none to "
                     "leave the model without one"
                 )
-            after = state.withdrawn(found.version)
+            after = state.without(found.version)
             if after == state:
                 raise RegistryError(f"{found} is retired already")
             what = {"version": found.version, "from": found.stage, "reason": why}
             rows.change(after, Action(who, "model.retire", name, what))
-            return replace(found, stage="retired")
+            return replace(found, stage="retired", withdrawn=True)
 
         return self._write(change)
 
@@ -291,13 +291,26 @@ class Registry:
 
     def _read(self, read: Callable[[ReadRows], T], nothing: T) -> T:
         if not self._database.exists:
+            self._must_be_new()
             return nothing
         with self._database.reading() as connection:
             self._seen.check(connection)
+            self._chain.must_hold(connection)
             if audit.is_empty(connection):
                 return nothing
-            self._chain.check(connection, self.public_key)
-            return read(ReadRows(connection, self.public_key))
+            head = self._chain.check(connection, self.public_key)
+            answer = read(ReadRows(connection, self.public_key))
+        self._seen.note_if_possible(head)
+        return answer
+
+    def _must_be_new(self) -> None:
+        """Refuse to take a database that is gone for one that was never made: its disk may be unmounted."""
+        sequence = max(self._chain.last.sequence, self._seen.sequence)
+        if sequence:
+            raise RegistryError(
+                f"the registry's database {self._database.name} is not there, but row {sequence} of its audit log was "
+                "seen: its disk is not mounted, or it was removed. Mount the disk, or restore it from a backup"
+            )
 
     def _write(self, change: Callable[[WriteRows], T]) -> T:
         with self._database.writing() as connection:

@@ -137,7 +137,7 @@ class ReadRows:
             raise self._contradiction(state.name, f"names version {number}, which was removed")
         seal = Sealed(row["record"], row["hash"], row["signature"])
         record = read_version(seal, self.public_key, state.name, number)
-        return ModelVersion(record, state.stage(number), seal, self.public_key)
+        return ModelVersion(record, state.stage(number), seal, self.public_key, number in state.withdrawn)
 
     def _last_change(self, name: str) -> LedgerHead | None:
         table = audit_log.c
@@ -204,7 +204,7 @@ def _replayed(log: Sequence[AuditEvent]) -> dict[str, ModelState]:
         elif row.action == "model.rollback":
             state = state.rolled_back()
         elif row.action == "model.retire":
-            state = state.withdrawn(number)
+            state = state.without(number)
         else:
             continue
         states[row.subject] = state.model_copy(update={"audit": str(row.head)})

@@ -95,6 +95,7 @@ def test_evaluate_then_export(run_folder: Path, discs: Path, tmp_path: Path) -> 
     assert "7 patients, 7 cases" in result.output
     assert "1 cases without a label" in result.output
     report = json.loads(figures.read_text())
+    assert len(report["images"]) == 64
     low, high = report["intervals_95"]["dice"]
     assert low <= report["figures"]["dice"] <= high
     assert report["figures"]["dice"] > 0.8

@@ -17,6 +17,7 @@ from monai.transforms.spatial.array import Orientation, Spacing
 from medfl_ray.data.placement import AXES, normalise, place
 from medfl_ray.data.preprocess import Preprocessing
 from medfl_ray.data.volume import Volume
+from medfl_ray.errors import GeometryError
 
 VOXELS = np.random.default_rng(0).gamma(2, 50, (2, 7, 9, 12)).astype(np.float32)
 TILT = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, 1.0]])
@@ -77,3 +78,22 @@ def test_preparation_without_resampling_needs_no_torch():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_size_at_another_spacing_is_known_before_anything_is_resampled():
+    sheared = np.eye(4)
+    sheared[:3, :3] = np.array([[1.0, 0.9, 0.0], [0.0, 0.4, 0.8], [0.0, 0.0, 0.6]]) * (2.0, 3.0, 1.5)
+    for affine in [*affines(), sheared]:
+        placed, _ = place(VOXELS, affine, "RAS", (1.7, 1.3, 2.1), "bilinear")
+        same, _ = place(VOXELS, affine, "RAS", (1.7, 1.3, 2.1), "bilinear", max_voxels=placed.size)
+        assert np.array_equal(same, placed)
+        with pytest.raises(GeometryError, match="in 2 channels; at most"):
+            place(VOXELS, affine, "RAS", (1.7, 1.3, 2.1), "bilinear", max_voxels=placed.size - 1)
+
+
+@pytest.mark.parametrize("thickness_mm", [30.0, 1e12, 1e100])
+def test_a_small_image_with_thick_voxels_is_refused_and_not_resampled(thickness_mm, monkeypatch):
+    monkeypatch.setattr(Spacing, "__call__", lambda *_, **__: pytest.fail("it was resampled"))
+    volume = Volume(VOXELS[:1, :7, :7, :7], np.diag([thickness_mm] * 3 + [1.0]))
+    with pytest.raises(GeometryError, match="at most 1000000 in all are prepared"):
+        Preprocessing(spacing_mm=(1.0, 1.0, 1.0)).prepare(volume, max_voxels=10**6)

@@ -126,14 +126,14 @@ def test_private_images_are_not_calibrated_on(make_package):
 def test_images_of_a_folder(make_package, tmp_path, patients, calibrated, measured):
     """Half of the patients calibrate, the others measure; a single one does both."""
     phantoms = phantom_set("brain_tumour_t1c_flair", num_hospitals=1, num_patients=patients, size_voxels=16, seed=3)
-    assert len(list(write_phantoms(tmp_path / "open", phantoms))) == patients
+    assert len(list(write_phantoms(tmp_path / "Mrs-Gray", phantoms))) == patients
     labels = {value: name for value, name in phantoms.preset.labels.items() if value > 0}
     package = make_package(SMALL, "segmentation", (16, 16, 16))
     prepared = package.preprocessing.model_copy(update={"label_values": tuple(labels)})
     package = replace(package, labels=labels, preprocessing=prepared)
-    images = open_images(package, None, CalibrationFolder(tmp_path / "open", "synthetic"))
+    images = open_images(package, None, CalibrationFolder(tmp_path / "Mrs-Gray", "synthetic"))
     assert (len(images.calibration), len(images.measured), len(images.truths)) == (calibrated, measured, measured)
-    assert images.origin == f"{measured} synthetic images of open"
+    assert images.origin == f"{measured} synthetic images of a folder"
     assert images.truths[0].shape == images.measured[0].shape[1:]
     assert np.array_equal(images.calibration[0], images.measured[0]) is (patients == 1)
 

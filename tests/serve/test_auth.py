@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import time
 
 import pytest
@@ -50,6 +51,67 @@ def test_a_revoked_token_is_refused_without_a_restart(path, monkeypatch):
     os.utime(path, ns=(time.time_ns(), time.time_ns()))
     with pytest.raises(Unauthenticated):
         book.identify(f"Bearer {secret}")
+
+
+def test_a_token_that_is_revoked_while_another_is_added_stays_revoked(path, monkeypatch):
+    add_token(path, "lost")
+    held, go_on = threading.Event(), threading.Event()
+    read = auth.read_tokens
+
+    def read_slowly(file):
+        tokens = read(file)
+        if threading.current_thread() is adding:
+            held.set()
+            go_on.wait(10)
+        return tokens
+
+    monkeypatch.setattr(auth, "read_tokens", read_slowly)
+    adding = threading.Thread(target=add_token, args=(path, "new"))
+    revoking = threading.Thread(target=revoke_token, args=(path, "lost"))
+    adding.start()
+    assert held.wait(10)
+    revoking.start()
+    revoking.join(0.3)  # without the lock it is through by now, and what is added next brings the token back
+    go_on.set()
+    for thread in (adding, revoking):
+        thread.join(10)
+    assert [token.name for token in read(path)] == ["new"]
+    assert sorted(file.name for file in path.parent.iterdir()) == [".tokens.json.lock", "tokens.json"]
+
+
+def test_a_token_that_is_revoked_while_the_service_reads_the_file_is_refused(path, monkeypatch):
+    secret = add_token(path, "one")
+    read = auth.read_tokens
+
+    def revoke_after_reading(file):
+        monkeypatch.setattr(auth, "read_tokens", read)
+        tokens = read(file)
+        revoke_token(file, "one")
+        return tokens
+
+    monkeypatch.setattr(auth, "read_tokens", revoke_after_reading)
+    monkeypatch.setattr(auth, "RELOAD_S", 0.0)
+    book = TokenBook(path)
+    with pytest.raises(Unauthenticated):
+        book.identify(f"Bearer {secret}")
+
+
+def test_a_change_within_one_tick_of_the_clock_is_seen(path, monkeypatch):
+    secret = add_token(path, "one")
+    os.utime(path, ns=(1, 1))
+    book = TokenBook(path)
+    monkeypatch.setattr(auth, "RELOAD_S", 0.0)
+    revoke_token(path, "one")
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(Unauthenticated):
+        book.identify(f"Bearer {secret}")
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match="cannot be written") as raised:
+        add_token(tmp_path / "file" / "tokens.json", "one")
+    assert str(tmp_path) not in str(raised.value)
 
 
 def test_a_file_that_is_damaged_while_the_service_runs_shuts_everybody_out_until_it_is_repaired(path, monkeypatch):

@@ -5,11 +5,13 @@ import asyncio
 import numpy as np
 import pytest
 import structlog
+from ray.exceptions import OutOfMemoryError, RayTaskError
 from tiny_models import noise_volume, promote
 
 from medfl_ray.export.description import read_description
 from serve.backend import ATTEMPTS, Backend, ReplicaLost
 from serve.model_loader import Catalogue, ModelKey
+from serve.ray_replicas import RayReplicas
 from serve.refusals import NotServed, TimedOut, Unavailable
 from serve.replica import TensorAnswer, WorkReport
 from serve.serving_metrics import ServingMetrics
@@ -55,12 +57,12 @@ def no_waiting(monkeypatch):
 
 
 def test_lost_work_is_sent_again_to_the_same_version(models, no_waiting):
-    replicas = UnsteadyReplicas(models, losses=2)
+    replicas = UnsteadyReplicas(models, losses=1)
     backend, metrics = backend_of(replicas, models)
     answer = asyncio.run(backend.infer(ModelKey("tiny", "2"), TENSOR))
     assert answer.key == ModelKey("tiny", "2")
-    assert replicas.asked == [ModelKey("tiny", "2")] * 3
-    assert b'medfl_serve_retries_total{model="tiny"} 2.0' in metrics.page()
+    assert replicas.asked == [ModelKey("tiny", "2")] * 2
+    assert b'medfl_serve_retries_total{model="tiny"} 1.0' in metrics.page()
 
 
 def test_work_that_is_lost_again_and_again_is_given_up_with_a_sentence(models, no_waiting):
@@ -68,7 +70,7 @@ def test_work_that_is_lost_again_and_again_is_given_up_with_a_sentence(models, n
     backend, _ = backend_of(replicas, models)
     with pytest.raises(Unavailable, match="were lost"):
         asyncio.run(backend.infer(ModelKey("tiny", "1"), TENSOR))
-    assert len(replicas.asked) == ATTEMPTS
+    assert len(replicas.asked) == ATTEMPTS == 2
 
 
 def test_a_replica_that_ends_without_an_answer_counts_as_lost(models, no_waiting):
@@ -82,6 +84,33 @@ def test_a_replica_that_ends_without_an_answer_counts_as_lost(models, no_waiting
         assert told == [0.5] * ATTEMPTS
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_request_that_took_all_memory_is_not_sent_to_another_replica(models, no_waiting, wrapped):
+    killed = OutOfMemoryError("the node was low on memory")
+    error = RayTaskError("infer", "a traceback", killed) if wrapped else killed
+
+    class Handle:
+        asked = 0
+
+        def options(self, **_):
+            return self
+
+        @property
+        def infer(self):
+            return self
+
+        async def remote(self, *_):
+            self.asked += 1
+            raise error
+
+    handle = Handle()
+    backend, _ = backend_of(RayReplicas(handle), models)
+    with pytest.raises(Unavailable, match="ran out of memory") as raised:
+        asyncio.run(backend.infer(ModelKey("tiny", "1"), TENSOR))
+    assert "traceback" not in str(raised.value)
+    assert handle.asked == 1
 
 
 def test_a_replica_that_hangs_is_not_waited_for(models):

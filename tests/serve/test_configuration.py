@@ -6,6 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from serve.deployments import upload_limits
 from serve.launcher import http_options
 from serve.settings import Limits, Scaling, ServeSettings
 
@@ -30,6 +31,12 @@ def test_the_application_takes_its_arguments(config):
     assert settings.limits == Limits()  # the file repeats the defaults that an operator is likely to change
     options = http_options(settings, "127.0.0.1", 8000)
     assert config["http_options"] == options
+
+
+def test_an_operator_sets_the_most_voxels_of_an_upload():
+    limits = Limits(max_upload_bytes=10, upload_timeout_s=7.0, max_voxels=1000)
+    found = upload_limits(limits)
+    assert (found.max_upload_bytes, found.upload_seconds, found.max_voxels) == (10, 7.0, 1000)
 
 
 def test_an_unknown_argument_is_refused():

@@ -5,7 +5,12 @@ import time
 
 import numpy as np
 import pytest
+from local_service import local_service, running
 from tiny_models import binary_request, json_request, promote, read_answer
+
+from medfl_ray.export.description import read_description
+from serve.open_inference import read_request
+from serve.refusals import TooLarge
 
 INFER = "/v2/models/tiny/infer"
 
@@ -153,6 +158,25 @@ def test_large_json_is_refused_in_favour_of_binary(service, client):
     # The answer to a small request may be large too.
     body, headers = binary_request((1, 1, 72, 72, 72))
     assert client.post(INFER, content=body, headers=headers).status_code == 413
+
+
+def test_one_image_may_have_so_many_voxels_and_a_batch_more(models, tmp_path):
+    description = read_description(models / "tiny" / "1")
+    body = tmp_path / "body"
+
+    def read(shape):
+        body.write_text(json.dumps(json_request(shape)))
+        return read_request(body, None, description, 10**6, most_voxels=64)
+
+    assert read((3, 1, 4, 4, 4)).tensor.shape == (3, 1, 4, 4, 4)
+    with pytest.raises(TooLarge, match="one image of 'image' has 80 values; this service takes 64"):
+        read((1, 1, 4, 4, 5))
+
+
+def test_the_setting_for_one_image_is_obeyed(models, tmp_path):
+    with running(local_service(models, tmp_path, limits={"max_tensor_voxels": 64})) as client:
+        assert client.post(INFER, json=json_request((2, 1, 4, 4, 4))).status_code == 200
+        assert client.post(INFER, json=json_request((1, 1, 4, 4, 8))).status_code == 413
 
 
 def test_a_promoted_version_takes_over_and_back(models, client):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_models import noise_volume, promote, write_model
 
+from medfl_ray.data.volume import Volume
 from medfl_ray.errors import ExportError, GeometryError, InferenceError
 from medfl_ray.export.onnx_session import OnnxModel
 from medfl_ray.export.predictor import Predictor
@@ -38,6 +39,16 @@ def test_a_mask_is_that_of_the_predictor(models, replica):
     assert (answer.key, answer.segmentation.version) == (ModelKey("tiny", "2"), "2")
     assert progress == sorted(progress)
     assert (progress[0], progress[-1]) == (0.0, 1.0)
+
+
+def test_a_small_volume_that_would_be_large_at_the_models_spacing_is_refused(tmp_path):
+    write_model(tmp_path / "tiny", mark=1, spacing_mm=(1.0, 1.0, 1.0))
+    settings = ServeSettings.model_validate({"limits": {"max_voxels": 10**5}})
+    replica = ModelReplica(lambda: FolderSource(tmp_path), settings)
+    volume = noise_volume((8, 8, 8))
+    thick = Volume(volume.array, np.diag([30.0, 30.0, 30.0, 1.0]))
+    with pytest.raises(GeometryError, match="at most 100000 in all"):
+        asyncio.run(segment(replica, "tiny@1", thick))
 
 
 def test_it_reports_batches_and_the_shift_of_intensities(replica):

@@ -48,6 +48,16 @@ def test_drift_raises_an_alert_after_enough_volumes(metrics):
     assert found['medfl_serve_input_drift_alert{model="tiny"}'] == 1
 
 
+def test_the_shift_of_one_patients_image_is_not_published(metrics):
+    page = b""
+    for number in range(1, 7):
+        metrics.worked(KEY, WorkReport(0.1, (1,), (0.3721,)), 0.1)
+        page = metrics.page()
+        assert (b'medfl_serve_input_drift{channel="0"' in page) is (number >= 5)
+        assert b"372" not in page
+    assert figures(metrics)['medfl_serve_input_drift{channel="0",model="tiny"}'] == 0.4
+
+
 def test_images_without_a_fingerprint_raise_none(metrics):
     assert not any(metrics.worked(KEY, WorkReport(0.1, (1,)), 0.1) for _ in range(9))
     assert 'medfl_serve_input_drift_alert{model="tiny"}' not in figures(metrics)

@@ -1,5 +1,7 @@
 """Where models come from: folders and the registry."""
 
+import asyncio
+
 import pytest
 from model_registry import lineage
 from tiny_models import promote, write_model
@@ -7,7 +9,7 @@ from tiny_models import promote, write_model
 from medfl_ray.errors import ArtifactDamaged, ConfigError, MedflError
 from medfl_ray.store.promotion import Gate
 from medfl_ray.store.registry import Registry
-from serve.model_loader import ModelKey, Offer
+from serve.model_loader import Catalogue, ModelKey, Offer
 from serve.refusals import NotServed
 from serve.settings import ServeSettings
 from serve.sources import FolderSource, RegistrySource, open_source, served_name
@@ -79,6 +81,27 @@ def test_a_registrys_champion_is_served_and_every_version_may_be_asked_for(regis
     assert source.offers()["tiny"].champion == "1"
     folder = source.package(ModelKey("tiny", "2"), tmp_path / "fetched")
     assert (folder / "model.onnx").read_bytes() == (tmp_path / "package-2" / "model.onnx").read_bytes()
+
+
+def test_a_withdrawn_version_is_not_served_by_number_either(registry):
+    source = RegistrySource(registry)
+    registry.promote("tiny", 1, gate=Gate())
+    registry.promote("tiny", 2, gate=Gate())
+    assert source.offers() == {"tiny": Offer(("1", "2"), "2")}  # a former champion may still be asked for
+    registry.retire("tiny", 1, "trained on a wrong label")
+    assert source.offers() == {"tiny": Offer(("2",), "2")}
+    catalogue = Catalogue(source, describe_nothing)
+    asyncio.run(catalogue.refresh())
+    with pytest.raises(NotServed, match="no version '1'"):
+        catalogue.resolve("tiny", "1")
+    registry.retire("tiny", 2, "a patient withdrew consent", leave_none=True)
+    assert source.offers() == {"tiny": Offer((), None)}
+    registry.promote("tiny", 1, gate=Gate(), override="the label was right after all")
+    assert source.offers() == {"tiny": Offer(("1",), "1")}
+
+
+async def describe_nothing(key):
+    return key
 
 
 def test_a_damaged_artifact_is_not_served(registry, tmp_path):

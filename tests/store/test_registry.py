@@ -99,6 +99,23 @@ def test_a_retired_version_comes_back_only_with_a_reason(registry, package):
     assert stages(registry) == ["champion"]
 
 
+def test_only_a_decision_withdraws_and_only_a_promotion_takes_it_back(registry, package):
+    def withdrawn():
+        registry.verify()  # the log leads to the same
+        return [version.version for version in registry.versions("lesions") if version.withdrawn]
+
+    for dice in (0.7, 0.8):
+        registry.register("lesions", package, lineage(dice))
+        registry.promote("lesions", "candidate")
+    assert withdrawn() == []  # version 1 is retired
+    registry.rollback("lesions")
+    assert withdrawn() == []  # version 2 is
+    assert registry.retire("lesions", 2, "blurred edges").withdrawn
+    assert withdrawn() == [2]
+    registry.promote("lesions", 2, override="not blurred after all")
+    assert withdrawn() == []
+
+
 def test_the_champion_is_withdrawn_only_where_that_is_said(registry, package):
     registry.register("lesions", package, lineage())
     registry.promote("lesions", 1)

@@ -129,8 +129,28 @@ def test_a_reader_that_runs_finds_a_log_that_was_cut(place, tmp_path):
     reader = Registry(place, key_folder=tmp_path / "none", public_key=Registry(place).public_key)
     assert reader.get("lesions").version == 2
     edit(place, "DELETE FROM audit_log WHERE sequence = 4")
-    with pytest.raises(RegistryAltered, match="no longer holds row 4, which this process has seen"):
+    with pytest.raises(RegistryAltered, match="no longer holds row 4, which this machine has seen"):
         reader.get("lesions")
+
+
+def test_a_machine_that_only_reads_remembers_the_last_row_after_a_restart(place, tmp_path):
+    url, key = f"sqlite:///{place / 'registry.sqlite'}", Registry(place).public_key
+    writer, folder = Registry(place), tmp_path / "reader" / "state"
+    shutil.copy(place / "registry.sqlite", tmp_path / "old.sqlite")
+    writer.retire("lesions", 1, "a wrong label")
+    assert len(Registry(place, url, folder, key).audit()) == 5
+    shutil.copy(tmp_path / "old.sqlite", place / "registry.sqlite")
+    with pytest.raises(RegistryAltered, match="no longer holds row 5, which this machine has seen"):
+        Registry(place, url, folder, key).get("lesions")
+
+
+def test_a_reader_whose_state_cannot_be_written_reads_on_and_says_so_once(place, tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+    reader = Registry(place, None, tmp_path / "file" / "state", Registry(place).public_key)
+    for _ in range(3):
+        assert reader.get("lesions").version == 2
+    assert [record.levelname for record in caplog.records].count("WARNING") == 1
+    assert str(tmp_path) not in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"7", b"\xff\xfe", b"2:short"])
@@ -186,6 +206,31 @@ def test_a_version_that_was_removed_is_missed(place, tmp_path):
         Registry(place).versions()
     Registry(place).register("lesions", write_package(tmp_path / "run-2", b"third"), lineage())
     assert rows(place, "SELECT version FROM model_versions ORDER BY version") == [(2,), (3,)]  # no number twice
+
+
+def test_a_database_that_is_gone_is_not_an_empty_registry(place, tmp_path):
+    running = Registry(place)
+    assert running.names() == ["lesions"]
+    place.rename(tmp_path / "unmounted")  # with the key and the note of the last row
+    place.mkdir()
+    for read in (running.names, running.versions, running.audit, running.verify):
+        with pytest.raises(RegistryError, match=r"row 4 of its audit log was seen: its disk is not mounted"):
+            read()
+    (tmp_path / "unmounted" / "audit.seen").rename(place / "audit.seen")
+    with pytest.raises(RegistryError, match="its disk is not mounted"):  # a process that starts now
+        Registry(place).names()
+    assert not (place / "registry.sqlite").exists()
+    (place / "audit.seen").unlink()
+    assert Registry(place).names() == []
+
+
+def test_a_log_that_was_emptied_under_a_running_service_is_not_an_empty_registry(place):
+    running = Registry(place)
+    assert running.names() == ["lesions"]
+    edit(place, "DELETE FROM audit_log", "DELETE FROM model_versions", "DELETE FROM model_stages")
+    (place / "audit.seen").unlink()
+    with pytest.raises(RegistryAltered, match="no longer holds row 4, which this process has seen"):
+        running.versions()
 
 
 def test_a_model_whose_row_of_stages_was_removed_is_missed(place, tmp_path):
