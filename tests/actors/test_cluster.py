@@ -42,6 +42,7 @@ def test_a_foreign_package_of_our_name_is_named(monkeypatch, tmp_path):
     foreign.mkdir()
     (foreign / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tune", raising=False)  # ours, where an earlier test has imported it
     with pytest.raises(ClusterError, match=r"'tune'.*not to medfl-ray"):
         cluster.check_packages()
 
