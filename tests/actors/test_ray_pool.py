@@ -25,7 +25,9 @@ def reference(tmp_path_factory):
     return run, outcome
 
 
-@pytest.mark.parametrize("num_actors", [1, 2, 4])
+@pytest.mark.parametrize(
+    "num_actors", [pytest.param(1, marks=pytest.mark.ci), 2, pytest.param(4, marks=pytest.mark.ci)]
+)
 def test_same_weights_with_any_number_of_actors(ray_cluster, reference, tmp_path, num_actors):
     run, expected = reference
     policies, folder, specs = parts_of(run, tmp_path)

@@ -48,6 +48,7 @@ def run_example(name, tmp_path):
     )
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", SAYS)
 def test_an_example_runs_and_says_what_it_found(name, tmp_path):
     done = run_example(name, tmp_path)
