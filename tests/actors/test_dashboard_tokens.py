@@ -72,4 +72,5 @@ def test_the_dashboards_routes_refuse_without_the_token(guarded, method, path):
 
 def test_with_the_token_they_answer(guarded):
     headers = {"Authorization": f"Bearer {guarded['token']}"}
-    assert httpx.get(guarded["dashboard"] + "/api/jobs/", headers=headers).json() == []
+    jobs = httpx.get(guarded["dashboard"] + "/api/jobs/", headers=headers).json()
+    assert [job for job in jobs if job["type"] != "DRIVER"] == []  # whoever started the cluster may be listed

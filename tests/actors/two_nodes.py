@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
 
     def watch(event: Any) -> None:
         for name, (node, process) in actors_now().items():
-            kind, hospital, *_ = name.split(":")
+            kind, hospital = (*name.split(":")[2:], "")[:2]  # as actors.names writes them
             if kind == "coordinator":
                 seen["coordinator"] = node
             elif kind == "hospital":
