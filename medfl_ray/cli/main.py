@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Federated learning for medical imaging with patient-level differential privacy.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help, at once: the library behind the boxes takes longer to load than all the rest
     add_completion=False,
 )
 app.command()(run)
