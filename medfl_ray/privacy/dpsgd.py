@@ -31,7 +31,8 @@ class PatientGradientSum:
             raise PrivacyConfigError(f"the network has {num_parameters} trained parameters; at least one is needed")
         self._mechanism = mechanism
         self._noise = noise or GaussianNoise()
-        self._sum = torch.zeros(num_parameters, dtype=torch.float64)
+        self._num_parameters = num_parameters
+        self._sum: torch.Tensor | None = None
 
     def add(self, gradient: Iterable[torch.Tensor]) -> None:
         """Add the gradient of one patient, one tensor per parameter in a fixed order.
@@ -45,14 +46,14 @@ class PatientGradientSum:
         """
         tensors = [tensor.detach() for tensor in gradient]
         num_elements = sum(tensor.numel() for tensor in tensors)
-        if num_elements != self._sum.numel():
-            raise PrivacyConfigError(f"a gradient has {num_elements} elements; this step sums {self._sum.numel()}")
+        if num_elements != self._num_parameters:
+            raise PrivacyConfigError(f"a gradient has {num_elements} elements; this step sums {self._num_parameters}")
         flat = _flatten(tensors)
         norm = _norm(flat)
         if not math.isfinite(norm):
             return
         scale = min(1.0, self._mechanism.max_grad_norm / norm) if norm > 0 else 1.0
-        self._sum.add_(flat, alpha=scale)
+        self._total().add_(flat, alpha=scale)
 
     def release(self) -> torch.Tensor:
         """Return (sum + noise) / (q N), float64 of shape [P] on the CPU, and start the next step from zero.
@@ -61,10 +62,16 @@ class PatientGradientSum:
         """
         mechanism = self._mechanism
         std = mechanism.noise_multiplier * mechanism.max_grad_norm
-        noised = self._sum + torch.from_numpy(self._noise.draw(self._sum.numel(), std))
+        noised = self._total() + torch.from_numpy(self._noise.draw(self._num_parameters, std))
         # The same sum under a second noise would be a second release that nobody has paid for.
-        self._sum = torch.zeros_like(self._sum)
+        self._sum = None
         return noised / (mechanism.sample_rate * mechanism.num_patients)
+
+    def _total(self) -> torch.Tensor:
+        """Return the sum so far; not there before the first gradient is, beside whose pass it would take memory."""
+        if self._sum is None:
+            self._sum = torch.zeros(self._num_parameters, dtype=torch.float64)
+        return self._sum
 
 
 class PrivateStep:

@@ -78,7 +78,27 @@ def choose_group_size(
         group_size = _fastest(wanted, network, loss, mixed_precision, patients)
     # In full precision: bfloat16 rounds the two in different places.
     single, grouped = OneAtATime(network, loss), engine_of(group_size, network, loss, False)
-    return group_size if _same_gradients(network, single, grouped, patients[:group_size]) else 1
+    compared = _for_comparison(network, patients[:group_size])
+    return group_size if _same_gradients(network, single, grouped, compared) else 1
+
+
+def _for_comparison(network: nn.Module, patients: list[Patient]) -> list[Patient]:
+    """Cut large volumes to half their edges where the network takes that: the comparison takes less memory, and what
+    it leaves between the heap's blocks would add to that of every step."""
+    if not is_large(patients[0]):
+        return patients
+    cut = [(_half(images, 2), _half(targets, 1)) for images, targets in patients]
+    try:
+        with torch.no_grad():
+            network(cut[0][0])
+    except (RuntimeError, ValueError, AssertionError):  # a network of a fixed size, or one with more levels than that
+        return patients
+    return cut
+
+
+def _half(volume: Tensor, first_axis: int) -> Tensor:
+    """Return the first half of every axis from `first_axis` on; a class, which has none, as it is."""
+    return volume[(slice(None),) * first_axis + tuple(slice(edge // 2) for edge in volume.shape[first_axis:])]
 
 
 def _fastest(

@@ -155,7 +155,7 @@ def test_bound_exceeds_the_claim_when_everybody_is_drawn(monkeypatch):
 def test_bound_exceeds_the_claim_without_clipping(monkeypatch):
     def add(self, gradient):
         (whole,) = gradient
-        self._sum += whole
+        self._total().add_(whole)
 
     monkeypatch.setattr(PatientGradientSum, "add", add)
     assert lower_bound(mechanism(1.0, q=1.0)) > 1.0

@@ -43,7 +43,7 @@ class Bug:
     caught_by: tuple[str, ...]
 
 
-RELEASE = "noised = self._sum + torch.from_numpy(self._noise.draw(self._sum.numel(), std))"
+RELEASE = "noised = self._total() + torch.from_numpy(self._noise.draw(self._num_parameters, std))"
 DRAWN = "        for gradient in gradients(step.draw()):\n"
 INDICES = "return np.flatnonzero(uniform < self._sample_rate)"
 CHARGED = "return tuple(charged.values())"
@@ -51,7 +51,7 @@ CHARGED = "return tuple(charged.values())"
 BUGS = {
     "no noise": Bug(
         "no noise",
-        ((SUM, RELEASE, "noised = self._sum.clone()"),),
+        ((SUM, RELEASE, "noised = self._total().clone()"),),
         (
             IN_SUM + "test_an_empty_step_is_noised_with_the_right_deviation",
             IN_STEPS + "test_weights_move_by_the_charged_noise",
@@ -76,8 +76,8 @@ BUGS = {
             (SUM, "scale = min(1.0, self._mechanism.max_grad_norm / norm) if norm > 0 else 1.0", "scale = 1.0"),
             (
                 SUM,
-                "noised = self._sum +",
-                "noised = self._sum * min(1.0, mechanism.max_grad_norm / max(float(self._sum.norm()), 1e-30)) +",
+                "noised = self._total() +",
+                "noised = self._total() * min(1.0, mechanism.max_grad_norm / max(float(self._total().norm()), 1e-9)) +",
             ),
         ),
         (
