@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from medfl_ray.config_aggregation import AggregationConfig, AttackConfig
 from medfl_ray.config_base import Declared, Fraction, HospitalId, Positive, PositiveFloat, Section, one_to_many
 from medfl_ray.config_data import DataConfig, HospitalConfig, PartitionConfig, PhantomConfig
 from medfl_ray.config_federation import FederationConfig
@@ -129,40 +130,9 @@ class TrainingConfig(Section):
     )
 
 
-class AggregationConfig(Section):
-    """How updates become new weights."""
-
-    strategy: Literal["fedavg", "fedadam", "custom"] = Field(
-        "fedavg", description="Aggregation: the mean update, an Adam step along it at the server, or your own strategy."
-    )
-    factory: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
-        None,
-        description="With strategy 'custom': 'module:function', called with this section; it returns a Strategy, as in "
-        "medfl_ray/aggregation/strategies.py.",
-    )
-    mode: Literal["plain"] = Field("plain", description="'plain' sums the updates at the coordinator.")
-    weighting: Literal["patients", "uniform"] = Field(
-        "patients", description="Weight of a hospital: its public num_patients, or one."
-    )
-    server_learning_rate: PositiveFloat = Field(1.0, description="Factor on the mean update; step size of fedadam.")
-    server_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="beta1 of fedadam.")
-    server_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="beta2 of fedadam.")
-    server_adaptivity: PositiveFloat = Field(
-        1e-3, description="tau of fedadam: updates well below it are not scaled up to full steps."
-    )
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Decay of the moving average of the weights that is evaluated and released; 0 switches it off."
-    )
-
-    @model_validator(mode="after")
-    def _factory_belongs_to_custom(self) -> Self:
-        if (self.strategy == "custom") != (self.factory is not None):
-            raise ValueError("aggregation.strategy 'custom' and aggregation.factory belong together; set both or none")
-        return self
-
-
 __all__ = [
     "AggregationConfig",
+    "AttackConfig",
     "DataConfig",
     "Declared",
     "FederationConfig",
@@ -203,6 +173,7 @@ class RunConfig(Section):
     federation: FederationConfig = Field(default_factory=FederationConfig, description="Rounds.")
     privacy: PrivacyConfig = Field(description="Differential privacy.")
     aggregation: AggregationConfig = Field(default_factory=AggregationConfig, description="Aggregation.")
+    attack: AttackConfig | None = Field(None, description="Hospitals that attack, for studies of robustness.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Results.")
 
     @model_validator(mode="before")

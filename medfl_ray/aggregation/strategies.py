@@ -17,11 +17,28 @@ ServerState = Mapping[str, npt.NDArray[np.float32]]
 EMA, EMA_ROUNDS = "ema", "ema_rounds"
 
 
+def weights_alone(state: ServerState, weights: Vector) -> Vector:
+    """Send the weights and nothing else."""
+    return weights
+
+
+def nothing_more(size: int) -> int:
+    """Expect the change of the weights and nothing else."""
+    return 0
+
+
 class Strategy(NamedTuple):
-    """`init(size)` gives the server's state; `apply(state, weights, mean_update)` the next state and weights."""
+    """`init(size)` gives the server's state; `apply(state, weights, mean_update)` the next state and weights.
+
+    `send(state, weights)` is what hospitals get: the weights [P], behind them what else the strategy has to say.
+    `extra(size)` is how many values an update has beyond the P of the weights' change; the mean update has them too,
+    because every value of an update is weighted and summed alike.
+    """
 
     init: Callable[[int], ServerState]
     apply: Callable[[ServerState, Vector, Vector], tuple[ServerState, Vector]]
+    send: Callable[[ServerState, Vector], Vector] = weights_alone
+    extra: Callable[[int], int] = nothing_more
 
 
 def fedavg(config: AggregationConfig) -> Strategy:
@@ -85,7 +102,10 @@ def with_moving_average(strategy: Strategy, decay: float) -> Strategy:
         average = state[EMA] + np.float32(share) * (after - state[EMA])
         return {**next_own, EMA: average, EMA_ROUNDS: np.array([rounds], dtype=np.float32)}, after
 
-    return Strategy(init, apply)
+    def send(state: ServerState, weights: Vector) -> Vector:
+        return strategy.send({name: value for name, value in state.items() if name not in (EMA, EMA_ROUNDS)}, weights)
+
+    return Strategy(init, apply, send, strategy.extra)
 
 
 def released_weights(state: ServerState, weights: Vector) -> Vector:

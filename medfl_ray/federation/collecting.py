@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from medfl_ray import params
 from medfl_ray.aggregation.fixed_point import PartialSum, add_update, empty_sum, merge_sums
+from medfl_ray.aggregation.updates import Updates
 from medfl_ray.errors import UpdateRejected
 from medfl_ray.failpoints import failpoint
 from medfl_ray.federation.events import HospitalState
@@ -27,12 +28,15 @@ def collect_updates(
 
     A hospital whose process or connection failed is asked again after a pause, where that is no second release.
     """
-    total, asked, retry = empty_sum(context.layout.size), list(ready), 1
     expected = expected_updates(context, plan, state)
+    total, asked, retry = empty_sum(expected.size), list(ready), 1
+    if context.combine is not None:
+        tally.updates = Updates(expected.size)
+    sent = context.strategy.send(state.server_state, state.weights)
     unprotected = [hospital for hospital in ready if hospital not in plan.mechanisms and context.central is None]
     while True:
         known = len(tally.failures)
-        total = take_answers(context, expected, asked, state.weights, total, tally)
+        total = take_answers(context, expected, asked, sent, total, tally)
         asked = asked_again(tally.failures[known:], unprotected)
         if not asked or not waits_for_retry(context, plan, tally, retry):
             return total
@@ -118,7 +122,13 @@ def state_after(hospital: str, answer: Answer, reason: str) -> HospitalState:
 def expected_updates(context: RoundContext, plan: RoundPlan, state: FederationState) -> Expected:
     """Say what the updates of a round have to fit."""
     return Expected(
-        plan, context.layout, context.weight, params.norm(state.weights), may_be_zero=context.central is not None
+        plan,
+        context.layout,
+        context.weight,
+        params.norm(state.weights),
+        may_be_zero=context.central is not None,
+        extra=context.strategy.extra(context.layout.size),
+        max_update_norm=context.run.aggregation.max_update_norm,
     )
 
 
@@ -162,6 +172,8 @@ def screen_and_add(
         tally.update_hashes[update.hospital] = checksum
     if context.central is not None:
         return add_update(total, context.central.admit(update), 1)
+    if tally.updates is not None:
+        tally.updates.add(update.hospital, update.delta, update.num_patients)
     return add_update(total, update.delta, update.num_patients)
 
 
@@ -177,6 +189,8 @@ def add_sum(
         )
     if answer.layout_checksum != context.layout.checksum or answer.total.num_updates != len(hospitals):
         raise UpdateRejected("the sum's layout or number of updates is not what it says")
+    if tally.updates is not None:
+        raise UpdateRejected("the updates came as a sum; a robust rule needs each of them")
     if not set(hospitals) <= plan.num_steps.keys() - tally.trained or len(set(hospitals)) < len(hospitals):
         raise UpdateRejected("the sum holds a hospital that was not asked or has delivered already")
     note_trained(context, plan, answer.trained, tally)

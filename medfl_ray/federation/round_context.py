@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from medfl_ray import params
-from medfl_ray.aggregation.strategies import Strategy
+from medfl_ray.aggregation.strategies import ServerState, Strategy
+from medfl_ray.aggregation.updates import Updates
 from medfl_ray.config import RunConfig
 from medfl_ray.federation.events import Event, HospitalState
 from medfl_ray.federation.hospital_level import HospitalLevel
@@ -17,6 +18,10 @@ from medfl_ray.messages import ClientFailure, LedgerRows, Mechanism, Metric, Pri
 
 Select = Callable[[int, Sequence[str]], tuple[str, ...]]
 """Names who trains: (round, hospitals that may be asked) -> hospitals."""
+
+
+Combine = Callable[[Updates, ServerState, params.Vector], tuple[params.Vector, ServerState]]
+"""A rule over all updates: (updates, server's state, weights) -> (what takes the mean's place, own state)."""
 
 
 @dataclass
@@ -33,6 +38,7 @@ class RoundContext:
 
     `weight` is each hospital's public aggregation weight, `keys` the public key of each that signs its updates.
     `evaluated` are the hospitals that are asked to score the weights, and `select` names who trains in a round.
+    `combine` is there where a rule needs every update, and not their sum alone.
     """
 
     run: RunConfig
@@ -54,6 +60,7 @@ class RoundContext:
     select: Select
     past: Past
     central: HospitalLevel | None = None
+    combine: Combine | None = None
 
     @property
     def secret_cohorts(self) -> bool:
@@ -68,7 +75,10 @@ class RoundContext:
 
 @dataclass
 class Tally:
-    """What has happened in the round so far; `late` are hospitals whose update of an earlier round is in the sum."""
+    """What has happened in the round so far; `late` are hospitals whose update of an earlier round is in the sum.
+
+    `updates` keeps each of them where a robust rule needs them all.
+    """
 
     spent: dict[str, PrivacySpent] = field(default_factory=dict)
     failures: list[ClientFailure] = field(default_factory=list)
@@ -77,6 +87,7 @@ class Tally:
     update_hashes: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, dict[str, Metric]] = field(default_factory=dict)
     ledger_rows: list[LedgerRows] = field(default_factory=list)
+    updates: Updates | None = None
     started: float = field(default_factory=time.monotonic)
 
     def time_for(self, pause_s: float, deadline_s: float | None) -> bool:

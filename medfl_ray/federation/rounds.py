@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from medfl_ray import params
 from medfl_ray.aggregation.fixed_point import PartialSum, weighted_mean
 from medfl_ray.aggregation.strategies import released_weights
+from medfl_ray.aggregation.updates import ROBUST_STATE
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import LedgerError
 from medfl_ray.failpoints import failpoint
@@ -23,6 +24,7 @@ from medfl_ray.federation.ports import FederationState
 from medfl_ray.federation.round_context import RoundContext, Tally
 from medfl_ray.federation.selection import enough_updates
 from medfl_ray.messages import ClientFailure, PrivacySpent, Receipt, RoundPlan, RoundResult, SiteEvaluation
+from medfl_ray.params import Vector
 from medfl_ray.site_policy import budget_hash
 from medfl_ray.training.schedules import learning_rate
 
@@ -179,14 +181,28 @@ def mirror_rows(context: RoundContext, plan: RoundPlan, tally: Tally) -> set[str
 
 
 def apply_updates(context: RoundContext, state: FederationState, total: PartialSum, tally: Tally) -> FederationState:
-    """Let the strategy turn the mean update into the next weights; under hospital-level DP the noised one."""
-    if context.central is None:
-        server_state, weights = context.strategy.apply(state.server_state, state.weights, weighted_mean(total))
-        return FederationState(state.round + 1, weights, server_state)
-    tally.spent[FEDERATION] = context.central.settle()
-    own_state = {name: value for name, value in state.server_state.items() if name != CLIP_NORM}
-    server_state, weights = context.strategy.apply(own_state, state.weights, context.central.release(total))
-    return FederationState(state.round + 1, weights, {**server_state, **context.central.server_state()})
+    """Let the strategy turn the mean update into the next weights; under hospital-level DP the noised one.
+
+    In robust mode a rule over all updates takes the mean's place.
+    """
+    beside: dict[str, Vector] = {}
+    if context.central is not None:
+        tally.spent[FEDERATION] = context.central.settle()
+        mean = context.central.release(total)
+        beside.update(context.central.server_state())
+    elif context.combine is not None and tally.updates is not None:
+        mean, robust_state = context.combine(tally.updates, state.server_state, state.weights)
+        beside.update(robust_state)
+    else:
+        mean = weighted_mean(total)
+    own_state = {name: value for name, value in state.server_state.items() if not is_beside(name)}
+    server_state, weights = context.strategy.apply(own_state, state.weights, mean)
+    return FederationState(state.round + 1, weights, {**server_state, **beside})
+
+
+def is_beside(name: str) -> bool:
+    """Say whether a part of the server's state is not the strategy's: of hospital-level DP, or of a robust rule."""
+    return name == CLIP_NORM or name.startswith(ROBUST_STATE)
 
 
 def is_evaluated(run: RunConfig, number: int) -> bool:

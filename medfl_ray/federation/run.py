@@ -26,7 +26,7 @@ from medfl_ray.federation.ports import (
     RunKeeper,
     SignatureCheck,
 )
-from medfl_ray.federation.round_context import Past, RoundContext, Select
+from medfl_ray.federation.round_context import Combine, Past, RoundContext, Select
 from medfl_ray.federation.rounds import run_round
 from medfl_ray.federation.selection import select_evaluated, select_of_run
 from medfl_ray.messages import ClientFailure, HospitalInfo, LedgerRows, Receipt, SiteEvaluation
@@ -76,7 +76,8 @@ class RunStore(RunKeeper, Protocol):
 class RunParts:
     """What a run is built from; `initial_weights` gets channels in and out and returns layout and weights.
 
-    `select` names who is asked in a round, where that is not drawn as the configuration says.
+    `select` names who is asked in a round, where that is not drawn as the configuration says; `combine` is a rule over
+    all updates of a round, where the configuration names none of ours.
     """
 
     run: RunConfig
@@ -91,6 +92,7 @@ class RunParts:
     open_federation_ledger: Callable[[], Ledger]
     is_signed: SignatureCheck
     select: Select | None = None
+    combine: Combine | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
         select=parts.select or partial(select_of_run, parts.run),
         past=Past(Standings()),
         central=start_central(parts, central, layout.size),
+        combine=parts.combine,
     )
     resumed = parts.store.resume()
     for receipt in parts.store.receipts():

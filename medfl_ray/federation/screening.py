@@ -16,6 +16,8 @@ from medfl_ray.messages import ClientUpdate, RoundPlan
 
 HUGE = 1000.0
 """An update this many times as long as the weights, or as 1 where they are shorter, comes from a fault."""
+ROUNDED = 1e-5
+"""A vector shortened to a norm and rounded to float32 may be longer by this share of it."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Expected:
     Args:
       weight: public aggregation weight of each hospital that may be asked.
       weights_norm: Euclidean norm of the round's weights.
+      extra: values of an update beyond those of the layout, which the strategy asks for.
+      max_update_norm: longest change of the weights that is taken, None for any.
       may_be_zero: whether an update that changes nothing is taken; under hospital-level DP saying that one is zero
         would tell of the hospital's data what nobody has paid for.
     """
@@ -34,6 +38,13 @@ class Expected:
     weight: Mapping[str, int]
     weights_norm: float
     may_be_zero: bool = False
+    extra: int = 0
+    max_update_norm: float | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of values of an update."""
+        return self.layout.size + self.extra
 
 
 def why_rejected(update: ClientUpdate, expected: Expected, delivered: Collection[str]) -> str | None:
@@ -68,8 +79,8 @@ def _why_other_vector(update: ClientUpdate, expected: Expected) -> str | None:
     if not isinstance(delta, np.ndarray) or delta.dtype != np.float32:
         kind = delta.dtype if isinstance(delta, np.ndarray) else type(delta).__name__
         return f"the update's values are {kind}; expected float32"
-    if delta.shape != (layout.size,):
-        return f"the update has shape {delta.shape}, not the layout's ({layout.size},); it was cut off or reshaped"
+    if delta.shape != (expected.size,):
+        return f"the update has shape {delta.shape}, not the layout's ({expected.size},); it was cut off or reshaped"
     return None
 
 
@@ -85,4 +96,11 @@ def _why_unsound(update: ClientUpdate, expected: Expected) -> str | None:
     limit = HUGE * max(1.0, expected.weights_norm)
     if norm > limit:
         return f"the update's norm is {norm:.3g}, more than {HUGE:g} times that of the weights, so a fault made it"
+    if expected.max_update_norm is not None:
+        own = params.norm(update.delta[: expected.layout.size])
+        if own > expected.max_update_norm * (1 + ROUNDED):
+            return (
+                f"the update's norm is {own:.6g}, above aggregation.max_update_norm {expected.max_update_norm:g}, "
+                "which every hospital keeps to"
+            )
     return None
