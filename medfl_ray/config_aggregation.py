@@ -142,6 +142,19 @@ class AggregationConfig(Section):
     robust: RobustConfig = Field(default_factory=RobustConfig, description="Rule of mode robust.")
     flower: FlowerConfig = Field(default_factory=FlowerConfig, description="Strategy of strategy flower.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _afl_weighs_by_itself(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("strategy") == "afl":
+            return {"weighting": "uniform", **raw}
+        return raw
+
+    @model_validator(mode="after")
+    def _afl_has_uniform_weights(self) -> Self:
+        if self.strategy == "afl" and self.weighting != "uniform":
+            raise ValueError("aggregation.strategy 'afl' finds the hospitals' weights; leave aggregation.weighting out")
+        return self
+
     @model_validator(mode="after")
     def _factory_belongs_to_custom(self) -> Self:
         if (self.strategy == "custom") != (self.factory is not None):

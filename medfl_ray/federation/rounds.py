@@ -196,7 +196,8 @@ def apply_updates(context: RoundContext, state: FederationState, total: PartialS
     else:
         mean = weighted_mean(total)
     own_state = {name: value for name, value in state.server_state.items() if not is_beside(name)}
-    server_state, weights = context.strategy.apply(own_state, state.weights, mean)
+    share = total.weight / sum(context.weight.values())
+    server_state, weights = context.strategy.step(own_state, state.weights, mean, share)
     return FederationState(state.round + 1, weights, {**server_state, **beside})
 
 

@@ -133,7 +133,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
         job=parts.job,
         attempt=parts.store.next_attempt(),
         layout=layout,
-        strategy=build_strategy(parts.run.aggregation),
+        strategy=build_strategy(parts.run.aggregation, len(parts.policies)),
         pool=parts.pool,
         keeper=parts.store,
         mirror=parts.mirror,
