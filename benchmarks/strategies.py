@@ -1,0 +1,239 @@
+"""Strategies side by side: how well each fits hospitals that differ, and what is left of it under attack.
+
+Every cell is a run of its own through the command line; its row is kept in --out as it comes, so that a second call
+with the same folder goes on where the first one ended. Needs the hippocampus images (see demo.py); without them
+their rows are left out and their figures not measured. Settings are those of configs/strategies_*.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from harness import Goal, Options, benchmark, report
+from runs import ROOT, hippocampus_folder, mean_of, run
+from strategies_results import Row, figures_of, page
+
+SEEDS = (1, 2, 3)
+PHANTOMS, HIPPOCAMPUS = "strategies_phantoms.yaml", "strategies_hippocampus.yaml"
+COMPARED = ("fedavg", "fedprox", "fedadam", "scaffold", "fedbn", "ditto")
+OTHERS = (
+    "fedavgm",
+    "fedyogi",
+    "fedadagrad",
+    "fednova",
+    "qfedavg",
+    "afl",
+    "feddyn",
+    "silobn",
+    "fedper",
+    "fedrep",
+    "apfl",
+)
+ATTACKS = ("label_flip", "sign_flip", "gaussian", "alie", "ipm", "scaled_backdoor")
+RATES = (0.5, 1.0, 2.0)
+"""Factors on the learning rate among which the central baseline takes its best, on the first seed."""
+OWN_SETTINGS: dict[str, tuple[str, ...]] = {
+    "fedadam": ("aggregation.server_learning_rate=0.01",),
+    "fedyogi": ("aggregation.server_learning_rate=0.01",),
+    "fedadagrad": ("aggregation.server_learning_rate=0.01",),
+    "fedavgm": ("aggregation.server_momentum=0.5",),
+    # Its control variates are means of gradients, which Adam's steps are not.
+    "scaffold": ("training.optimizer=sgd", "training.learning_rate=1.0", "training.momentum=0"),
+}
+DATA: dict[str, tuple[str, tuple[str, ...]]] = {
+    "phantoms, alike": (PHANTOMS, ("data.phantom.preset=benchmarks/phantoms/alike.yaml",)),
+    "phantoms, scanner shift": (PHANTOMS, ("data.phantom.preset=benchmarks/phantoms/shifted.yaml",)),
+    "hippocampus, strata": (HIPPOCAMPUS, ()),
+    "hippocampus, Dirichlet 8": (
+        HIPPOCAMPUS,
+        ("data.partition.by=dirichlet", "data.partition.field=null", "data.partition.num_hospitals=8"),
+    ),
+    "hippocampus, Dirichlet 5": (
+        HIPPOCAMPUS,
+        ("data.partition.by=dirichlet", "data.partition.field=null", "data.partition.num_hospitals=5"),
+    ),
+}
+SHIFTED, STRATA, ATTACKED = "phantoms, scanner shift", "hippocampus, strata", "hippocampus, Dirichlet 5"
+HOSTILE = "hospital-1"
+GOALS = (
+    Goal("federated_minus_central_dice", at_least=-0.005),
+    Goal("worst_hospital_gain", at_least=0.0),
+    Goal("robust_worst_loss", at_most=0.05),
+    Goal("best_personal_gain_where_scanners_differ", at_least=0.0),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: its part of the page, strategy, data and seed, and what it overrides; `rate` is a factor on the
+    configuration's learning rate."""
+
+    part: str
+    strategy: str
+    data: str
+    seed: int
+    overrides: tuple[str, ...] = ()
+    baseline: str | None = None
+    rate: float = 1.0
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What tells its row from others."""
+        return self.part, self.strategy, self.data, self.seed
+
+
+def cells(parts: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
+    """Return all runs, those of one seed before those of the next, so that a part of them is a fair part."""
+    every: list[Cell] = []
+    for seed in seeds:
+        if "table" in parts:
+            every += [Cell("table", name, data, seed) for data in DATA if data != ATTACKED for name in COMPARED]
+        if "others" in parts and seed == seeds[0]:
+            every += [Cell("others", name, SHIFTED, seed) for name in OTHERS]
+        if "central" in parts:
+            every += list(_against_central(seed, seeds[0]))
+        if "attacks" in parts:
+            every += list(_attacks(seed))
+    return every
+
+
+def _against_central(seed: int, first: int) -> Iterable[Cell]:
+    """The federation beside central and local training, once per factor on central's rate on the first seed."""
+    yield Cell("central", "federated", STRATA, seed, baseline="local")
+    for factor in RATES if seed == first else ():
+        yield _central(factor, seed)
+
+
+def _central(factor: float, seed: int) -> Cell:
+    """Central training at a rate of its own: the run around it has that rate too, and is not looked at."""
+    return Cell("central", f"central x{factor:g}", STRATA, seed, baseline="central", rate=factor)
+
+
+def _attacks(seed: int) -> Iterable[Cell]:
+    yield Cell("attacks", "plain, no attack", ATTACKED, seed)
+    yield Cell("attacks", "robust, no attack", ATTACKED, seed, ("aggregation.mode=robust",))
+    for mode in ("robust", "plain"):
+        for kind in ATTACKS:
+            attack = (f"attack.kind={kind}", f"attack.hospitals=[{HOSTILE}]", f"aggregation.mode={mode}")
+            yield Cell("attacks", f"{mode}, {kind}", ATTACKED, seed, attack)
+
+
+def overrides_of(cell: Cell, images: Path | None, quick: bool) -> tuple[str, list[str]]:
+    """Return a cell's configuration and what is set beside it."""
+    config, of_data = DATA[cell.data]
+    given = [*of_data, f"federation.seed={cell.seed}", *cell.overrides]
+    if cell.strategy in (*COMPARED, *OTHERS):
+        given += [f"aggregation.strategy={cell.strategy}", *OWN_SETTINGS.get(cell.strategy, ())]
+    if config == HIPPOCAMPUS:
+        given.append(f"data.directory={images}")
+    if quick:
+        given += ["federation.rounds=1", "federation.local_steps=1", "federation.local_epochs=null"]
+    if cell.rate != 1:
+        given.append(f"training.learning_rate={_rate_of(config) * cell.rate}")
+    return config, given
+
+
+def _rate_of(config: str) -> float:
+    import yaml
+
+    text = (ROOT / "configs" / config).read_text(encoding="utf-8")
+    return float(yaml.safe_load(text)["training"]["learning_rate"])
+
+
+def measure_cell(cell: Cell, options: Options, images: Path | None) -> Row:
+    """Run one cell and return its row."""
+    folder = options.out / "cells" / "-".join(str(part).replace(" ", "_").replace(",", "") for part in cell.key)
+    folder.mkdir(parents=True, exist_ok=True)
+    config, overrides = overrides_of(cell, images, options.quick)
+    finished = run(config, folder, overrides, baseline=cell.baseline)
+    rounds = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    curve = {r["round"]: mean_of(d) for r in rounds if (d := _dice_of(r["metrics"]))}
+    patients = finished.patients()
+    return Row(
+        part=cell.part,
+        strategy=cell.strategy,
+        data=cell.data,
+        seed=cell.seed,
+        dice=finished.federated(),
+        pooled=_pooled(patients),
+        curve=curve,
+        local=finished.local() if cell.baseline == "local" else {},
+        central=finished.central() if cell.baseline == "central" else {},
+        num_scored={hospital: len(scores) for hospital, scores in patients.items()},
+        seconds=round(finished.seconds, 1),
+    )
+
+
+def _dice_of(metrics: Mapping[str, Mapping]) -> dict[str, float]:
+    return {hospital: own["dice"]["value"] for hospital, own in metrics.items() if "dice" in own}
+
+
+def _pooled(patients: Mapping[str, Sequence[float]]) -> float:
+    scores = [score for own in patients.values() for score in own]
+    return sum(scores) / len(scores) if scores else float("nan")
+
+
+def measure(options: Options) -> list[Row]:
+    """Run what is not in the folder yet, a few at a time, and return every row."""
+    images = hippocampus_folder()
+    kept = options.out / "rows.jsonl"
+    rows = [Row.of(json.loads(line)) for line in kept.read_text().splitlines()] if kept.is_file() else []
+    wanted = cells(options.own.parts.split(","), SEEDS[: options.own.seeds])
+    done = {row.key for row in rows}
+    missing = [c for c in wanted if c.key not in done and (images is not None or DATA[c.data][0] == PHANTOMS)]
+    if images is None:
+        print("no hippocampus images: their rows are left out (MEDFL_HIPPOCAMPUS)", file=sys.stderr)
+    writing = Lock()
+
+    def work(cell: Cell) -> None:
+        row = measure_cell(cell, options, images)
+        with writing:
+            rows.append(row)
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row.plain()) + "\n")
+
+    with ThreadPoolExecutor(options.own.workers) as pool:
+        list(pool.map(work, missing))
+    # The rate that central does best at on the first seed, on the other seeds too.
+    best = best_rate(rows)
+    later = (
+        [_central(best, seed) for seed in SEEDS[1 : options.own.seeds]]
+        if best and "central" in options.own.parts
+        else []
+    )
+    with ThreadPoolExecutor(options.own.workers) as pool:
+        list(pool.map(work, [cell for cell in later if cell.key not in done]))
+    return [row for row in rows if row.key in {cell.key for cell in (*wanted, *later)}]
+
+
+def best_rate(rows: Sequence[Row]) -> float | None:
+    """Return the factor at which central training scores best on the first seed; None before all were tried."""
+    scores = {r.strategy: r.central_mean for r in rows if r.part == "central" and r.central and r.seed == SEEDS[0]}
+    factors = {factor: scores.get(f"central x{factor:g}") for factor in RATES}
+    if any(score is None for score in factors.values()):
+        return None
+    return max(RATES, key=lambda factor: float(factors[factor] or 0.0))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add which parts, how many seeds and how many runs at a time."""
+    parser.add_argument("--parts", default="table,others,central,attacks", help="parts (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: %(default)s)")
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with benchmark(__doc__, add_options=add_options) as options:
+        rows = measure(options)
+        if options.json is not None and options.json.name != "-":
+            options.json.with_suffix(".md").write_text(page(rows), encoding="utf-8")
+        report(options, figures_of(rows), GOALS)

@@ -1,0 +1,209 @@
+"""What the rows of strategies.py come to: the figures and the page of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from statistics import mean, stdev
+from typing import Any
+
+from harness import describe_machine
+
+TARGET_SHARE = 0.95
+"""The target of a data set, as a share of the best mean Dice that fedavg reaches on it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: Dice per hospital at its end, over the rounds, and of the baselines it had.
+
+    `pooled` is the mean over all held-out patients, each counting once; `curve` the mean over hospitals per round.
+    """
+
+    part: str
+    strategy: str
+    data: str
+    seed: int
+    dice: dict[str, float]
+    pooled: float
+    curve: dict[int, float]
+    local: dict[str, float] = field(default_factory=dict)
+    central: dict[str, float] = field(default_factory=dict)
+    num_scored: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Row:
+        """Return a row as `plain` wrote it."""
+        known = {one.name for one in fields(cls)}
+        curve = {int(number): value for number, value in plain["curve"].items()}
+        return cls(**{name: value for name, value in plain.items() if name in known} | {"curve": curve})
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as JSON-able data."""
+        return asdict(self)
+
+    @property
+    def key(self) -> tuple[str, str, str, int]:
+        """What tells it from others."""
+        return self.part, self.strategy, self.data, self.seed
+
+    @property
+    def mean(self) -> float:
+        """Mean over hospitals."""
+        return mean(self.dice.values())
+
+    @property
+    def worst(self) -> float:
+        """Lowest hospital."""
+        return min(self.dice.values())
+
+    @property
+    def central_mean(self) -> float:
+        """Central training's mean over all held-out patients."""
+        total = sum(self.num_scored[hospital] for hospital in self.central)
+        return sum(score * self.num_scored[hospital] for hospital, score in self.central.items()) / total
+
+
+def figures_of(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the figures of all parts that were measured, and one per strategy and data set."""
+    figures: dict[str, float] = {}
+    central = {row.seed: row.central_mean for row in _best_central(rows)}
+    federated = {row.seed: row for row in rows if row.part == "central" and row.strategy == "federated"}
+    both = sorted(central.keys() & federated.keys())
+    if both:
+        figures["federated_minus_central_dice"] = mean(federated[s].pooled - central[s] for s in both)
+    if federated:
+        figures["worst_hospital_gain"] = mean(row.worst - row.local[_worst(row.dice)] for row in federated.values())
+    figures |= _under_attack(rows)
+    table = _grouped([row for row in rows if row.part in ("table", "others")])
+    for (data, strategy), own in table.items():
+        figures[f"dice[{data}][{strategy}]"] = mean(row.mean for row in own)
+    shifted = {s: mean(r.mean for r in own) for (data, s), own in table.items() if data == "phantoms, scanner shift"}
+    if {"fedavg", "fedbn", "ditto"} <= shifted.keys():
+        best = max(shifted["fedbn"], shifted["ditto"])
+        figures["best_personal_gain_where_scanners_differ"] = best - shifted["fedavg"]
+    return figures
+
+
+def _worst(dice: Mapping[str, float]) -> str:
+    return min(dice, key=lambda hospital: dice[hospital])
+
+
+def _best_central(rows: Sequence[Row]) -> list[Row]:
+    """Return central training at the rate at which it does best on the first seed, on every seed."""
+    tried = [row for row in rows if row.part == "central" and row.central]
+    first = min((row.seed for row in tried), default=0)
+    best = max((row for row in tried if row.seed == first), key=lambda row: row.central_mean, default=None)
+    return [] if best is None else [row for row in tried if row.strategy == best.strategy]
+
+
+def _under_attack(rows: Sequence[Row]) -> dict[str, float]:
+    """Return the largest mean loss of Dice over the attacks, robust and plain, against plain without an attacker.
+
+    The attacker's own hospital is not looked at: its data may be what it attacks with.
+    """
+    by_name: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row.part == "attacks":
+            honest = [dice for hospital, dice in row.dice.items() if hospital != "hospital-1"]
+            by_name.setdefault(row.strategy, {})[row.seed] = mean(honest)
+    clean = by_name.pop("plain, no attack", {})
+    losses = {
+        name: mean(clean[seed] - own[seed] for seed in own if seed in clean)
+        for name, own in by_name.items()
+        if own.keys() & clean.keys()
+    }
+    figures = {f"loss[{name}]": loss for name, loss in losses.items()}
+    for figure, mode in (("robust_worst_loss", "robust"), ("fedavg_attacked_loss", "plain")):
+        of_mode = [loss for name, loss in losses.items() if name.startswith(f"{mode}, ") and "no attack" not in name]
+        if of_mode:
+            figures[figure] = max(of_mode)
+    return figures
+
+
+def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.data, row.strategy), []).append(row)
+    return groups
+
+
+def page(rows: Sequence[Row]) -> str:
+    """Return the page of tables."""
+    figures = figures_of(rows)
+    lines = [
+        "# Strategies side by side",
+        "",
+        f"Written by `benchmarks/strategies.py`. {describe_machine()}.",
+        "",
+        "Dice is that of the model that a hospital ends with, on its held-out patients: with fedbn, silobn, fedper,",
+        "fedrep, ditto and apfl its own. Mean, worst and spread are over hospitals, averaged over the seeds; +- is the",
+        "standard deviation of the mean over seeds. Rounds to target: the first round at which the mean reaches",
+        f"{TARGET_SHARE:.0%} of fedavg's best on that data set; in brackets how many seeds reached it.",
+        "",
+        "| data | strategy | seeds | mean Dice | worst hospital | spread | rounds to target |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    table = _grouped([row for row in rows if row.part in ("table", "others")])
+    for (data, strategy), own in table.items():
+        lines.append(_line(data, strategy, own, _target(table.get((data, "fedavg"), []))))
+    lines += _central_lines(rows, figures)
+    lines += _attack_lines(figures)
+    return "\n".join(lines) + "\n"
+
+
+def _target(fedavg: Sequence[Row]) -> float:
+    best = [max(row.curve.values()) for row in fedavg if row.curve]
+    return TARGET_SHARE * mean(best) if best else float("nan")
+
+
+def _line(data: str, strategy: str, own: Sequence[Row], target: float) -> str:
+    means = [row.mean for row in own]
+    spread = f" +- {stdev(means):.3f}" if len(means) > 1 else ""
+    reached = [min(n for n, dice in row.curve.items() if dice >= target) for row in own if _reaches(row, target)]
+    rounds = f"{mean(reached):.1f} ({len(reached)})" if reached else "not reached"
+    width = mean(max(row.dice.values()) - row.worst for row in own)
+    worst = mean(row.worst for row in own)
+    return f"| {data} | {strategy} | {len(own)} | {mean(means):.3f}{spread} | {worst:.3f} | {width:.3f} | {rounds} |"
+
+
+def _reaches(row: Row, target: float) -> bool:
+    return any(dice >= target for dice in row.curve.values())
+
+
+def _central_lines(rows: Sequence[Row], figures: Mapping[str, float]) -> list[str]:
+    federated = [row for row in rows if row.part == "central" and row.strategy == "federated"]
+    central = _best_central(rows)
+    if not federated or not central:
+        return []
+    gain = figures.get("federated_minus_central_dice", float("nan"))
+    return [
+        "",
+        f"Hippocampus, strata, all held-out cases pooled: federated {mean(r.pooled for r in federated):.3f}, central "
+        f"{mean(r.central_mean for r in central):.3f} at its best of three learning rates ({central[0].strategy}), "
+        f"difference {gain:+.4f}. The worst hospital gains {figures['worst_hospital_gain']:+.3f} over its own model.",
+    ]
+
+
+def _attack_lines(figures: Mapping[str, float]) -> list[str]:
+    losses = {name[5:-1]: value for name, value in figures.items() if name.startswith("loss[")}
+    if not losses:
+        return []
+    kinds = [name.partition(", ")[2] for name in losses if name.startswith("robust, ")]
+    lines = [
+        "",
+        "One hostile hospital of five (hippocampus, Dirichlet 5): loss of the honest hospitals' mean Dice against",
+        "plain averaging without an attacker.",
+        "",
+        "| attack | robust mode | plain averaging |",
+        "|---|---|---|",
+    ]
+    for kind in kinds:
+        robust, plain = losses.get(f"robust, {kind}"), losses.get(f"plain, {kind}")
+        lines.append(f"| {kind} | {_number(robust)} | {_number(plain)} |")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:+.3f}"
