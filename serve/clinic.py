@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import structlog
 from fastapi import APIRouter, Request
 from python_multipart.exceptions import FormParserError
@@ -24,12 +25,13 @@ from medfl_ray.data.mask_files import (
     ENDINGS,
     MASK_FORMATS,
     MEDIA_TYPES,
+    MaskFormat,
     MaskOrigin,
     check_writable,
     write_mask,
 )
 from medfl_ray.data.upload_limits import CHUNK_BYTES, UploadLimits
-from medfl_ray.data.upload_process import UploadReader
+from medfl_ray.data.upload_process import MASK, UploadReader
 from medfl_ray.data.uploads import Upload
 from medfl_ray.data.volume import Volume
 from medfl_ray.export.description import PackageDescription
@@ -158,20 +160,33 @@ class Clinic:
         if wish.output in MASK_FORMATS:
             check_writable(upload, wish.output)
         result = await self.backend.segment(wish.model, wish.version, upload.volume, progress)
-        answer, raw = await ANSWERS.run(_write_answer, upload, result, wish)
+        written = await self._dicom_object(upload, result, wish, folder) if wish.output in DICOM_FORMATS else None
+        answer, raw = await ANSWERS.run(_write_answer, upload, result, wish, written)
         if wish.store is not None:
             await PACS.run(store_in_pacs, wish.store, raw)
             answer.headers["X-Stored-In"] = wish.store.name
         return answer
 
+    async def _dicom_object(self, upload: Upload, result: Segmentation, wish: Wish, folder: Path) -> bytes:
+        """Have the process that reads uploads write the mask: no stranger's header is parsed in this one."""
+        await DISK.run(np.save, folder / MASK, result.mask)
+        file = await self.reader.write(upload, result.labels, cast(MaskFormat, wish.output), _origin_of(result), folder)
+        return await DISK.run(file.read_bytes)
 
-def _write_answer(upload: Upload, result: Segmentation, wish: Wish) -> tuple[Answer, bytes]:
-    """Return the answer, and the file of the mask alone where there is one."""
+
+def _origin_of(result: Segmentation) -> MaskOrigin:
+    return MaskOrigin(result.model, result.version or "1")
+
+
+def _write_answer(
+    upload: Upload, result: Segmentation, wish: Wish, written: bytes | None = None
+) -> tuple[Answer, bytes]:
+    """Return the answer, and the file of the mask alone where there is one; it may be written already."""
     headers = {
         "X-Model-Name": result.model, "X-Model-Version": result.version,
         "X-Volumes-Ml": json.dumps({name: round(value, 4) for name, value in result.volumes_ml.items()}),
     }  # fmt: skip
-    name, media_type, raw = _write_output(upload, result, wish.output)
+    name, media_type, raw = _write_output(upload, result, wish.output, written)
     if not wish.bundle:
         return Answer(raw, media_type, name, headers), raw
     files = {name: raw, "volumes.json": _words(upload, result), "overlay.png": _overlay(upload, result)}
@@ -182,13 +197,14 @@ def _write_answer(upload: Upload, result: Segmentation, wish: Wish) -> tuple[Ans
     return Answer(buffer.getvalue(), "application/zip", "segmentation.zip", headers), raw
 
 
-def _write_output(upload: Upload, result: Segmentation, output: Output) -> tuple[str, str, bytes]:
+def _write_output(
+    upload: Upload, result: Segmentation, output: Output, written: bytes | None
+) -> tuple[str, str, bytes]:
     if output == "json":
         return "volumes.json", "application/json", _words(upload, result)
     if output == "png":
         return "overlay.png", "image/png", _overlay(upload, result)
-    origin = MaskOrigin(result.model, result.version or "1")
-    raw = write_mask(result.mask, upload, result.labels, output, origin)
+    raw = written or write_mask(result.mask, upload, result.labels, output, _origin_of(result))
     stem = {"dicom-seg": "segmentation", "rtstruct": "structures"}.get(output, "mask")
     return f"{stem}{ENDINGS[output]}", MEDIA_TYPES[output], raw
 

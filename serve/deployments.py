@@ -11,18 +11,10 @@ from ray import serve as ray_serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
-from medfl_ray.data.upload_limits import UploadLimits
-from medfl_ray.errors import ConfigError
-from serve.auth import TokenBook, tokens_path
-from serve.backend import Backend
-from serve.clinic import clinical_routers
-from serve.http_app import build_http_app
-from serve.logs import configure_logs
-from serve.model_loader import Catalogue, ModelSource
-from serve.ray_replicas import RayReplicas
+from serve.lean_worker import environment
+from serve.model_loader import ModelSource
 from serve.replica import LoadedModel, ModelReplica, Together, WindowBatch, own_answer
-from serve.serving_metrics import ServingMetrics
-from serve.settings import Limits, ServeSettings
+from serve.settings import ServeSettings
 from serve.sources import open_source
 
 MODELS, INGRESS = "models", "ingress"
@@ -52,6 +44,7 @@ def _models(settings: ServeSettings) -> Any:
         ray_actor_options={
             "num_cpus": scaling.num_cpus,
             "num_gpus": scaling.num_gpus,
+            "runtime_env": {"env_vars": environment()},
         },
         max_ongoing_requests=scaling.max_ongoing_requests,
         max_queued_requests=scaling.max_queued_requests,
@@ -95,8 +88,10 @@ def _batching_replica(settings: ServeSettings) -> type[ModelReplica]:
 
 def _ingress(settings: ServeSettings) -> Any:
     def build() -> FastAPI:
-        configure_logs()
-        return _http_app(settings)
+        # Here, because what HTTP and files need is no load for the replicas.
+        from serve.ingress import ingress_app
+
+        return ingress_app(settings, ray_serve.get_deployment_handle(MODELS))
 
     return ray_serve.deployment(
         ray_serve.ingress(build)(),
@@ -105,26 +100,4 @@ def _ingress(settings: ServeSettings) -> Any:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=INGRESS_REQUESTS,
         graceful_shutdown_timeout_s=DRAIN_S,
-    )
-
-
-def _http_app(settings: ServeSettings) -> FastAPI:
-    """Build the ingress in its own process; refuses to start without tokens, which would shut everybody out."""
-    metrics = ServingMetrics(settings.drift_threshold, settings.drift_smoothing, ray_too=True)
-    replicas = RayReplicas(ray_serve.get_deployment_handle(MODELS))
-    catalogue = Catalogue(open_source(settings), replicas.describe, settings.only, metrics.served)
-    backend = Backend(replicas, catalogue, metrics, settings.limits.inference_timeout_s)
-    tokens = TokenBook(tokens_path(settings.tokens))
-    if tokens.is_empty:
-        raise ConfigError("there are no tokens, so nobody could use the service; make one: medfl-ray tokens add NAME")
-    routers = clinical_routers(backend, upload_limits(settings.limits), settings.pacs)
-    return build_http_app(backend, settings, tokens, metrics, routers, behind_proxy=True)
-
-
-def upload_limits(limits: Limits) -> UploadLimits:
-    """Return the limits of uploaded images that follow from those of requests."""
-    return UploadLimits(
-        max_upload_bytes=limits.max_upload_bytes,
-        upload_seconds=limits.upload_timeout_s,
-        max_voxels=limits.max_voxels,
     )

@@ -202,22 +202,25 @@ class ModelReplica:
             raise InferenceError("onnxruntime has not come back for longer than a request may take")
 
     async def _blended(self, model: LoadedModel, steps: SegmentationSteps) -> AsyncIterator[int]:
-        """Run all windows; yield how many ran together. While one batch runs, the one before it is blended."""
+        """Run all windows; yield how many ran together.
+
+        While one batch runs, the one before it is blended and the one after it is cut.
+        """
         size = self._windows_at_once(model.description.patch_size)
+        parts = batches(len(steps.plan), size)
+        windows = await asyncio.to_thread(steps.windows, parts[0])
         ready: tuple[Sequence[int], Array] | None = None
-        for numbers in batches(len(steps.plan), size):
-            windows = await asyncio.to_thread(steps.windows, numbers)
+        for place, numbers in enumerate(parts):
             running = asyncio.ensure_future(self.run_windows(WindowBatch(model, windows)))
             try:
-                if ready is not None:
-                    await asyncio.to_thread(_add_all, steps, *ready)
+                following = parts[place + 1] if place + 1 < len(parts) else range(0)
+                windows = await asyncio.to_thread(_meanwhile, steps, ready, following)
                 logits, together = await running
             finally:
                 running.cancel()  # of a request that is gone; nothing where it has ended
             ready = (numbers, logits)
             yield together
-        if ready is not None:
-            await asyncio.to_thread(_add_all, steps, *ready)
+        await asyncio.to_thread(_meanwhile, steps, ready, range(0))
 
     def _windows_at_once(self, shape: Sequence[int]) -> int:
         return max(1, self._settings.voxels_per_batch // max(1, math.prod(shape)))
@@ -247,9 +250,12 @@ def own_answer(answer: Together | Exception) -> Together:
     return answer
 
 
-def _add_all(steps: SegmentationSteps, numbers: Sequence[int], logits: Array) -> None:
-    for number, part in zip(numbers, logits, strict=True):
-        steps.add(number, part)
+def _meanwhile(steps: SegmentationSteps, ready: tuple[Sequence[int], Array] | None, following: range) -> Array:
+    """Blend the logits that are ready, and cut the windows that follow."""
+    if ready is not None:
+        for number, part in zip(*ready, strict=True):
+            steps.add(number, part)
+    return steps.windows(following)
 
 
 def _shifts(model: LoadedModel, volume: Volume) -> tuple[float, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from medfl_ray.config_base import Fraction, Positive, PositiveFloat, Section
+from medfl_ray.export.precision import VariantName
 from serve.pacs_target import PacsTarget
 
 ENVIRONMENT = {
@@ -66,7 +67,7 @@ class ServeSettings(Section):
     registry: str | None = Field(default=None, description="Folder or URL of a model registry.")
     only: str | None = Field(default=None, description="Serve this model alone.")
     tokens: Path | None = Field(default=None, description="File of tokens; default: serve/tokens.json in the state.")
-    variant: Literal["float32", "float16", "int8"] = Field(default="float32", description="Precision to serve.")
+    variant: VariantName = Field(default="float32", description="Precision to serve.")
     poll_s: PositiveFloat = Field(default=2.0, description="Time between two looks for promoted versions.")
     models_per_replica: Positive = Field(default=3, description="Versions that one replica keeps in memory.")
     voxels_per_batch: Positive = Field(

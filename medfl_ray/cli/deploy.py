@@ -8,16 +8,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from medfl_ray.errors import ConfigError
+from medfl_ray.export.precision import VariantName
 
 if TYPE_CHECKING:
     from serve.settings import ServeSettings
-
-Variant = Literal["float32", "float16", "int8"]
 
 
 def deploy(
@@ -29,7 +28,7 @@ def deploy(
         "127.0.0.1"
     ),
     registry: Annotated[str | None, typer.Option(help="Folder or URL of the registry.")] = None,
-    variant: Annotated[Variant, typer.Option(help="Precision to serve.")] = "float32",
+    variant: Annotated[VariantName, typer.Option(help="Precision to serve.")] = "float32",
     cpus: Annotated[
         int | None, typer.Option(min=1, help="Cores of one replica; all of this machine if absent.")
     ] = None,

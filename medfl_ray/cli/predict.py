@@ -6,11 +6,12 @@ import os
 import tempfile
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from medfl_ray.errors import ConfigError
+from medfl_ray.export.precision import VariantName
 
 if TYPE_CHECKING:
     from medfl_ray.data.mask_files import MaskFormat
@@ -29,14 +30,6 @@ class Format(StrEnum):
     RTSTRUCT = "rtstruct"
 
 
-class Precision(StrEnum):
-    """Variants of a package."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    INT8 = "int8"
-
-
 def predict(
     file: Annotated[Path, typer.Argument(help="NIfTI, NRRD or DICOM file, a zip of a DICOM series, or its folder.")],
     model: Annotated[str, typer.Option(help="Folder of a run or package, or NAME[@VERSION] of a registered model.")],
@@ -48,7 +41,7 @@ def predict(
         list[str] | None, typer.Option(help="SeriesInstanceUID, where FILE holds several; repeat for channels.")
     ] = None,
     overlay: Annotated[Path | None, typer.Option(help="Also write a picture of the mask over the image.")] = None,
-    variant: Annotated[Precision, typer.Option(help="Precision to run.")] = Precision.FLOAT32,
+    variant: Annotated[VariantName, typer.Option(help="Precision to run.")] = "float32",
     registry: Annotated[str | None, typer.Option(help="Folder or URL of the registry.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores when absent.")] = None,
 ) -> None:
@@ -58,7 +51,7 @@ def predict(
     from medfl_ray.data.uploads import opened_upload
 
     with tempfile.TemporaryDirectory(prefix="medfl-predict-") as folder:
-        predictor = _open(model, registry, variant.value, threads or _cores(), Path(folder))
+        predictor = _open(model, registry, variant, threads or _cores(), Path(folder))
         with opened_upload(file, UploadLimits(), tuple(series or ())) as upload:
             if predictor.description.task == "classification":
                 _show_classes(predictor.classify(upload.volume))
@@ -73,7 +66,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _open(model: str, registry: str | None, variant: str, threads: int, scratch: Path) -> Predictor:
+def _open(model: str, registry: str | None, variant: VariantName, threads: int, scratch: Path) -> Predictor:
     """Load a model from a folder, or a checked copy of it from the registry.
 
     Raises:
@@ -85,8 +78,7 @@ def _open(model: str, registry: str | None, variant: str, threads: int, scratch:
     package, version = Path(model), ""
     if not package.is_dir():
         package, version = _fetch(model, registry, scratch / "package")
-    precision = cast(Literal["float32", "float16", "int8"], variant)
-    return Predictor(OnnxModel.open(package, precision, threads), version)
+    return Predictor(OnnxModel.open(package, variant, threads), version)
 
 
 def _fetch(model: str, registry: str | None, into: Path) -> tuple[Path, str]:

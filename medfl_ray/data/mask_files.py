@@ -112,7 +112,7 @@ def _nifti(mask: Mask, volume: Volume) -> bytes:
     image.header.set_qform(volume.affine, code="scanner")
     if not np.allclose(image.header.get_qform(), volume.affine, atol=1e-3):
         image.header.set_qform(volume.affine, code="unknown")
-    return gzip.compress(image.to_bytes(), compresslevel=4, mtime=0)
+    return gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
 
 
 def _nrrd(mask: Mask, volume: Volume, labels: Mapping[int, str]) -> bytes:

@@ -49,6 +49,8 @@ def _turn(array: Array, affine: Affine, orientation: str) -> tuple[Array, Affine
     orientations: Any = nib.orientations
     target = orientations.axcodes2ornt(orientation, labels=AXES)
     change = orientations.ornt_transform(nib.io_orientation(affine), target)  # type: ignore[no-untyped-call]
+    if np.array_equal(change, [[axis, 1] for axis in range(len(change))]):
+        return array, affine
     turned = np.stack([orientations.apply_orientation(channel, change) for channel in array])
     return turned, affine @ orientations.inv_ornt_aff(change, array.shape[1:])
 

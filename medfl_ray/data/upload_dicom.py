@@ -97,7 +97,7 @@ def _choose(by_series: dict[str, list[Path]], others: dict[str, int], series: Se
     if len(by_series) > 1:
         raise LayoutError(
             f"the upload holds {len(by_series)} image series with {counts} files; send one, or name it by its "
-            "SeriesInstanceUID (series=...)"
+            "SeriesInstanceUID (series=UID in a request, --series UID for a command)"
         )
     return list(by_series)
 

@@ -1,4 +1,4 @@
-"""Uploads are parsed in a process of their own, whose memory and time the kernel bounds.
+"""Uploads are parsed, and their DICOM results written, in a process whose memory and time the kernel bounds.
 
 A helper imports the readers once and waits at a socket in a private folder; each upload gets a fork of it. Decoders
 are written in C and fed by strangers: one that crashes, swallows memory or never ends takes its fork with it and
@@ -23,20 +23,24 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from medfl_ray import errors
+from medfl_ray.data.mask_files import MaskFormat, MaskOrigin, write_mask
 from medfl_ray.data.upload_limits import UploadLimits
 from medfl_ray.data.uploads import Upload, read_upload
 from medfl_ray.data.volume import Volume
 from medfl_ray.errors import DataError, MedflError, UnreadableFile
 
-VOXELS = "volume.npy"
+VOXELS, MASK, RESULT = "volume.npy", "mask.npy", "result"
 START_SECONDS = 60.0
+SECONDS_PER_PLANE = 0.05  # and label, of a result
+MASK_BYTES_PER_VOXEL = 8  # and label: stacked, packed, encoded
 MOST_AT_ONCE = 4
 MOST_PATH_CHARACTERS = 90
 ADDRESS_SPACE = Path("/proc/self/statm")
@@ -98,14 +102,40 @@ class UploadReader:
             "path": str(path), "workspace": str(workspace), "series": list(series),
             "limits": self.limits.model_dump(),
         }  # fmt: skip
-        async with self._places:
-            answer = await self._ask_twice(json.dumps(request).encode() + b"\n")
-        if not answer:
+        answer = await self._answer(request)
+        if answer is None:
             raise UnreadableFile(
                 "reading the upload was ended, because it took more time or memory than its size allows; the file is "
                 "damaged, or decodes to far more than it should"
             )
-        return _upload_of(json.loads(answer), workspace)
+        return _upload_of(answer, workspace)
+
+    async def write(
+        self, upload: Upload, labels: Mapping[int, str], format: MaskFormat, origin: MaskOrigin, workspace: Path
+    ) -> Path:
+        """Write the mask that lies in `workspace` as MASK in a fork, and return the file.
+
+        A DICOM object repeats the headers of its images, so that they are parsed again: by a fork, as before.
+
+        Raises:
+          DataError: what `write_mask` raises, or the fork used up its memory or time, or crashed.
+        """
+        request = {
+            "files": [str(file) for file in upload.files], "kind": upload.kind, "workspace": str(workspace),
+            "affine": upload.volume.affine.tolist(), "labels": list(labels.items()), "format": format,
+            "origin": asdict(origin), "limits": self.limits.model_dump(),
+        }  # fmt: skip
+        answer = await self._answer(request)
+        if answer is None:
+            raise DataError(f"writing the {format} object took more time or memory than it may; ask for nifti")
+        _raise_its_error(answer)
+        return workspace / RESULT
+
+    async def _answer(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what a fork answers; None where it was ended or crashed."""
+        async with self._places:
+            answer = await self._ask_twice(json.dumps(request).encode() + b"\n")
+        return dict(json.loads(answer)) if answer else None
 
     async def _ask_twice(self, request: bytes) -> bytes:
         """Ask again where the helper itself ended; an upload ends its own fork alone."""
@@ -162,10 +192,14 @@ def _private_folder() -> str:
     return tempfile.mkdtemp(prefix="medfl-reader-", dir="/tmp")
 
 
-def _upload_of(answer: dict[str, Any], workspace: Path) -> Upload:
+def _raise_its_error(answer: dict[str, Any]) -> None:
     if "error" in answer:
         kind = getattr(errors, answer["error"], DataError)
         raise (kind if issubclass(kind, MedflError) else DataError)(answer["message"])
+
+
+def _upload_of(answer: dict[str, Any], workspace: Path) -> Upload:
+    _raise_its_error(answer)
     array = np.load(workspace / VOXELS, mmap_mode="c", allow_pickle=False)
     volume = Volume(array, np.array(answer["affine"], dtype=np.float64), tuple(answer["notes"]))
     return Upload(volume, answer["kind"], tuple(Path(file) for file in answer["files"]))
@@ -191,7 +225,7 @@ def _serve(folder: str) -> None:
 
 
 def _answer_and_exit(connection: socket.socket) -> None:
-    """Read one upload under the kernel's limits; runs in a fork, which never returns."""
+    """Do one piece of work under the kernel's limits; runs in a fork, which never returns."""
     code = 1
     try:
         with connection.makefile("rb") as stream:
@@ -214,30 +248,60 @@ def _end_when_shut(connection: socket.socket) -> None:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     limits = UploadLimits.model_validate(request["limits"])
-    workspace, path = Path(request["workspace"]), Path(request["path"])
-    size = path.stat().st_size if path.is_file() else 0
-    before = _address_space()
-
-    def bound(num_bytes: int) -> None:
-        """Allow what a header asks for, at the slowest speed that is tolerated."""
-        if before is not None:
-            memory = before + limits.memory_bytes + num_bytes
-            resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
-        seconds = limits.seconds + (size + num_bytes) / limits.bytes_per_second
-        signal.alarm(max(1, math.ceil(seconds)))
-
-    bound(0)
+    work = _written if "format" in request else _read
     try:
-        upload = read_upload(path, limits, workspace, request["series"], bound)
-        np.save(workspace / VOXELS, upload.volume.array, allow_pickle=False)
+        return work(request, limits, Path(request["workspace"]))
     except MedflError as error:
         return {"error": type(error).__name__, "message": str(error)}
     except MemoryError:
         return {"error": "UnreadableFile", "message": "the upload asks for more memory than it may have"}
+
+
+def _read(request: dict[str, Any], limits: UploadLimits, workspace: Path) -> dict[str, Any]:
+    path = Path(request["path"])
+    size = path.stat().st_size if path.is_file() else 0
+    bound = _bounds(limits)
+
+    def grant(num_bytes: int) -> None:
+        """Allow what a header asks for, at the slowest speed that is tolerated."""
+        bound(num_bytes, (size + num_bytes) / limits.bytes_per_second)
+
+    grant(0)
+    upload = read_upload(path, limits, workspace, request["series"], grant)
+    np.save(workspace / VOXELS, upload.volume.array, allow_pickle=False)
     return {
         "kind": upload.kind, "affine": upload.volume.affine.tolist(), "notes": list(upload.volume.notes),
         "files": [str(file) for file in upload.files],
     }  # fmt: skip
+
+
+def _written(request: dict[str, Any], limits: UploadLimits, workspace: Path) -> dict[str, Any]:
+    files = tuple(Path(file) for file in request["files"])
+    labels = {int(value): str(name) for value, name in request["labels"]}
+    mask = np.load(workspace / MASK, allow_pickle=False)
+    num_bytes = mask.size * MASK_BYTES_PER_VOXEL * (1 + len(labels))
+    size = sum(file.stat().st_size for file in files)
+    planes = mask.shape[0] * (1 + len(labels))
+    _bounds(limits)(num_bytes, (size + num_bytes) / limits.bytes_per_second + planes * SECONDS_PER_PLANE)
+    # Only the place of the image is needed, not its voxels.
+    volume = Volume(np.broadcast_to(np.float32(0), (1, *mask.shape)), np.array(request["affine"], dtype=np.float64))
+    origin = MaskOrigin(**request["origin"])
+    content = write_mask(mask, Upload(volume, request["kind"], files), labels, request["format"], origin)
+    (workspace / RESULT).write_bytes(content)
+    return {}
+
+
+def _bounds(limits: UploadLimits) -> Callable[[int, float], None]:
+    """Return what lets this process have so many bytes and seconds beyond those that every upload has."""
+    before = _address_space()
+
+    def bound(num_bytes: int, seconds: float) -> None:
+        if before is not None:
+            memory = before + limits.memory_bytes + num_bytes
+            resource.setrlimit(resource.RLIMIT_AS, (memory, resource.RLIM_INFINITY))
+        signal.alarm(max(1, math.ceil(limits.seconds + seconds)))
+
+    return bound
 
 
 def _address_space() -> int | None:
@@ -248,7 +312,7 @@ def _address_space() -> int | None:
 
 
 def _import_readers() -> None:
-    """Import what reading needs, so that a fork does not."""
+    """Import what reading and writing need, so that a fork does not."""
     import highdicom  # noqa: F401
     import libjpeg  # noqa: F401
     import nibabel  # noqa: F401
@@ -256,6 +320,9 @@ def _import_readers() -> None:
     import openjpeg  # noqa: F401
     import pydicom.pixels  # noqa: F401
     import rle  # noqa: F401
+
+    import medfl_ray.data.segmentation_object
+    import medfl_ray.data.structure_set  # noqa: F401
 
 
 if __name__ == "__main__":

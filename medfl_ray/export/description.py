@@ -11,10 +11,10 @@ from medfl_ray.config import ModelConfig
 from medfl_ray.data.preprocess import Preprocessing
 from medfl_ray.data.windows import SlidingWindow
 from medfl_ray.errors import ExportError
+from medfl_ray.export.precision import VariantName
 
 DESCRIPTION = "model.json"
 PACKAGE_FORMAT = 2
-VariantName = Literal["float32", "float16", "int8"]
 
 
 class _Part(BaseModel):

@@ -17,7 +17,8 @@ from medfl_ray import __version__
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ExportError
 from medfl_ray.export.card_page import card_page
-from medfl_ray.export.description import PackageDescription, Variant, VariantName
+from medfl_ray.export.description import PackageDescription, Variant
+from medfl_ray.export.precision import VariantName
 from medfl_ray.messages import HospitalInfo, Label, SignedReceipt, SiteEvaluation
 from medfl_ray.privacy.audit_record import AUDIT_FILE, AuditRecord
 from medfl_ray.training.intervals import interval_of_means

@@ -23,12 +23,13 @@ from torch.export import Dim
 from medfl_ray.data.dataset import HospitalData
 from medfl_ray.errors import ExportError
 from medfl_ray.export.calibration import CalibrationFolder, open_images
-from medfl_ray.export.description import DESCRIPTION, PackageDescription, Variant, VariantName
+from medfl_ray.export.description import DESCRIPTION, PackageDescription, Variant
 from medfl_ray.export.fingerprint import fingerprint_of
 from medfl_ray.export.model_card import CARDS, write_card
 from medfl_ray.export.optimise import graph_forms, slim
 from medfl_ray.export.package import ModelPackage, load_run, open_public_data, read_package
 from medfl_ray.export.parity import NUM_IMAGES, Image, Parity, measure_parity, parity_images, patches_of
+from medfl_ray.export.precision import VariantName
 from medfl_ray.export.variants import FILES, write_variant
 from medfl_ray.export.weights import load_weights
 from medfl_ray.models.catalogue import build_network, onnx_size_note, size_divisor

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from medfl_ray.errors import ExportError, InferenceError
-from medfl_ray.export.description import PackageDescription, VariantName, read_description
+from medfl_ray.export.description import PackageDescription, read_description
 from medfl_ray.export.onnx_check import check_onnx_content
+from medfl_ray.export.precision import VariantName
 
 Array = npt.NDArray[np.float32]
 ONNX_TYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

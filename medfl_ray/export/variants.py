@@ -22,8 +22,9 @@ import onnxruntime
 
 from medfl_ray.errors import ExportError
 from medfl_ray.export.calibration import OpenImages
-from medfl_ray.export.description import PackageDescription, Variant, VariantName
+from medfl_ray.export.description import PackageDescription, Variant
 from medfl_ray.export.parity import Image
+from medfl_ray.export.precision import VariantName
 from medfl_ray.export.slice_convolutions import convolve_slices, spread_transposed_convolutions
 from medfl_ray.export.sliding_window import plan_windows, sliding_window
 from medfl_ray.training.evaluation import dice_per_label

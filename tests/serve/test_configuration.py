@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from serve.deployments import upload_limits
+from serve.ingress import upload_limits
 from serve.launcher import http_options
 from serve.settings import Limits, Scaling, ServeSettings
 

@@ -122,6 +122,19 @@ def test_a_dicom_series_comes_back_as_seg_and_contours(client, series):
     assert np.array_equal(filled[1], expected == 1)
 
 
+@pytest.mark.parametrize("output", ["dicom-seg", "rtstruct"])
+def test_the_serving_process_parses_no_header(client, series, output, monkeypatch):
+    def parse(files):
+        raise AssertionError("parsed outside the confined process")
+
+    monkeypatch.setattr("medfl_ray.data.uploads.headers_of", parse)
+    answer = client.post(SEGMENT, content=series[1], params={"output": output, "bundle": "true"})
+    assert answer.status_code == 200, answer.text
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as bundle:
+        (name,) = [name for name in bundle.namelist() if name.endswith(".dcm")]
+        assert pydicom.dcmread(io.BytesIO(bundle.read(name))).Modality in ("SEG", "RTSTRUCT")
+
+
 def test_a_bundle_has_mask_volumes_and_picture(client):
     answer = client.post(SEGMENT, content=nifti_bytes(image()), params={"bundle": "true"})
     with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
