@@ -70,7 +70,7 @@ def _opened(images: _Images) -> HospitalData:
 
 
 def spare_the_collector() -> None:
-    """Take the libraries out of the garbage collector's sight, once: each trial has it look for memory several times."""
+    """Take the libraries out of the garbage collector's sight, once: each trial has it look several times."""
     if gc.get_freeze_count() == 0:
         from medfl_ray.models.light_monai import load_monai
 
