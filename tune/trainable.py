@@ -70,6 +70,8 @@ def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> None:
 
     # A trial that was stopped has this long to leave before the next one has its process; Ray reads it here, later.
     os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(round(LOCK_PATIENCE_S)))
+    # Ray Tune moves into a folder of its own for a trial; paths in a configuration start where the search did.
+    os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", os.curdir))
     spare_the_collector()
     parameters = {name: config[name] for name in plan.search.space.ranges}
     execute(plan, int(config["number"]), parameters, ray_tune.report)
