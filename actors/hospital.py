@@ -24,6 +24,7 @@ from medfl_ray.params import Vector
 from medfl_ray.site_policy import SitePolicy
 
 PICTURES_PER_HOSPITAL = 2
+OpenData = Callable[[RunConfig, tuple[str, ...]], Any]
 Answer = TypeVar("Answer")
 
 
@@ -48,8 +49,11 @@ class HospitalSpec:
     signing_seed: bytes | None = field(default=None, repr=False)
 
 
-def build_hospital(spec: HospitalSpec) -> Hospital:
+def build_hospital(spec: HospitalSpec, open_data: OpenData | None = None) -> Hospital:
     """Open data, network and ledger of one hospital.
+
+    Args:
+      open_data: instead of `open_hospital_data`, where a process has the same images open already.
 
     Raises:
       DataError, ModelError, PrivacyError: with the reason, in words that hold no identifier.
@@ -64,7 +68,7 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
     run, policy = spec.run, spec.policy
     check_own_policy(spec)
     try:
-        data = open_hospital_data(run, spec.members)
+        data = (open_data or open_hospital_data)(run, spec.members)
         if is_confidential(run, policy):
             data.check_cases()  # else a broken case would fail the round that first draws its patient
     except DataError as error:

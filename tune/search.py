@@ -234,6 +234,7 @@ def _tune(search: Search, left: int, num_cpus: float, progress: Any) -> None:
                 scheduler=build_scheduler(config, search.rounds),
                 num_samples=left,
                 max_concurrent_trials=min(at_once or fitting, fitting),
+                reuse_actors=True,  # a trial's process has loaded the libraries and prepared the images for the next
                 trial_name_creator=lambda trial: f"trial-{trial.trial_id}",
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),

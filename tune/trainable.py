@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import statistics
 import threading
@@ -65,6 +66,13 @@ def run_trial(config: Mapping[str, Any], plan: TrialPlan) -> None:
     """
     from ray import tune as ray_tune
 
+    from tune.trial_pool import spare_the_collector
+
+    # A trial that was stopped has this long to leave before the next one has its process; Ray reads it here, later.
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", str(round(LOCK_PATIENCE_S)))
+    # Ray Tune moves into a folder of its own for a trial; paths in a configuration start where the search did.
+    os.chdir(os.environ.get("TUNE_ORIG_WORKING_DIR", os.curdir))
+    spare_the_collector()
     parameters = {name: config[name] for name in plan.search.space.ranges}
     execute(plan, int(config["number"]), parameters, ray_tune.report)
 
@@ -148,9 +156,10 @@ def _run(run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, emit: C
         from actors.simulate import simulate
 
         return simulate(run, policies, folder, emit)
-    from actors.coordinator import hospital_specs, local_pool, run_in_process
+    from actors.coordinator import hospital_specs, run_in_process
+    from tune.trial_pool import trial_pool
 
-    pool = local_pool(hospital_specs(run, policies, folder))
+    pool = trial_pool(hospital_specs(run, policies, folder))
     return run_in_process(run, policies, folder, pool, emit, threading.Event())
 
 

@@ -48,6 +48,7 @@ def front_chart(summary: SearchSummary) -> Chart | None:
             textcoords="offset points",
             fontsize=9.5,
             color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.8},  # else a bar runs through it
             zorder=6,
         )
     axes.set_xlabel(f"epsilon of the whole run, largest of a hospital ({summary.terms})")

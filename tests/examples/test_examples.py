@@ -13,8 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SAYS = {
+    "own_data": [
+        r"round 2: 2 hospitals trained",
+        r"north: epsilon \d+\.\d+ \(patient-level, delta=1e-05, add/remove\)",
+    ],
     "own_network": [r"refused: layer '1' is BatchNorm2d", r"all 2 rounds were published"],
     "own_strategy": [r"mean Dice with nesterov 0\.\d+, with fedavg 0\.\d+"],
+    "search": [r"trial 2: epsilon \d+\.\d+, Dice 0\.\d+", r"recommended: medfl-ray run", r"you need epsilon about \d"],
+    "serve_model": [r"without a token: HTTP 401", r"a mask of shape \(40, 40, 40\) with labels \["],
+    "simulate": [r"20 hospitals, 3 rounds, 50% of them in each", r"mean Dice 0\.\d+ after round 3"],
 }
 
 

@@ -1,6 +1,8 @@
 """What a search may cost is decided before anything trains."""
 
 import pytest
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
 from search_cases import RUN, plan_of, private_run
 
 from medfl_ray.data.sources import list_hospitals
@@ -81,6 +83,14 @@ def test_selection_is_refused_where_a_budget_could_cut_the_number_of_trials(tmp_
     run = private_run(tmp_path)
     with pytest.raises(PrivacyConfigError, match="no longer have the distribution"):
         terms(plan_of(tmp_path, run, score_data="public", **select))
+
+
+def test_repeat_and_select_cannot_be_composed_with_what_a_ledger_holds():
+    """The reason that docs/howto/search.md gives; once it no longer holds, selection is to be revisited."""
+    one = dp_event.PoissonSampledDpEvent(0.5, dp_event.GaussianDpEvent(2.0))
+    selected = dp_event.RepeatAndSelectDpEvent(one, mean=4.0, shape=1.0)
+    assert PLDAccountant().supports(one)
+    assert not PLDAccountant().supports(selected)
 
 
 @pytest.mark.parametrize(
