@@ -192,7 +192,7 @@ laptop() { # $1 = work folder: what an administrator and a data scientist type
   work=$1 python=$(<"$1/python")
   trap 'exit 130' INT TERM # the first process of a namespace takes no signal that it has not asked for
   export HOME=$work/laptop RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 PYTHONWARNINGS=ignore
-  "$python" -c 'import platform, ray; print(f"Ray {ray.__version__}, Python {platform.python_version()}, Linux {".".join(platform.release().split(".")[:2])}")'
+  "$python" -c 'import platform, ray; print(f"Ray {ray.__version__}, Python {platform.python_version()}, Linux", ".".join(platform.release().split(".")[:2]))'
   network "$work"
   cd "$work/project"
   cluster_starts
