@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input insta
 PACKAGES := medfl_ray actors serve tune
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ci lint orthanc format ci reference docs wheel lock clean
+.PHONY: help install demo test test-ci lint orthanc prometheus format ci reference docs wheel lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,14 @@ orthanc: ## Install the PACS of the tests, as root on Debian or Ubuntu; its test
 		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
 		  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends orthanc orthanc-dicomweb >/dev/null; } || \
 		echo "make: Orthanc cannot be installed here; tests/serve/test_orthanc.py is skipped" >&2
+
+# The package starts a server on all addresses, which nobody has asked for: the tests start their own on loopback.
+prometheus: ## Install Prometheus for the tests, as root on Debian or Ubuntu; they are skipped where this cannot be
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null || \
+		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+		  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends prometheus >/dev/null && \
+		  { service prometheus stop; systemctl disable --quiet prometheus; true; } >/dev/null 2>&1; } || \
+		echo "make: Prometheus cannot be installed here; the tests that load our configuration into it are skipped" >&2
 
 format: $(VENV)/.installed-dev ## Format the code and repair what the linter can
 	$(BIN)/ruff check --fix .

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from medfl_ray.errors import ClusterError
+from medfl_ray.errors import ClusterError, ConfigError
 
 Policy = Literal["spread", "pack"]
 PIN = 0.001
@@ -39,6 +39,15 @@ class Place:
             "max_restarts": -1,
             "max_task_retries": 0,
         }
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The actors that share a simulation's hospitals, and what each asks Ray for."""
+
+    num_actors: int
+    num_cpus: float
+    num_gpus: float
 
 
 def resource_of(hospital: str) -> str:
@@ -119,3 +128,55 @@ def _gpus(crowds: Sequence[tuple[Mapping[str, float], int]], asked: float) -> fl
 def gpu_share(num_actors: int, num_gpus: float) -> float:
     """Return the share of a GPU with which so many actors fit on so many GPUs, none of them on parts of two."""
     return math.floor(10_000 / math.ceil(num_actors / num_gpus)) / 10_000
+
+
+def place_crew(
+    nodes: Sequence[Mapping[str, float]],
+    num_hospitals: int,
+    num_actors: int | None = None,
+    gpus_per_actor: float = 0.0,
+) -> Crew:
+    """Return a simulation's actors, one per core or as many as asked for, such that all fit on the nodes at once.
+
+    Where a node has a GPU, all actors are on such nodes; an actor is on one node and on one GPU (or on whole ones).
+
+    Args:
+      nodes: the resources of each node that is alive.
+      gpus_per_actor: share of a GPU that each takes where there is one; 0 shares them evenly.
+
+    Raises:
+      ConfigError: more actors are asked for than have such a share of the GPUs.
+    """
+    with_gpu = [node for node in nodes if node.get("GPU")]
+    cpus = [node.get("CPU", 1.0) for node in with_gpu or nodes]
+    cores = max(1, sum(int(of_node) for of_node in cpus))
+    if not with_gpu:
+        count = min(num_actors or cores, num_hospitals)
+        return Crew(count, num_cpus=0.9 * min(1.0, largest_share(cpus, count)), num_gpus=0.0)
+    gpus = [node["GPU"] for node in with_gpu]
+    fitting = sum(slots(of_node, gpus_per_actor) for of_node in gpus) if gpus_per_actor else cores
+    count = min(num_actors or max(1, fitting), num_hospitals)
+    if gpus_per_actor and count > fitting:
+        raise ConfigError(
+            f"{count} actors (federation.num_actors, --actors) are to have training.gpus_per_hospital="
+            f"{gpus_per_actor:g} of a GPU each, and the cluster's {sum(gpus):g} have room for {fitting}; "
+            "lower one of the two"
+        )
+    share = gpus_per_actor or gpu_share(count, sum(gpus))
+    crowded = [(node, min(count, slots(of_node, share))) for node, of_node in zip(cpus, gpus, strict=True)]
+    room = min(node / actors for node, actors in crowded if actors)
+    return Crew(count, num_cpus=0.9 * min(1.0, room), num_gpus=share)
+
+
+def slots(num_gpus: float, share: float) -> int:
+    """Return how many actors with such a share a node's GPUs hold; a share of one GPU is never parts of two."""
+    exact = 1e-9  # 1 / 0.1 is a little more than 10, or a little less
+    return int(num_gpus / share + exact) if share >= 1 else int(num_gpus) * int(1 / share + exact)
+
+
+def largest_share(sizes: Sequence[float], count: int) -> float:
+    """Return the largest share of which so many fit, each within one of the sizes."""
+    possible = sorted({size / parts for size in sizes for parts in range(1, count + 1)}, reverse=True)
+    return next(
+        (share for share in possible if share and sum(int(size / share + 1e-9) for size in sizes) >= count), 0.01
+    )

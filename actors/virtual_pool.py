@@ -6,7 +6,6 @@ which actor trains which group, and how many actors there are, changes no bit of
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from ray.exceptions import RayError
 from actors.cluster import simulation_environment
 from actors.dealing import TRIES, Dealer, Lost
 from actors.names import actor_name
+from actors.placement import place_crew
 from actors.virtual_hospitals import VirtualHospitals
 from actors.virtual_work import Assignment, Finished, OpenData, Scoring, Turn
 from medfl_ray.config import Declared, RunConfig
@@ -288,28 +288,23 @@ def start_actors(
     run: RunConfig, declared: Declared, open_data: OpenData | None, num_hospitals: int, name: str
 ) -> list[Any]:
     """Start one actor per core, or as many as the run asks for; on GPUs each gets its share and no more memory."""
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = resources.get("GPU", 0.0)
-    cores = max(1, int(resources.get("CPU", os.cpu_count() or 1)))
-    share = run.training.gpus_per_hospital if gpus else 0.0
-    fitting = int(gpus / share) if share else cores
-    count = min(run.federation.num_actors or max(1, fitting), num_hospitals)
-    if gpus and not share:
-        share = min(1.0, gpus / count)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    crew = place_crew(nodes, num_hospitals, run.federation.num_actors, run.training.gpus_per_hospital)
+    count, cores = crew.num_actors, sum(node.get("CPU", 0.0) for node in nodes)
     remote = ray.remote(VirtualHospitals)
     options = {
-        "num_cpus": min(1.0, cores / count) * 0.9,
-        "num_gpus": share,
+        "num_cpus": crew.num_cpus,
+        "num_gpus": crew.num_gpus,
         "max_restarts": -1,
         "max_task_retries": 0,
         "runtime_env": {"env_vars": simulation_environment()},
     }
-    cache_bytes = cache_of_each(run, count, resources.get("memory"))
+    cache_bytes = cache_of_each(run, count, sum(node.get("memory", 0.0) for node in nodes) or None)
     # On a core of its own a thread that prepares images would only take turns with the training.
-    looks_ahead = bool(gpus) or cores >= 2 * count
+    looks_ahead = crew.num_gpus > 0 or cores >= 2 * count
     # Several simulations of one name may go on at once, as in a search.
     names = [actor_name(name, "virtual", f"{number}-{secrets.token_hex(3)}") for number in range(1, count + 1)]
-    arguments = (run, declared, open_data, share, cache_bytes, looks_ahead)
+    arguments = (run, declared, open_data, crew.num_gpus, cache_bytes, looks_ahead)
     return [remote.options(name=named, **options).remote(*arguments) for named in names]
 
 

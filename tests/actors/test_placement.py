@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.placement import PIN, gpu_share, place_actors
-from medfl_ray.errors import ClusterError
+from actors.placement import PIN, gpu_share, place_actors, place_crew
+from medfl_ray.errors import ClusterError, ConfigError
 
 PROCESS = Path(__file__).parent / "two_nodes.py"
 
@@ -71,6 +71,54 @@ def test_all_actors_fit_on_their_nodes_at_once(machines, pins):
         assert sum(place.num_cpus for place in here) <= node["CPU"]
     assert sum(place.num_gpus for place in places.values()) <= sum(node["GPU"] for node in nodes)
     assert sum(place.num_cpus for place in places.values()) <= sum(node["CPU"] for node in nodes)
+
+
+def test_a_simulations_actors_fit_on_nodes_of_different_size():
+    crew = place_crew([{"CPU": 3.0}, {"CPU": 2.0}], num_hospitals=100)
+    assert (crew.num_actors, crew.num_cpus, crew.num_gpus) == (5, 0.9, 0.0)
+    # Four fifths of a processor each would leave the fifth on parts of two nodes.
+    assert place_crew([{"CPU": 2.0}, {"CPU": 2.0}], 100, num_actors=5).num_cpus == pytest.approx(0.9 * 2 / 3)
+    # The head has no GPU: its processors hold none of the actors, all of which have a share of one.
+    nodes = [{"CPU": 8.0}, {"CPU": 4.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}]
+    crew = place_crew(nodes, num_hospitals=100)
+    assert (crew.num_actors, crew.num_cpus, crew.num_gpus) == (6, 0.9, 0.5)
+    assert place_crew(nodes, 100, gpus_per_actor=0.4).num_actors == 6
+    assert place_crew(nodes, num_hospitals=2).num_actors == 2
+    assert place_crew([{"CPU": 16.0, "GPU": 1.0}], 100, gpus_per_actor=0.1).num_actors == 10
+
+
+def test_more_shares_of_a_gpu_than_there_are_is_refused():
+    # 2 / 0.4 = 5, but the fifth would have parts of two GPUs, and would be waited for without an end.
+    with pytest.raises(ConfigError, match=r"5 actors.*gpus_per_hospital=0\.4.*2 have room for 4"):
+        place_crew([{"CPU": 8.0, "GPU": 2.0}], 100, num_actors=5, gpus_per_actor=0.4)
+    assert place_crew([{"CPU": 8.0}], 100, num_actors=5, gpus_per_actor=0.4).num_gpus == 0.0
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 8), st.integers(0, 4)), min_size=1, max_size=4),
+    st.none() | st.integers(1, 12),
+    st.sampled_from([0.0, 0.1, 0.3, 0.5, 1.0]),
+    st.randoms(use_true_random=False),
+)
+def test_a_simulations_actors_fit_wherever_ray_puts_them(machines, num_actors, asked, chance):
+    free = [(float(cpus), [1.0] * gpus) for cpus, gpus in machines]
+    nodes = [{"CPU": cpus, "GPU": float(len(gpus))} for cpus, gpus in free]
+    try:
+        crew = place_crew(nodes, 20, num_actors, asked)
+    except ConfigError:
+        assert num_actors is not None
+        return
+    assert crew.num_actors <= 20
+    for _ in range(crew.num_actors):
+        room = [
+            (node, gpu)
+            for node, (cpus, gpus) in enumerate(free)
+            for gpu in (range(len(gpus)) if crew.num_gpus else [-1])
+            if cpus >= crew.num_cpus - 1e-9 and (gpu < 0 or gpus[gpu] >= crew.num_gpus - 1e-9)
+        ]
+        node, gpu = chance.choice(room)
+        cpus, gpus = free[node]
+        free[node] = (cpus - crew.num_cpus, [left - crew.num_gpus * (gpu == at) for at, left in enumerate(gpus)])
 
 
 @pytest.mark.ci

@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 FILES = sorted([ROOT / "cluster.yaml", *(ROOT / "deploy" / "ray").glob("*.yaml")])
 CLOUDS = [path for path in FILES if path.name != "onpremise.yaml"]
-SHARED = ("file_mounts", "head_start_ray_commands", "idle_timeout_minutes", "max_workers")
+SHARED = ("file_mounts", "idle_timeout_minutes", "max_workers")
 
 
 def load(path):
@@ -66,15 +66,13 @@ def test_the_variants_agree_where_they_should():
     clusters = [load(path) for path in FILES]
     for key in SHARED:
         assert all(cluster[key] == clusters[0][key] for cluster in clusters), key
-    assert (
-        len(
-            {
-                json.dumps([load(path)[key] for key in ("setup_commands", "worker_start_ray_commands")])
-                for path in CLOUDS
-            }
-        )
-        == 1
-    )
+    first, *others = (load(path) for path in CLOUDS)
+    for key in ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
+        assert all(cluster[key] == first[key] for cluster in others), key
+    # With the other autoscaler the last of the machines never starts: seen in a rehearsal with Ray 2.55.1.
+    start = load(ROOT / "deploy/ray/onpremise.yaml")["head_start_ray_commands"]
+    assert [command.replace("RAY_enable_autoscaler_v2=0 ", "") for command in start] == first["head_start_ray_commands"]
+    assert "export RAY_enable_autoscaler_v2=0 " in start[1]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -114,6 +112,28 @@ def test_a_machine_of_your_own_says_which_hospitals_it_serves(tmp_path):
     ).stdout.splitlines()
     assert said[:2] == ["start", "--address=192.0.2.1:6379"]
     assert json.loads(said[2].partition("=")[2]) == {"hospital:north": 1, "hospital:south": 1}
+
+
+def test_the_rehearsal_that_is_recorded_went_to_its_end():
+    folder = ROOT / "deploy" / "ray"
+    record = (folder / "rehearsal.log").read_text(encoding="utf-8")
+    script = (folder / "rehearse.sh").read_text(encoding="utf-8")
+    titles = re.findall(r"^ *say '(.*)'$", script, re.MULTILINE)
+    assert len(titles) >= 9
+    said = [line.removeprefix("=== ") for line in record.splitlines() if line.startswith("=== ")]
+    assert said[:-1] == titles
+    assert said[-1].startswith("over after ")
+    assert "succeeded" in record
+    assert re.search(r"processes of Ray before: [1-9]", record)
+    assert re.search(r"processes of Ray \d+ s later: 0$", record, re.MULTILINE)
+    installed = re.search(r"^ray==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    assert record.startswith(f"Ray {installed},")
+
+
+def test_the_record_tells_nothing_of_the_machine_and_no_secret():
+    record = (ROOT / "deploy" / "ray" / "rehearsal.log").read_text(encoding="utf-8")
+    assert not re.findall(r"(?<!\w)/(?:root|home|work|var|tmp|opt|usr)/\S*", record)
+    assert not re.findall(r"\b[0-9a-f]{64}\b|PRIVATE KEY", record)
 
 
 def test_the_rehearsal_can_be_read_by_the_shell():
