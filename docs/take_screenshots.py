@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import math
 import os
 import re
 import socket
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,16 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 IMAGES = ROOT / "docs" / "images"
 COOKIE = "ray-authentication-token"
-RUN = {
-    "name": "lungs",
-    "data": {"phantom": {"num_hospitals": 4, "patients_per_hospital": 60, "size_voxels": 24, "seed": 3}},
-    "model": {"type": "unet3d", "features": [4, 8]},
-    "training": {"batch_size": 4, "patch_size_voxels": 16, "learning_rate": 0.01, "optimizer": "adam"},
-    "federation": {"rounds": 400, "local_steps": 2, "seed": 5},
-    "privacy": {"enable_dp": True, "epsilon": 20.0, "noise_multiplier": 1.5, "max_grad_norm": 0.1},
-    "output": {"report": False, "export": False},
-}
-SETTLE_S = 20
+RUN = ROOT / "configs" / "demo.yaml"
+ROUNDS_AFTER = 9
+"""Published rounds after which the pictures are taken; the run goes on meanwhile."""
+SETTLE_S, REDRAW_S = 20, 2
 QUERIES = (
     "max by (hospital) (ray_medfl_dice)",
     "max by (hospital, unit, delta, adjacency) (ray_medfl_epsilon_spent)",
@@ -62,28 +58,27 @@ def process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def prometheus_config(folder: Path) -> Path:
-    """Write our own configuration with a shorter interval and the nodes of this cluster."""
+    """Write our own configuration with the nodes of this cluster."""
     import ray
     import yaml
 
     config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
     pages = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes()]
     (folder / "found.json").write_text(json.dumps([{"labels": {"job": "ray"}, "targets": pages}]))
-    config["global"] = {"scrape_interval": "4s", "evaluation_interval": "4s"}
     config["scrape_configs"][0]["file_sd_configs"][0]["files"] = [str(folder / "found.json")]
     config["rule_files"] = [str(ROOT / "deploy" / "prometheus" / "rules.yml")]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     return folder / "prometheus.yml"
 
 
-async def photograph(log: Path, pages: list[tuple[str, Path, tuple[int, int]]], token: str) -> None:
-    """Let the browser show each page and write what it looks like."""
+async def photograph(log: Path, pages: list[tuple[str, Path, int]], token: str) -> None:
+    """Let the browser show each page in a window of the given width, and as high as the page, and write it."""
     import aiohttp
 
     while not (found := re.search(r"ws://(127\.0\.0\.1:\d+)/", log.read_text())):
         await asyncio.sleep(0.2)
     async with aiohttp.ClientSession() as session:
-        for url, file, (width, height) in pages:
+        for url, file, width in pages:
             async with session.put(f"http://{found[1]}/json/new?about:blank") as answer:
                 target = (await answer.json())["webSocketDebuggerUrl"]
             async with session.ws_connect(target, max_msg_size=2**26) as browser:
@@ -94,12 +89,16 @@ async def photograph(log: Path, pages: list[tuple[str, Path, tuple[int, int]]], 
                         pass
                     return said["result"]
 
-                size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-                await call("Emulation.setDeviceMetricsOverride", **size)
+                window = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+                await call("Emulation.setDeviceMetricsOverride", **window)
                 origin = "{0.scheme}://{0.netloc}".format(urllib.parse.urlsplit(url))
                 await call("Network.setCookie", url=origin, name=COOKIE, value=token, httpOnly=True)
                 await call("Page.navigate", url=url)
                 await asyncio.sleep(SETTLE_S)
+                found_height = await call("Runtime.evaluate", expression="document.documentElement.scrollHeight")
+                window["height"] = found_height["result"]["value"]
+                await call("Emulation.setDeviceMetricsOverride", **window)
+                await asyncio.sleep(REDRAW_S)
                 picture = await call("Page.captureScreenshot", format="png")
                 file.write_bytes(base64.b64decode(picture["data"]))
 
@@ -109,6 +108,8 @@ def main() -> None:
     os.environ["RAY_metrics_report_interval_ms"] = "2000"  # noqa: SIM112 - Ray's spelling
     # On a busy machine the dashboard takes its time.
     os.environ.update(RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT="120", RAY_DASHBOARD_STARTUP_TIMEOUT_S="180")
+    import yaml
+
     from actors.cluster import connect, disconnect
     from actors.train import _follow
     from medfl_ray.config_files import parse_run_config
@@ -117,15 +118,16 @@ def main() -> None:
 
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        raw = {**RUN, "output": {**RUN["output"], "directory": str(place), "state_directory": str(place / "state")}}
-        run = parse_run_config(raw)
+        output = {"report": False, "export": False, "directory": str(place), "state_directory": str(place / "state")}
+        raw = yaml.safe_load(RUN.read_text())
+        run = parse_run_config({**raw, "federation": {**raw["federation"], "baselines": []}, "output": output})
         policies, folder = tuple(list_hospitals(run)), RunFolder.create(run)
         cluster = connect(num_cpus=2, dashboard=True)
         stack.callback(disconnect)
         stop, enough = threading.Event(), threading.Event()
 
         def emit(event: Any) -> None:
-            if event.type == "round" and event.result.round >= 30:
+            if event.type == "round" and event.result.round >= ROUNDS_AFTER:
                 enough.set()
 
         training = threading.Thread(target=_follow, args=(run, policies, folder.path, emit, stop))
@@ -134,17 +136,20 @@ def main() -> None:
         port = free_port()
         server = ["prometheus", f"--config.file={prometheus_config(place)}", f"--storage.tsdb.path={place / 'data'}"]
         stack.enter_context(process([*server, f"--web.listen-address=127.0.0.1:{port}"], place / "prometheus.log"))
-        enough.wait(timeout=240)
+        started = time.monotonic()
+        enough.wait()
         options = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-proxy-server"
+        options += " --hide-scrollbars"
         browser = ["chromium", *options.split(), "--remote-debugging-port=0", f"--user-data-dir={place / 'browser'}"]
         stack.enter_context(process(browser, place / "browser.log"))
         graphs = {f"g{number}.expr": query for number, query in enumerate(QUERIES)}
+        shown = f"{math.ceil((time.monotonic() - started) / 60) + 1}m"
         graphs |= {
-            f"g{number}.{key}": value for number in (0, 1) for key, value in (("tab", "0"), ("range_input", "5m"))
+            f"g{number}.{key}": value for number in (0, 1) for key, value in (("tab", "0"), ("range_input", shown))
         }
         pages = [
-            (f"http://{cluster.dashboard_url}/#/actors", IMAGES / "ray-actors.png", (1600, 760)),
-            (f"http://127.0.0.1:{port}/graph?{urllib.parse.urlencode(graphs)}", IMAGES / "metrics.png", (1400, 1500)),
+            (f"http://{cluster.dashboard_url}/#/actors", IMAGES / "ray-actors.png", 1600),
+            (f"http://127.0.0.1:{port}/graph?{urllib.parse.urlencode(graphs)}", IMAGES / "metrics.png", 1400),
         ]
         asyncio.run(photograph(place / "browser.log", pages, os.environ["RAY_AUTH_TOKEN"]))
 
