@@ -143,7 +143,7 @@ def test_the_howtos_commands_for_jobs_run_stop_and_resume(head, tmp_path):
     assert "all 2 rounds were published." in first.stdout, first.stdout[-3000:] + first.stderr[-2000:]
     assert "round 2/2" in at_head(logs).stdout
     said = at_head(status)
-    assert "SUCCEEDED" in said.stdout + said.stderr
+    assert "'first' succeeded" in said.stdout + said.stderr
     (finished,) = runs.iterdir()
     assert [receipt["round"] for receipt in receipts_of(finished)] == [1, 2]
 
@@ -151,7 +151,7 @@ def test_the_howtos_commands_for_jobs_run_stop_and_resume(head, tmp_path):
     wait_until(lambda: "round 1/6" in at_head(logs.replace("first", "second")).stdout)
     assert at_head(stop).returncode == 0
     said = at_head(status.replace("first", "second"))
-    assert "STOPPED" in said.stdout + said.stderr
+    assert "'second' was stopped" in said.stdout + said.stderr
     (stopped,) = set(runs.iterdir()) - {finished}
     published = [receipt for receipt in receipts_of(stopped) if receipt["published"]]
     assert 1 <= len(published) < 6
