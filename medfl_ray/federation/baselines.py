@@ -178,9 +178,7 @@ def _score_central(
     scores: dict[str, dict[str, Metric]] = {}
     failures: list[ClientFailure] = []
     if central is not None and central.weights is not None:
-        for answer in context.pool.evaluate(
-            run.federation.rounds, context.available, central.weights, pictures=False, deadline_s=None
-        ):
+        for answer in context.pool.evaluate(0, context.available, central.weights, pictures=False, deadline_s=None):
             if isinstance(answer, SiteEvaluation):
                 scores[answer.hospital] = dict(answer.metrics)
             else:

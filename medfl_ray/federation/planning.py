@@ -147,9 +147,13 @@ def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = N
     return mechanism
 
 
-def aggregation_weight(run: RunConfig, num_patients: int) -> int:
-    """Return the integer weight of a hospital's update; never counted from files."""
-    return num_patients if run.aggregation.weighting == "patients" else 1
+def aggregation_weight(run: RunConfig, policy: SitePolicy) -> int:
+    """Return the integer weight of a hospital's update, from its public declarations; never counted from files."""
+    if run.aggregation.weighting == "uniform":
+        return 1
+    if run.aggregation.weighting == "cases" and policy.num_cases is not None:
+        return policy.num_cases
+    return policy.num_patients
 
 
 def mechanisms(run: RunConfig, policies: Sequence[SitePolicy]) -> dict[str, Mechanism]:
