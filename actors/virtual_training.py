@@ -44,8 +44,9 @@ def finish_rounds(
     while begun:
         under_way: list[Begun] = []
         for one, outcome in zip(begun, train_passes(trainer, many, begun, guard), strict=True):
-            failed = isinstance(outcome, ClientFailure)
-            answer: Any = outcome if failed else guard(one.turn, partial(advance, one.passes, outcome))
+            answer: Any = outcome
+            if not isinstance(outcome, ClientFailure):
+                answer = guard(one.turn, partial(advance, one.passes, outcome))
             if isinstance(answer, ClientFailure):
                 failures.append(answer)
             elif isinstance(answer, Done):
