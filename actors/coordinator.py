@@ -47,6 +47,7 @@ def hospital_specs(
     root = root or state_root(run)
     members = tuple(policy.hospital for policy in policies)
     expected = expected_heads(run, policies, folder, root)
+    job = RunFolder(folder, run).job
     specs = [
         HospitalSpec(
             run,
@@ -56,6 +57,7 @@ def hospital_specs(
             hospital_folder(policy, folder, root),
             signing_seed=None if run.privacy.patient_level else secrets.token_bytes(32),
             expected_heads=expected.get(policy.hospital, ()),
+            job=job,
         )
         for index, policy in enumerate(policies)
     ]

@@ -18,7 +18,7 @@ from medfl_ray.errors import DataError, LabelError, LedgerError, MedflError, Pri
 from medfl_ray.federation.hospital import Hospital, HospitalParts, is_confidential, shown_problem
 from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.federation.planning import account_delta, budget_of, is_for_one_run
-from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Signer
+from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Memory, Signer
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
 from medfl_ray.site_policy import SitePolicy
@@ -36,6 +36,7 @@ class HospitalSpec:
     `state_folder` holds the ledger; it belongs to the hospital and outlives the run unless data are synthetic.
     `pooled` are the hospitals whose own ledgers are charged instead, where several hospitals' data are pooled.
     `expected_heads` are rows that the ledger must hold, from the coordinator's mirror and the run's last receipt.
+    `job` is the run's, under which what the hospital remembers of it is kept.
     `signing_seed` makes the key under which it signs updates; where it keeps a ledger, the ledger's key signs.
     """
 
@@ -47,6 +48,7 @@ class HospitalSpec:
     pooled: tuple[HospitalSpec, ...] = ()
     expected_heads: tuple[str, ...] = ()
     signing_seed: bytes | None = field(default=None, repr=False)
+    job: str = ""
 
 
 def build_hospital(spec: HospitalSpec, open_data: OpenData | None = None) -> Hospital:
@@ -62,6 +64,7 @@ def build_hospital(spec: HospitalSpec, open_data: OpenData | None = None) -> Hos
 
     load_monai()  # not where the actor is made: until then Ray counts it as not there, and calls fail
     from medfl_ray.data.sources import open_hospital_data
+    from medfl_ray.training.local_passes import LocalRules
     from medfl_ray.training.trainer import Trainer
 
     configure_logs()
@@ -98,8 +101,9 @@ def build_hospital(spec: HospitalSpec, open_data: OpenData | None = None) -> Hos
         spent = ledger.spent() if ledger is not None else None
         write_local_report(spec.state_folder, policy.hospital, run, round, values, figures, pictures, spent)
 
+    rules, key, memory = LocalRules(trainer, run.aggregation), signing_key(spec), open_memory(spec)
     parts = HospitalParts(
-        run, policy, spec.index, trainer, data, ledger, make_pictures, local_report, signing_key(spec)
+        run, policy, spec.index, trainer, rules, data, ledger, make_pictures, local_report, key, memory
     )
     return Hospital(parts)
 
@@ -177,6 +181,15 @@ def open_ledger(spec: HospitalSpec) -> Ledger:
         )
 
     return PooledLedger([account(member) for member in spec.pooled]) if spec.pooled else account(spec)
+
+
+def open_memory(spec: HospitalSpec) -> Memory | None:
+    """Return where the hospital keeps what it remembers of a run; None where the strategy remembers nothing."""
+    from medfl_ray.store.hospital_memory import HospitalMemory
+
+    if spec.pooled or not spec.run.aggregation.is_stateful:
+        return None
+    return HospitalMemory(spec.state_folder, spec.job, spec.run.output.keep_checkpoints)
 
 
 def signing_key(spec: HospitalSpec) -> Signer | None:

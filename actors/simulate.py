@@ -77,10 +77,15 @@ class Simulation:
           ConfigError: the run asks for what virtual hospitals cannot do.
         """
         from actors.virtual_pool import VirtualPool
+        from actors.virtual_work import Memories
 
         self._run, self._policies, self._folder, self._emit = run, policies, folder, emit
         ledgers = partial(open_ledgers, run, policies, folder) if run.privacy.patient_level else None
-        self.pool = VirtualPool(run, policies, ledgers, open_data, folder.name)
+        memories = Memories()
+        if run.aggregation.is_stateful:
+            job = RunFolder(folder, run).job
+            memories = Memories(folder.absolute() / "hospitals", job, run.output.keep_checkpoints)
+        self.pool = VirtualPool(run, policies, ledgers, open_data, folder.name, memories)
         self._initial = initial
         self._network: tuple[Layout, Vector] | None = None
 

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -20,14 +20,13 @@ import numpy as np
 import structlog
 
 from actors.hospital import configure_logs, make_pictures
-from actors.virtual_work import Assignment, Finished, OpenData, Scoring, TimedData, Turn, VirtualData
+from actors.virtual_work import Assignment, Finished, Memories, OpenData, Scoring, TimedData, Turn, VirtualData
 from medfl_ray.aggregation.fixed_point import PartialSum, add_updates, empty_sum
 from medfl_ray.config import Declared, RunConfig
 from medfl_ray.data.cache import MemoryBudget
 from medfl_ray.errors import MedflError, UpdateRejected
 from medfl_ray.federation.labels import labelled
 from medfl_ray.federation.local_pool import start_failure
-from medfl_ray.federation.planning import aggregation_weight
 from medfl_ray.federation.ports import SummedUpdates, TrainedHospital
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, SiteEvaluation
 from medfl_ray.params import Layout, Vector
@@ -35,12 +34,16 @@ from medfl_ray.privacy.hospital_level import clip_update
 from medfl_ray.site_policy import SitePolicy
 
 if TYPE_CHECKING:
+    from actors.virtual_training import Begun
     from medfl_ray.training.evaluation import PatientScore
-    from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals
-    from medfl_ray.training.trainer import LocalOutcome, Trainer
+    from medfl_ray.training.local_job import LocalOutcome
+    from medfl_ray.training.local_passes import LocalRules
+    from medfl_ray.training.many_hospitals import ManyHospitals
+    from medfl_ray.training.trainer import Trainer
 
 Answer = TypeVar("Answer")
 log = structlog.get_logger()
+NOTHING = Memories()
 OPEN_HOSPITALS = 4096
 SCORED_AT_ONCE = 16
 SCREENED = {"stage": "screen"}
@@ -57,6 +60,7 @@ class VirtualHospitals:
         gpu_share: float = 0.0,
         cache_bytes: int | None = None,
         looks_ahead: bool = False,
+        memories: Memories = NOTHING,
     ) -> None:
         """Import what training needs, so that it is there when the first hospitals come.
 
@@ -64,6 +68,7 @@ class VirtualHospitals:
           declared: the strictest declaration among the hospitals' data; all figures are labelled by it.
           gpu_share: share of the GPU's memory that this process may take.
           cache_bytes: most memory for the hospitals' prepared images, None for no limit.
+          memories: where hospitals keep what they remember.
           looks_ahead: whether the next group's images are prepared, in a thread, while a group trains.
         """
         import torch
@@ -86,6 +91,8 @@ class VirtualHospitals:
         self._budget = MemoryBudget(cache_bytes)
         self._ahead = ThreadPoolExecutor(1, "ahead") if looks_ahead else None
         self._trainer: Trainer | None = None
+        self._rules: LocalRules | None = None
+        self._memories = memories
         self._many: ManyHospitals | None = None
         self._group_reason = ""
         self._seconds = {"data": 0.0, "sum": 0.0, "train": 0.0}
@@ -142,17 +149,17 @@ class VirtualHospitals:
         updates: list[ClientUpdate] = []
         failures: list[ClientFailure] = []
         trained: list[TrainedHospital] = []
-        total = empty_sum(weights.size)
+        total: PartialSum | None = None
         for group, following in zip(assignment.groups, [*assignment.groups[1:], ()], strict=True):
             self._look_ahead(following)
-            done = list(self._train_group(assignment, group, weights, failures))
+            done = self._train_group(assignment, group, weights, failures)
             if assignment.streamed:
                 updates += [self._update(assignment, turn, outcome) for turn, outcome in done]
-            else:
-                total, added = self._add(assignment, total, done, failures)
+            elif done:
+                total, added = self._add(assignment, total or empty_sum(done[0][1].delta.size), done, failures)
                 trained += added
         summed = None
-        if trained:
+        if trained and total is not None:
             checksum = self._layout_checksum()
             summed = SummedUpdates(assignment.round, assignment.attempt, checksum, total, tuple(trained))
         self._seconds["train"] = time.perf_counter() - started - self._seconds["data"] - self._seconds["sum"]
@@ -189,74 +196,68 @@ class VirtualHospitals:
     def _evaluate(
         self, round: int, hospital: str, weights: Vector, with_pictures: bool, scores: list[PatientScore] | None
     ) -> SiteEvaluation:
-        from medfl_ray.training.evaluation import summarise
+        from medfl_ray.training.evaluation import headline_of_shared, summarise
 
         data = self._opened(hospital)
         trainer = self._trainer_for(data)
         if scores is None:
             scores = trainer.evaluate(weights, data)
+        values = summarise(scores)
+        if self._run.aggregation.is_personal:
+            assert self._rules is not None
+            own = self._rules.evaluated(self._memories.before(round + 1, hospital), weights)
+            if own is not weights:
+                scores, weights = trainer.evaluate(own, data), own
+            values = summarise(scores) | headline_of_shared(values)
         may_show = self._declared != "private"
         return SiteEvaluation(
             hospital=hospital,
             round=round,
-            metrics=labelled(summarise(scores), self._declared, self._run.privacy.enable_dp),
+            metrics=labelled(values, self._declared, self._run.privacy.enable_dp),
             patient_scores=tuple(score.headline for score in scores) if may_show else None,
             pictures=make_pictures(trainer, weights, data) if with_pictures and may_show else (),
         )
 
     def _train_group(
         self, assignment: Assignment, group: Sequence[Turn], weights: Vector, failures: list[ClientFailure]
-    ) -> Iterator[tuple[Turn, LocalOutcome]]:
-        """Train one group; where that fails, its hospitals one by one, so that a fault stays with its owner."""
-        ready: list[tuple[Turn, HospitalTask]] = []
-        for turn in group:
-            opened = self._guarded(assignment, turn, partial(self._task, assignment, turn))
-            if isinstance(opened, ClientFailure):
-                failures.append(opened)
-            else:
-                ready.append((turn, opened))
-        try:
-            # All outcomes before any is used: one that is counted must not be trained again below.
-            many = self._many_hospitals(assignment.group_size)
-            outcomes = list(many.train(weights, [task for _, task in ready])) if ready else []
-        except Exception:
-            log.exception("group_failed", round=assignment.round)
-            yield from self._train_in_turn(assignment, ready, weights, failures)
-            return
-        for position, outcome in outcomes:
-            yield ready[position][0], outcome
+    ) -> list[tuple[Turn, LocalOutcome]]:
+        """Train one group's round by the strategy's rule, from what each hospital remembers, and remember what came."""
+        from actors.virtual_training import finish_rounds
 
-    def _train_in_turn(
-        self,
-        assignment: Assignment,
-        ready: Sequence[tuple[Turn, HospitalTask]],
-        weights: Vector,
-        failures: list[ClientFailure],
-    ) -> Iterator[tuple[Turn, LocalOutcome]]:
-        for turn, task in ready:
-            if turn.mechanism is not None:
-                # A second training would draw other noise over the same patients, for which nobody has paid.
-                failures.append(self._failure(assignment, turn, "its group could not be trained; the charge stays"))
-                continue
-            answer = self._guarded(assignment, turn, partial(self._train_alone, task, weights))
+        guard = partial(self._guarded, assignment)
+        begun: list[Begun] = []
+        for turn in group:
+            answer = guard(turn, partial(self._begin, assignment, turn, weights))
             if isinstance(answer, ClientFailure):
                 failures.append(answer)
             else:
-                yield turn, answer
-
-    def _train_alone(self, task: HospitalTask, weights: Vector) -> LocalOutcome:
+                begun.append(answer)
+        if not begun:
+            return []
         assert self._trainer is not None
-        return self._trainer.train(weights, task.data, task.job)
+        many = self._many_hospitals(assignment.group_size)
+        outcomes: list[tuple[Turn, LocalOutcome]] = []
+        for turn, done in finish_rounds(self._trainer, many, begun, guard, failures):
+            problem = guard(turn, partial(self._memories.save, assignment.round, turn.hospital, done.memory))
+            if problem is None:
+                outcomes.append((turn, done.outcome))
+            else:
+                failures.append(problem)
+        return outcomes
 
-    def _task(self, assignment: Assignment, turn: Turn) -> HospitalTask:
-        from medfl_ray.training.many_hospitals import HospitalTask
-        from medfl_ray.training.trainer import LocalJob
+    def _begin(self, assignment: Assignment, turn: Turn, weights: Vector) -> Begun:
+        from actors.virtual_training import Begun
+        from medfl_ray.training.local_job import LocalJob
+        from medfl_ray.training.local_passes import first_pass
 
         data = self._opened(turn.hospital)
         self._trainer_for(data)
+        assert self._rules is not None
         seed_key = (abs(self._run.federation.seed), assignment.round, turn.index)
         job = LocalJob(turn.num_steps, assignment.learning_rate, turn.mechanism, seed_key)
-        return HospitalTask(TimedData(data, self._seconds), job)
+        timed, known = TimedData(data, self._seconds), self._memories.before(assignment.round, turn.hospital)
+        passes = self._rules.begin(weights, known, timed, job, turn.index, plainly=assignment.round == 0)
+        return Begun(turn, timed, passes, first_pass(passes))
 
     def _add(
         self,
@@ -284,7 +285,7 @@ class VirtualHospitals:
     def _with(self, total: PartialSum, done: Sequence[tuple[Turn, LocalOutcome]]) -> PartialSum:
         if not done:
             return total
-        weights = [aggregation_weight(self._run, turn.num_patients) for turn, _ in done]
+        weights = [turn.weight for turn, _ in done]
         return add_updates(total, np.stack([outcome.delta for _, outcome in done]), weights)
 
     def _update(self, assignment: Assignment, turn: Turn, outcome: LocalOutcome) -> ClientUpdate:
@@ -297,7 +298,7 @@ class VirtualHospitals:
             attempt=assignment.attempt,
             delta=delta,
             layout_checksum=self._layout_checksum(),
-            num_patients=aggregation_weight(self._run, turn.num_patients),
+            num_patients=turn.weight,
             num_steps=outcome.num_steps,
             spent=None,
             metrics={} if assignment.clip_norm is not None else self._metrics(outcome),
@@ -342,10 +343,11 @@ class VirtualHospitals:
     def _trainer_for(self, data: VirtualData) -> Trainer:
         """Return the one trainer of this process; the first hospital's data say how many channels there are."""
         if self._trainer is None:
+            from medfl_ray.training.local_passes import LocalRules
             from medfl_ray.training.trainer import Trainer
 
             run = self._run
-            self._trainer = Trainer(
+            trainer = Trainer(
                 model=run.model,
                 training=run.training,
                 task=run.data.task,
@@ -355,6 +357,8 @@ class VirtualHospitals:
                 patch_size=run.patch_size,
                 for_dp=run.privacy.patient_level,
             )
+            self._rules = LocalRules(trainer, run.aggregation)
+            self._trainer = trainer
         return self._trainer
 
     def _many_hospitals(self, group_size: int | None = None) -> ManyHospitals:

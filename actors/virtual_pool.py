@@ -20,11 +20,11 @@ from actors.dealing import TRIES, Dealer, Lost
 from actors.names import actor_name
 from actors.placement import place_crew
 from actors.virtual_hospitals import VirtualHospitals
-from actors.virtual_work import Assignment, Finished, OpenData, Scoring, Turn
+from actors.virtual_work import Assignment, Finished, Memories, OpenData, Scoring, Turn
 from medfl_ray.config import Declared, RunConfig
 from medfl_ray.errors import ConfigError, FederationError, MedflError, PrivacyError
 from medfl_ray.federation.local_pool import deadline_failure, start_failure
-from medfl_ray.federation.planning import check_limits, check_terms
+from medfl_ray.federation.planning import aggregation_weight, check_limits, check_terms
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Answer
 from medfl_ray.messages import (
     ClientFailure,
@@ -42,6 +42,7 @@ from medfl_ray.training.group_forming import form_groups, group_cost
 TASKS_PER_ACTOR = 16
 PICTURED_HOSPITALS = 2
 CACHED_SHARE = 0.5
+NOTHING = Memories()
 STRICTEST: tuple[Declared, ...] = ("private", "public", "synthetic")
 
 
@@ -55,17 +56,20 @@ class VirtualPool:
         open_ledgers: Callable[[], SimulatedLedgers] | None = None,
         open_data: OpenData | None = None,
         name: str = "simulation",
+        memories: Memories = NOTHING,
     ) -> None:
         """Start the actors; they load their libraries while the caller goes on.
 
         Args:
           name: of the run, in its actors' names.
+          memories: where hospitals keep what they remember of the run, if its strategy has them remember anything.
           open_ledgers: opens the hospitals' accounts when the first is needed; None without patient-level DP.
 
         Raises:
           ConfigError: the run asks for what virtual hospitals cannot do.
         """
         check_simulation(run, policies)
+        check_memories(run, memories)
         self._run = run
         self._policies = {policy.hospital: policy for policy in policies}
         self._index = {policy.hospital: index for index, policy in enumerate(policies)}
@@ -76,7 +80,7 @@ class VirtualPool:
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         declared = min((policy.declared for policy in policies), key=STRICTEST.index)
-        self._actors = start_actors(run, declared, open_data, len(policies), name)
+        self._actors = start_actors(run, declared, open_data, len(policies), name, memories)
         self._dealer = Dealer(self._actors)
 
     @property
@@ -234,14 +238,14 @@ class VirtualPool:
             Turn(
                 name,
                 self._index[name],
-                self._policies[name].num_patients,
+                aggregation_weight(self._run, self._policies[name]),
                 plan.num_steps[name],
                 plan.mechanisms.get(name),
             )
             for name in sorted(hospitals)
         ]
         size = self._group_size
-        sizes = [(turn.num_steps, turn.num_patients) for turn in turns]
+        sizes = [(turn.num_steps, self._policies[turn.hospital].num_patients) for turn in turns]
         batch = self._run.training.batch_size
         formed = form_groups(sizes, size, batch)
         formed.sort(key=lambda group: group_cost(sizes[group[-1]], len(group), batch), reverse=True)
@@ -284,8 +288,29 @@ def check_simulation(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
         )
 
 
+def check_memories(run: RunConfig, memories: Memories) -> None:
+    """Refuse hospitals that remember something and could come back to a process that cannot read it.
+
+    Raises:
+      ConfigError: the cluster has several nodes, or there is no folder at all.
+    """
+    if not run.aggregation.is_stateful:
+        return
+    num_nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+    if memories.folder is None or num_nodes > 1:
+        raise ConfigError(
+            f"aggregation.strategy {run.aggregation.strategy!r} has every hospital remember something, which virtual "
+            "hospitals keep in the run's folder on one node; use --pool ray, or a cluster of one node"
+        )
+
+
 def start_actors(
-    run: RunConfig, declared: Declared, open_data: OpenData | None, num_hospitals: int, name: str
+    run: RunConfig,
+    declared: Declared,
+    open_data: OpenData | None,
+    num_hospitals: int,
+    name: str,
+    memories: Memories = NOTHING,
 ) -> list[Any]:
     """Start one actor per core, or as many as the run asks for; on GPUs each gets its share and no more memory."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
@@ -304,7 +329,7 @@ def start_actors(
     looks_ahead = crew.num_gpus > 0 or cores >= 2 * count
     # Several simulations of one name may go on at once, as in a search.
     names = [actor_name(name, "virtual", f"{number}-{secrets.token_hex(3)}") for number in range(1, count + 1)]
-    arguments = (run, declared, open_data, crew.num_gpus, cache_bytes, looks_ahead)
+    arguments = (run, declared, open_data, crew.num_gpus, cache_bytes, looks_ahead, memories)
     return [remote.options(name=named, **options).remote(*arguments) for named in names]
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from medfl_ray.config import RunConfig
 from medfl_ray.federation.ports import SummedUpdates
 from medfl_ray.messages import ClientFailure, ClientUpdate, Mechanism
+from medfl_ray.params import Vector
+from medfl_ray.store.hospital_memory import HospitalMemory
 
 
 class VirtualData(Protocol):
@@ -26,12 +29,36 @@ OpenData = Callable[[RunConfig, str], Any]
 
 
 @dataclass(frozen=True)
+class Memories:
+    """Where virtual hospitals keep what they remember of a run: a folder for each; without one they remember nothing.
+
+    `keep` is the number of checkpoints that the run keeps.
+    """
+
+    folder: Path | None = None
+    job: str = ""
+    keep: int = 1
+
+    def before(self, round: int, hospital: str) -> Mapping[str, Vector]:
+        """Return what a hospital knew before a round."""
+        return {} if self.folder is None else self._of(self.folder, hospital).before(round)
+
+    def save(self, round: int, hospital: str, memory: Mapping[str, Vector]) -> None:
+        """Keep what a hospital knows after a round; of a warm-up, round 0, nothing is kept."""
+        if self.folder is not None and round > 0:
+            self._of(self.folder, hospital).save(round, memory)
+
+    def _of(self, folder: Path, hospital: str) -> HospitalMemory:
+        return HospitalMemory(folder / hospital, self.job, self.keep)
+
+
+@dataclass(frozen=True)
 class Turn:
-    """What one hospital of a group does in a round; `index` is its place in the run."""
+    """What one hospital of a group does in a round; `index` is its place in the run, `weight` that of its update."""
 
     hospital: str
     index: int
-    num_patients: int
+    weight: int
     num_steps: int
     mechanism: Mechanism | None = None
 

@@ -17,6 +17,7 @@ from medfl_ray.config_data import DataConfig, HospitalConfig, PartitionConfig, P
 from medfl_ray.config_federation import FederationConfig
 from medfl_ray.config_output import OutputConfig
 from medfl_ray.config_privacy import PrivacyConfig
+from medfl_ray.config_strategies import strategy_problem
 
 
 class ModelConfig(Section):
@@ -68,8 +69,15 @@ class TrainingConfig(Section):
         "shuffled", description="Without DP: a new order in every pass, or the data's own, each pass ending short."
     )
     learning_rate: PositiveFloat = Field(1e-2, description="Learning rate of the local optimizer.")
-    lr_schedule: Literal["constant", "cosine", "linear"] = Field(
+    lr_schedule: Literal["constant", "cosine", "linear", "step"] = Field(
         "constant", description="How the learning rate falls over the rounds."
+    )
+    lr_step_rounds: Positive = Field(10, description="lr_schedule: step: rounds between two steps.")
+    lr_step_factor: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="lr_schedule: step: factor on the learning rate at each step."
+    )
+    lr_warmup_rounds: Annotated[int, Field(ge=0)] = Field(
+        0, description="First rounds in which the learning rate climbs to that of its schedule, in equal parts."
     )
     optimizer: Literal["sgd", "adam", "adamw"] = Field(
         "sgd", description="Local optimizer; its state lives for one round."
@@ -204,6 +212,13 @@ class RunConfig(Section):
             problem = hospital_level_problem(self)
             if problem is not None:
                 raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _strategy_fits(self) -> Self:
+        problem = strategy_problem(self.aggregation, self.federation, self.privacy, self.training.optimizer)
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
     @property

@@ -32,6 +32,10 @@ StrategyName = Literal[
 ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
 STATEFUL = ("scaffold", "feddyn", "fedbn", "silobn", "fedper", "fedrep", "ditto", "apfl")
 """Strategies of which every hospital remembers something from round to round."""
+PERSONAL = ("fedbn", "silobn", "fedper", "fedrep", "ditto", "apfl")
+"""Strategies that give every hospital a model of its own, in part or as a whole."""
+PARTIAL = ("fedbn", "silobn", "fedper", "fedrep")
+"""Strategies that leave some parameters in the hospital."""
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 
@@ -175,6 +179,16 @@ class AggregationConfig(Section):
     def needs_every_update(self) -> bool:
         """Whether the coordinator needs each update on its own, and not their sum."""
         return self.mode == "robust" or self.strategy == "flower"
+
+    @property
+    def is_stateful(self) -> bool:
+        """Whether every hospital remembers something from round to round."""
+        return self.strategy in STATEFUL
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether every hospital has a model of its own."""
+        return self.strategy in PERSONAL
 
     @property
     def mu(self) -> float:

@@ -59,6 +59,9 @@ class HospitalConfig(Section):
         None, description="What the hospital's data are; the run's data.declared by default."
     )
     num_patients: Positive | None = Field(None, description="Rounded, public number of training patients.")
+    num_cases: Positive | None = Field(
+        None, description="Rounded, public number of training cases, for aggregation.weighting: cases."
+    )
     max_epsilon: PositiveFloat | None = Field(
         None, description="Lifetime patient-level epsilon budget of the data set."
     )

@@ -17,6 +17,14 @@ class FederationConfig(Section):
         None, description="Expected passes over a hospital's patients per round."
     )
     local_steps: Positive | None = Field(None, description="Steps per round, instead of local_epochs.")
+    local_steps_schedule: Literal["constant", "decay"] = Field(
+        "constant",
+        description="How the local steps change over the rounds: 'decay' divides them by the square root of the "
+        "round, for few exchanges early and little drift late (after AdaComm; decided in public, not by a loss).",
+    )
+    max_local_steps: Positive | None = Field(
+        None, description="Most steps of a hospital in a round, where local_epochs gives a large one more."
+    )
     min_clients: Positive = Field(1, description="Updates without which a round is not published.")
     min_available_clients: Positive = Field(1, description="Hospitals that must be present to start.")
     fraction: Fraction = Field(1.0, description="Share of the available hospitals asked in a round.")

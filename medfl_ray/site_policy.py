@@ -24,6 +24,9 @@ class SitePolicy(Section):
     data_set: HospitalId = Field(description="Name of the data set; with the hospital's name the key of its budget.")
     declared: Declared = Field("private", description="What the data are.")
     num_patients: Positive = Field(description="Rounded, public number of training patients.")
+    num_cases: Positive | None = Field(
+        None, description="Rounded, public number of training cases, for aggregation.weighting: cases."
+    )
     max_epsilon: PositiveFloat | None = Field(
         None, description="Lifetime patient-level epsilon budget of the data set."
     )
@@ -124,6 +127,9 @@ class SitePrivacySection(Section):
         None, description="Tasks that the hospital takes part in; all when absent."
     )
     num_patients: Positive = Field(description="Rounded, public number of training patients.")
+    num_cases: Positive | None = Field(
+        None, description="Rounded, public number of training cases, for aggregation.weighting: cases."
+    )
 
 
 class LoggingSection(Section):
@@ -151,6 +157,7 @@ class SiteConfig(Section):
             data_set=self.data.data_set,
             declared=self.data.declared,
             num_patients=self.privacy.num_patients,
+            num_cases=self.privacy.num_cases,
             max_epsilon=self.privacy.epsilon,
             delta=self.privacy.delta,
             min_noise_multiplier=self.privacy.min_noise_multiplier,

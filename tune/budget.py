@@ -9,7 +9,7 @@ from typing import Any
 
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import BudgetExceeded, ConfigError, PrivacyConfigError
-from medfl_ray.federation.planning import account_delta, delta_of, mechanisms
+from medfl_ray.federation.planning import account_delta, delta_of, mechanisms, steps_of_run
 from medfl_ray.privacy.accountant import Charge, Segment, epsilon_spent
 from medfl_ray.privacy.search_cost import merge_kinds, selected_epsilon, worst_case_epsilon
 from medfl_ray.site_policy import SitePolicy
@@ -56,9 +56,8 @@ def trial_segments(run: RunConfig, policies: Sequence[SitePolicy]) -> dict[str, 
     Raises:
       PrivacyConfigError: a hospital does not allow it.
     """
-    rounds = run.federation.rounds
     return {
-        hospital: Segment(m.noise_multiplier, m.sample_rate, m.num_steps * rounds)
+        hospital: Segment(m.noise_multiplier, m.sample_rate, steps_of_run(run, m.num_steps))
         for hospital, m in mechanisms(run, policies).items()
     }
 

@@ -21,14 +21,16 @@ def draw_plan(path: Path, question: Question, runs: Path | None) -> None:
 def draw_run_plan(path: Path, run: RunConfig, runs: Path | None) -> None:
     """Draw every hospital of a configuration that has differential privacy on, and say what was drawn."""
     from medfl_ray.data.sources import list_hospitals
-    from medfl_ray.federation.planning import mechanisms
+    from medfl_ray.federation.planning import mechanisms, steps_of_run
 
     planned = mechanisms(run, list_hospitals(run))
     if not planned:
         raise PrivacyConfigError("no hospital of this configuration trains with a patient-level mechanism to draw")
     sharing: dict[Curve, list[str]] = {}
     for hospital, m in planned.items():
-        question = Question(None, m.delta, m.noise_multiplier, m.sample_rate, run.federation.rounds, m.num_steps)
+        # Of a schedule of steps the mean of a round, so that the curve ends where the run does.
+        steps = -(-steps_of_run(run, m.num_steps) // run.federation.rounds)
+        question = Question(None, m.delta, m.noise_multiplier, m.sample_rate, run.federation.rounds, steps)
         sharing.setdefault(curve_of(question), []).append(hospital)
     curves = {", ".join(h) if len(h) <= MOST_NAMED else f"{len(h)} hospitals": curve for curve, h in sharing.items()}
     deltas = sorted({m.delta for m in planned.values()})

@@ -82,7 +82,7 @@ def print_run_plan(run: RunConfig) -> None:
       PrivacyConfigError: differential privacy is off, or a hospital's policy forbids the plan.
     """
     from medfl_ray.data.sources import list_hospitals
-    from medfl_ray.federation.planning import budget_of, mechanism_for
+    from medfl_ray.federation.planning import budget_of, mechanism_for, steps_of_run
 
     if not run.privacy.enable_dp:
         raise PrivacyConfigError("privacy.enable_dp is off in this configuration: there is no epsilon to plan")
@@ -92,7 +92,7 @@ def print_run_plan(run: RunConfig) -> None:
     for policy in list_hospitals(run):
         mechanism = mechanism_for(run, policy)
         assert mechanism is not None
-        steps = mechanism.num_steps * run.federation.rounds
+        steps = steps_of_run(run, mechanism.num_steps)
         epsilon = solve_epsilon(mechanism.noise_multiplier, mechanism.delta, mechanism.sample_rate, steps)
         budget = budget_of(run, policy)
         table.add_row(

@@ -117,6 +117,7 @@ def _hospital_policy(run: RunConfig, hospital: HospitalConfig) -> SitePolicy:
         data_set=hospital.data_set or run.data.name,
         declared=declared,
         num_patients=num_patients,
+        num_cases=hospital.num_cases,
         max_epsilon=hospital.max_epsilon,
     )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import PrivacyConfigError
-from medfl_ray.federation.planning import mechanisms
+from medfl_ray.federation.planning import mechanisms, steps_in_round
 from medfl_ray.messages import Mechanism, RoundResult
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
 from medfl_ray.privacy.audit_record import AuditedEpsilon, MechanismAudit
@@ -46,10 +46,10 @@ def audit_subject(run: RunConfig, policies: Sequence[SitePolicy], results: Seque
     groups: dict[tuple[float, float, float, int, float], list[str]] = {}
     planned, spent = mechanisms(run, policies), {h: s for r in results for h, s in r.receipt.spent.items()}
     for hospital, mechanism in planned.items():
-        rounds = len({(r.round, r.receipt.attempt) for r in results if hospital in r.receipt.trained})
+        rounds = {(r.round, r.receipt.attempt) for r in results if hospital in r.receipt.trained}
         if rounds and hospital in spent:
             sigma, q, norm = mechanism.noise_multiplier, mechanism.sample_rate, mechanism.max_grad_norm
-            steps = rounds * mechanism.num_steps
+            steps = sum(steps_in_round(run, mechanism.num_steps, number) for number, _ in rounds)
             groups.setdefault((sigma, q, norm, steps, spent[hospital].delta), []).append(hospital)
     if not groups:
         raise PrivacyConfigError(

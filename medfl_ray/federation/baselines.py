@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError
 from medfl_ray.federation.events import BaselineProgress, Event, Notice, PhaseStarted
-from medfl_ray.federation.planning import check_limits, mechanism_for, steps_per_round
+from medfl_ray.federation.planning import check_limits, mechanism_for, steps_in_round, steps_per_round
 from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.federation.round_context import RoundContext
 from medfl_ray.messages import ClientFailure, Mechanism, Metric, PrivacySpent, RoundPlan, SiteEvaluation
@@ -95,7 +95,7 @@ def run_baselines(
     plans: dict[str, AlonePlan] = {}
     if "local" in run.federation.baselines:
         plans.update(
-            {h: _alone(context, h, context.num_steps[h], context.mechanisms.get(h)) for h in context.available}
+            {h: _alone(context, h, [context.num_steps[h]], context.mechanisms.get(h)) for h in context.available}
         )
     if CENTRAL in run.federation.baselines:
         plans[CENTRAL] = _central(run, context, policies)
@@ -132,14 +132,14 @@ def _mirrored(context: RoundContext, result: AloneResult) -> AloneResult:
 
 def _central(run: RunConfig, context: RoundContext, policies: Sequence[SitePolicy]) -> AlonePlan:
     present = [policy for policy in policies if policy.hospital in context.available]
-    steps = sum(context.num_steps[policy.hospital] for policy in present)
+    steps = [context.num_steps[policy.hospital] for policy in present]
     policy = central_policy(present, run.data.name)
     mechanism = mechanism_for(run, policy)
     if mechanism is not None:
         own = [context.mechanisms[p.hospital] for p in present]
         mechanism = mechanism.model_copy(
             update={
-                "num_steps": steps,
+                "num_steps": sum(steps),
                 "noise_multiplier": max(m.noise_multiplier for m in own),
                 "sample_rate": max(m.sample_rate for m in own),
             }
@@ -148,12 +148,20 @@ def _central(run: RunConfig, context: RoundContext, policies: Sequence[SitePolic
 
 
 def _alone(
-    context: RoundContext, hospital: str, steps: int, mechanism: Mechanism | None, returns_weights: bool = False
+    context: RoundContext,
+    hospital: str,
+    steps: Sequence[int],
+    mechanism: Mechanism | None,
+    returns_weights: bool = False,
 ) -> AlonePlan:
+    """Plan the rounds of a baseline that takes the steps of one or several hospitals, as many as they in each."""
     run = context.run
     kind = CENTRAL if returns_weights else "local"
     charged = context.available if returns_weights else (hospital,)
     heads = context.mirror.heads(charged) if mechanism is not None else {}
+    totals = [
+        sum(steps_in_round(run, first, number) for first in steps) for number in range(1, run.federation.rounds + 1)
+    ]
     rounds = tuple(
         RoundPlan(
             job=f"{context.job}/{kind}",
@@ -162,12 +170,12 @@ def _alone(
             config_hash=run.config_hash,
             weights_checksum="",
             hospitals=(hospital,),
-            num_steps={hospital: steps},
+            num_steps={hospital: total},
             learning_rate=learning_rate(run.training, number, run.federation.rounds),
-            mechanisms={hospital: mechanism} if mechanism is not None else {},
+            mechanisms={} if mechanism is None else {hospital: mechanism.model_copy(update={"num_steps": total})},
             ledger_heads=heads,
         )
-        for number in range(1, run.federation.rounds + 1)
+        for number, total in enumerate(totals, 1)
     )
     return AlonePlan(rounds, returns_weights)
 
@@ -178,9 +186,7 @@ def _score_central(
     scores: dict[str, dict[str, Metric]] = {}
     failures: list[ClientFailure] = []
     if central is not None and central.weights is not None:
-        for answer in context.pool.evaluate(
-            run.federation.rounds, context.available, central.weights, pictures=False, deadline_s=None
-        ):
+        for answer in context.pool.evaluate(0, context.available, central.weights, pictures=False, deadline_s=None):
             if isinstance(answer, SiteEvaluation):
                 scores[answer.hospital] = dict(answer.metrics)
             else:

@@ -19,7 +19,7 @@ from medfl_ray.config import RunConfig
 from medfl_ray.errors import DataError, MedflError, PrivacyConfigError
 from medfl_ray.federation.labels import labelled
 from medfl_ray.federation.planning import aggregation_weight, budget_of, check_limits, check_terms
-from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Signer
+from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Memory, Signer
 from medfl_ray.federation.signatures import update_digest
 from medfl_ray.messages import (
     ClientFailure,
@@ -35,11 +35,13 @@ from medfl_ray.messages import (
 from medfl_ray.params import Vector
 from medfl_ray.privacy.hospital_level import clip_update
 from medfl_ray.site_policy import SitePolicy
-from medfl_ray.training.evaluation import PatientScore, metric_names, summarise
+from medfl_ray.training.evaluation import PatientScore, headline_of_shared, metric_names, summarise
 
 if TYPE_CHECKING:  # the driver of a simulation, which names this room, must not spend its time and memory on torch
     from medfl_ray.data.dataset import HospitalData
-    from medfl_ray.training.trainer import LocalJob, Trainer
+    from medfl_ray.training.local_job import LocalJob, LocalOutcome
+    from medfl_ray.training.local_passes import LocalRules
+    from medfl_ray.training.trainer import Trainer
 
 log = structlog.get_logger()
 Answer = TypeVar("Answer")
@@ -49,17 +51,22 @@ LocalReporter = Callable[[int, Mapping[str, float], list[PatientScore], tuple[by
 
 @dataclass(frozen=True)
 class HospitalParts:
-    """What a hospital is built from; see actors/hospital.py for the composition."""
+    """What a hospital is built from; see actors/hospital.py for the composition.
+
+    `memory` is there where the strategy has hospitals remember something.
+    """
 
     run: RunConfig
     policy: SitePolicy
     index: int
     trainer: Trainer
+    rules: LocalRules
     data: HospitalData
     ledger: Ledger | None
     make_pictures: PictureMaker
     write_local_report: LocalReporter
     signer: Signer | None = None
+    memory: Memory | None = None
 
 
 class Hospital:
@@ -122,8 +129,12 @@ class Hospital:
             log.error("release_failed", hospital=self.id, round=plan.round, reason=failure.reason)
 
     def train(self, plan: RoundPlan, weights: Vector) -> ClientUpdate | ClientFailure:
-        """Train on this hospital's patients; the cost is settled before the update is returned."""
-        answer = self._train(plan, weights)
+        """Train on this hospital's patients; the cost is settled before the update is returned.
+
+        Args:
+          weights: the round's weights [P], and behind them what else the strategy sends.
+        """
+        answer = self._train(plan, weights, self._train_by_rule)
         if isinstance(answer, ClientFailure):
             return answer
         spent = self._with_rows(answer.spent, plan) if answer.spent is not None else None
@@ -135,12 +146,26 @@ class Hospital:
             return update
         return replace(update, signature=signer.sign(update_digest(job, update, params.checksum(update.delta))))
 
-    def _train(self, plan: RoundPlan, weights: Vector) -> ClientUpdate | ClientFailure:
+    def _train_by_rule(self, plan: RoundPlan, sent: Vector, job: LocalJob) -> LocalOutcome:
+        """Do the hospital's side of the strategy, from what it remembers, and remember what comes of it."""
+        parts = self._parts
+        known = parts.memory.before(plan.round) if parts.memory is not None else {}
+        done = parts.rules.train(sent, known, parts.data, job, parts.index)
+        if parts.memory is not None:
+            parts.memory.save(plan.round, done.memory)
+        return done.outcome
+
+    def _train_plainly(self, plan: RoundPlan, weights: Vector, job: LocalJob) -> LocalOutcome:
+        return self._parts.trainer.train(weights, self._parts.data, job)
+
+    def _train(
+        self, plan: RoundPlan, weights: Vector, train: Callable[[RoundPlan, Vector, LocalJob], LocalOutcome]
+    ) -> ClientUpdate | ClientFailure:
 
         def work() -> ClientUpdate:
             started = time.monotonic()
             parts = self._parts
-            outcome = parts.trainer.train(weights, parts.data, self._claim(plan))
+            outcome = train(plan, weights, self._claim(plan))
             losses = {"train_loss": outcome.mean_loss} if plan.clip_norm is None else {}
             delta, within = outcome.delta, None
             if plan.clip_norm is not None:
@@ -151,7 +176,7 @@ class Hospital:
                 attempt=plan.attempt,
                 delta=delta,
                 layout_checksum=parts.trainer.layout.checksum,
-                num_patients=aggregation_weight(parts.run, parts.policy.num_patients),
+                num_patients=aggregation_weight(parts.run, parts.policy),
                 num_steps=outcome.num_steps,
                 spent=self._spent(),
                 metrics=self._labelled(losses),
@@ -162,16 +187,26 @@ class Hospital:
         return self._guarded(plan.round, plan.attempt, "train", True, work)
 
     def evaluate(self, round: int, weights: Vector, pictures: bool = False) -> SiteEvaluation | ClientFailure:
-        """Score weights on the held-out patients; per-patient figures and pictures only of data that may be shown."""
+        """Score weights on the held-out patients; per-patient figures and pictures only of data that may be shown.
+
+        Where the strategy gives the hospital a model of its own, that is what is scored; the shared one's headline
+        stands beside it. In round 0 nothing is remembered, and the weights are scored as they are.
+        """
 
         def work() -> SiteEvaluation:
             parts = self._parts
-            scores = parts.trainer.evaluate(weights, parts.data)
+            own = self._own(round, weights)
+            scores = parts.trainer.evaluate(own, parts.data)
             values = summarise(scores)
+            names = metric_names(parts.run.data.task, parts.data.labels)
+            if round and parts.run.aggregation.is_personal:
+                shared = values if own is weights else summarise(parts.trainer.evaluate(weights, parts.data))
+                values |= headline_of_shared(shared)
+                names = (*names, *headline_of_shared(dict.fromkeys(names, math.nan)))
             if self._is_confidential:  # which figures there are would tell of the held-out patients
-                values = dict.fromkeys(metric_names(parts.run.data.task, parts.data.labels), math.nan) | values
+                values = dict.fromkeys(names, math.nan) | values
             may_show = parts.policy.declared != "private"
-            drawn = parts.make_pictures(parts.trainer, weights, parts.data) if pictures else ()
+            drawn = parts.make_pictures(parts.trainer, own, parts.data) if pictures else ()
             if not may_show and pictures:
                 parts.write_local_report(round, values, scores, drawn)
             return SiteEvaluation(
@@ -184,6 +219,11 @@ class Hospital:
 
         return self._guarded(round, 0, "evaluate", False, work)
 
+    def _own(self, round: int, weights: Vector) -> Vector:
+        """Return what this hospital would use of the weights after a round."""
+        parts = self._parts
+        return weights if parts.memory is None else parts.rules.evaluated(parts.memory.before(round + 1), weights)
+
     def train_alone(self, plan: AlonePlan, weights: Vector) -> AloneResult | ClientFailure:
         """Run a baseline here: every round reserved and charged like a round of the federation.
 
@@ -195,12 +235,11 @@ class Hospital:
             reserved = self._reserve(round_plan, None)
             if isinstance(reserved, ClientFailure):
                 return reserved
-            answer = self._train(round_plan, current)
+            answer = self._train(round_plan, current, self._train_plainly)
             if isinstance(answer, ClientFailure):
                 return answer
             current = current + answer.delta
-        last = len(plan.rounds)
-        evaluation = self.evaluate(last, current)
+        evaluation = self.evaluate(0, current)
         if isinstance(evaluation, ClientFailure):
             return evaluation
         spent = self._spent()
@@ -252,7 +291,7 @@ class Hospital:
 
     def _claim(self, plan: RoundPlan) -> LocalJob:
         """Settle the reservation and hand out the job; settled first, so that no crash in training can undercount."""
-        from medfl_ray.training.trainer import LocalJob
+        from medfl_ray.training.local_job import LocalJob
 
         mechanism = self._agreed_mechanism(plan)
         if mechanism is not None:

@@ -20,13 +20,37 @@ def sample_rate(run: RunConfig, policy: SitePolicy) -> float:
 
 
 def steps_per_round(run: RunConfig, policy: SitePolicy) -> int:
-    """Return the local steps of one round; under DP an epoch is 1 / q steps in expectation."""
-    if run.federation.local_steps is not None:
-        return run.federation.local_steps
-    epochs = run.federation.local_epochs or 1.0
+    """Return the local steps of the first round; under DP an epoch is 1 / q steps in expectation."""
+    federation = run.federation
+    if federation.local_steps is not None:
+        return min(federation.local_steps, federation.max_local_steps or federation.local_steps)
+    epochs = federation.local_epochs or 1.0
     if run.privacy.patient_level:
-        return max(1, math.ceil(epochs / sample_rate(run, policy)))
-    return max(1, math.ceil(epochs * policy.num_patients / run.training.batch_size))
+        steps = math.ceil(epochs / sample_rate(run, policy))
+    else:
+        steps = math.ceil(epochs * policy.num_patients / run.training.batch_size)
+    return max(1, min(steps, federation.max_local_steps or steps))
+
+
+def steps_in_round(run: RunConfig, first: int, number: int) -> int:
+    """Return the local steps of a round, counted from 1, of a hospital that takes `first` in the first round.
+
+    Fewer steps late keep hospitals from drifting apart near the optimum (Wang and Joshi 2019, arXiv:1810.08313, who
+    follow the loss; here the round's number decides, which tells nothing of patients).
+    """
+    if run.federation.local_steps_schedule == "constant":
+        return first
+    return max(1, math.ceil(first / math.sqrt(number)))
+
+
+def steps_of_run(run: RunConfig, first: int, num_rounds: int | None = None) -> int:
+    """Return the local steps of all rounds together."""
+    return sum(steps_in_round(run, first, number) for number in range(1, (num_rounds or run.federation.rounds) + 1))
+
+
+def mechanism_in_round(run: RunConfig, first: Mechanism, number: int) -> Mechanism:
+    """Return the mechanism of a round, of a hospital that has `first` in the first round."""
+    return first.model_copy(update={"num_steps": steps_in_round(run, first.num_steps, number)})
 
 
 def delta_of(run: RunConfig, policy: SitePolicy) -> float:
@@ -107,7 +131,7 @@ def check_terms(run: RunConfig, policy: SitePolicy, mechanism: Mechanism) -> Non
 
 
 def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = None) -> Mechanism | None:
-    """Return one round's mechanism at a hospital, or None with patient-level DP off.
+    """Return the first round's mechanism at a hospital, or None with patient-level DP off.
 
     Raises:
       PrivacyConfigError: the site requires DP, or does not allow what the run asks (see `check_limits`), the
@@ -134,7 +158,7 @@ def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = N
     sigma = run.privacy.noise_multiplier
     if sigma is None:
         assert run.privacy.epsilon is not None  # the schema asks for one of the two
-        sigma = solve_noise_multiplier(run.privacy.epsilon, delta, q, steps * (num_rounds or run.federation.rounds))
+        sigma = solve_noise_multiplier(run.privacy.epsilon, delta, q, steps_of_run(run, steps, num_rounds))
     mechanism = Mechanism(
         noise_multiplier=sigma,
         sample_rate=q,
@@ -147,12 +171,16 @@ def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = N
     return mechanism
 
 
-def aggregation_weight(run: RunConfig, num_patients: int) -> int:
-    """Return the integer weight of a hospital's update; never counted from files."""
-    return num_patients if run.aggregation.weighting == "patients" else 1
+def aggregation_weight(run: RunConfig, policy: SitePolicy) -> int:
+    """Return the integer weight of a hospital's update, from its public declarations; never counted from files."""
+    if run.aggregation.weighting == "uniform":
+        return 1
+    if run.aggregation.weighting == "cases" and policy.num_cases is not None:
+        return policy.num_cases
+    return policy.num_patients
 
 
 def mechanisms(run: RunConfig, policies: Sequence[SitePolicy]) -> dict[str, Mechanism]:
-    """Return each hospital's mechanism of one round; empty with DP off."""
+    """Return each hospital's mechanism of the first round; empty with DP off."""
     planned = {policy.hospital: mechanism_for(run, policy) for policy in policies}
     return {hospital: mechanism for hospital, mechanism in planned.items() if mechanism is not None}

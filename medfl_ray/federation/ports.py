@@ -112,6 +112,16 @@ class Ledger(Protocol):
         """What was written behind the row that the mapping names for the hospital."""
 
 
+class Memory(Protocol):
+    """What one hospital remembers from round to round of a run; see medfl_ray/store/hospital_memory.py."""
+
+    def before(self, round: int) -> Mapping[str, Vector]:
+        """What it knew before a round, by name; nothing before its first."""
+
+    def save(self, round: int, memory: Mapping[str, Vector]) -> None:
+        """Keep durably what it knows after a round."""
+
+
 class LedgerKeeper(Protocol):
     """The coordinator's mirror of the hospitals' ledgers; see medfl_ray/store/run_mirror.py."""
 

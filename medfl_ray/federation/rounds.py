@@ -19,6 +19,7 @@ from medfl_ray.failpoints import failpoint
 from medfl_ray.federation.collecting import collect_updates, waits_for_retry
 from medfl_ray.federation.events import HospitalState
 from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION
+from medfl_ray.federation.planning import mechanism_in_round, steps_in_round
 from medfl_ray.federation.policies import Decision, asked_again, judge_round
 from medfl_ray.federation.ports import FederationState
 from medfl_ray.federation.round_context import RoundContext, Tally
@@ -88,9 +89,11 @@ def plan_round(context: RoundContext, state: FederationState, tally: Tally) -> R
         config_hash=run.config_hash,
         weights_checksum=params.checksum(state.weights),
         hospitals=hospitals,
-        num_steps={hospital: context.num_steps[hospital] for hospital in hospitals},
+        num_steps={hospital: steps_in_round(run, context.num_steps[hospital], number) for hospital in hospitals},
         learning_rate=learning_rate(run.training, number, run.federation.rounds),
-        mechanisms={h: context.mechanisms[h] for h in hospitals if h in context.mechanisms},
+        mechanisms={
+            h: mechanism_in_round(run, context.mechanisms[h], number) for h in hospitals if h in context.mechanisms
+        },
         deadline_s=run.federation.deadline_s,
         enough=enough,
         clip_norm=context.central.clip_norm if context.central is not None else None,

@@ -139,7 +139,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
         mirror=parts.mirror,
         available=present,
         num_steps={hospital: steps_per_round(parts.run, policies[hospital]) for hospital in present},
-        weight={hospital: aggregation_weight(parts.run, policies[hospital].num_patients) for hospital in present},
+        weight={hospital: aggregation_weight(parts.run, policies[hospital]) for hospital in present},
         mechanisms={hospital: planned[hospital] for hospital in present if hospital in planned},
         keys={info.hospital: info.public_key for info in infos if info.public_key is not None},
         is_signed=parts.is_signed,

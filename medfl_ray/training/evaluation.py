@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from medfl_ray.messages import HEADLINES
+
 Labels = npt.NDArray[np.integer]
 
 
@@ -66,6 +68,11 @@ def metric_names(task: str, labels: Mapping[int, str]) -> tuple[str, ...]:
     if task == "classification":
         return ("auc", "accuracy")
     return ("dice", *(f"dice/{name}" for name in labels.values()))
+
+
+def headline_of_shared(summary: Mapping[str, float]) -> dict[str, float]:
+    """Return the headline of a summary under a name that says that it is of the shared model."""
+    return next(({f"{name}_shared": summary[name]} for name in HEADLINES if name in summary), {})
 
 
 def _summarise_dice(scores: Sequence[PatientScore]) -> dict[str, float]:

@@ -14,9 +14,10 @@ from torch import Tensor
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.params import flatten
 from medfl_ray.training.heap import LARGE_PATIENT_VOXELS
+from medfl_ray.training.local_job import LocalJob
 from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals, why_not_together
 from medfl_ray.training.patient_gradients import is_large
-from medfl_ray.training.trainer import LocalJob, Trainer
+from medfl_ray.training.trainer import Trainer
 
 CANDIDATES = (4, 8, 12, 16)
 MEASURING_S = 3.0

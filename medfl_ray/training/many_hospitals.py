@@ -1,8 +1,8 @@
 """Many small hospitals trained as convolution groups of one network; each one's mathematics is its own.
 
-All start from the same weights and draw their batches exactly as they would alone. A hospital whose batch
-is smaller is padded with samples of weight 0; one that needs fewer steps is read out after its last step and
-what the network does with it afterwards is thrown away. So no step of one hospital depends on another.
+They start from the same weights, or each from its own, and draw their batches exactly as they would alone. A hospital
+whose batch is smaller is padded with samples of weight 0; one that needs fewer steps is read out after its last step
+and what the network does with it afterwards is thrown away. So no step of one hospital depends on another.
 
 Shapes: N hospitals, B patients of a batch, K patches of a patient, C channels, L output channels, S voxels
 per axis, P parameters.
@@ -10,9 +10,10 @@ per axis, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -26,32 +27,36 @@ from medfl_ray.params import Vector, load_into
 from medfl_ray.training.batches import patient_batches
 from medfl_ray.training.group_forming import form_groups
 from medfl_ray.training.local_data import LocalData
+from medfl_ray.training.local_job import LocalJob, LocalOutcome
 from medfl_ray.training.losses import loss_of_each
 from medfl_ray.training.optimizers import make_optimizer
 from medfl_ray.training.patient_gradients import Patient, forward
 from medfl_ray.training.private_hospitals import Private, PrivateHospitals
-from medfl_ray.training.trainer import LocalJob, LocalOutcome, Trainer
-
-GradientTerm = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor]]
-"""(parameters of N hospitals, each [N, ...]; the round's weights, each [...]) to what is added to the gradients."""
+from medfl_ray.training.pull import cut_rows, nudge_of_group
+from medfl_ray.training.trainer import Trainer
 
 
 @dataclass(frozen=True, eq=False)
 class HospitalTask:
-    """One hospital of a group: its patients and what it is to do."""
+    """One hospital of a group: its patients, what it is to do, and weights [P] of its own to start from, if any."""
 
     data: LocalData
     job: LocalJob
+    start: Vector | None = None
+
+    @property
+    def kind(self) -> tuple[bool, float, list[str]]:
+        """What hospitals of one group have in common: privacy, learning rate, frozen tensors."""
+        return self.job.mechanism is not None, self.job.learning_rate, sorted(self.job.frozen)
 
 
 class ManyHospitals:
     """Trains hospitals in groups of one trainer's network, or one after the other where that cannot be grouped."""
 
-    def __init__(self, trainer: Trainer, group_size: int, term: GradientTerm | None = None) -> None:
+    def __init__(self, trainer: Trainer, group_size: int) -> None:
         """Take the number of hospitals that are trained at once, at least 1; 1 trains them in turn."""
         self._trainer = trainer
         self._group_size = group_size
-        self._term = term
         self._members: nn.Module | None = None
         self.why_in_turn = "" if group_size > 1 else "training.hospitals_per_group is 1"
         if not self.why_in_turn:
@@ -70,9 +75,12 @@ class ManyHospitals:
         """
         together = [i for i, task in enumerate(tasks) if self._goes_together(task)]
         for position in sorted(set(range(len(tasks))) - set(together)):
-            yield position, self._trainer.train(weights, tasks[position].data, tasks[position].job)
-        for private in (False, True):
-            kind = [i for i in together if (tasks[i].job.mechanism is not None) == private]
+            task = tasks[position]
+            start = weights if task.start is None else task.start
+            yield position, self._trainer.train(start, task.data, task.job)
+        by_kind = sorted(together, key=lambda i: tasks[i].kind)
+        for (private, *_), same in groupby(by_kind, key=lambda i: tasks[i].kind):
+            kind = list(same)
             # Whom a private hospital draws is its secret; its groups follow from the number of steps alone.
             sizes = [(tasks[i].job.num_steps, 0 if private else tasks[i].data.num_train_patients) for i in kind]
             for positions in form_groups(sizes, self._group_size, self._trainer.training.batch_size):
@@ -90,23 +98,30 @@ class ManyHospitals:
         trainer = self._trainer
         load_into(trainer.network, weights)
         steps = [task.job.num_steps for task in tasks]
-        start = [parameter.detach() for parameter in trainer.network.parameters()]
+        starts = [weights if task.start is None else task.start for task in tasks]
         final = np.empty((len(tasks), trainer.layout.size), dtype=np.float32)
         with ExitStack() as stack:
             group_of = self._private_group if tasks[0].job.mechanism is not None else self._plain_group
             hospitals = group_of(tasks, [stack.enter_context(trainer.random_numbers(task.job)) for task in tasks])
             parameters = hospitals.parameters
+            if any(task.start is not None for task in tasks):
+                load_rows(parameters, starts)
+            nudge = nudge_of_group([task.job.pull for task in tasks], starts, parameters)
+            is_frozen = [name in tasks[0].job.frozen for name in trainer.layout.names]
             optimizer = make_optimizer(trainer.training, parameters, tasks[0].job.learning_rate)
             for step in range(max(steps)):
                 gradients = hospitals.gradients([step < todo for todo in steps])
-                self._set_gradients(parameters, gradients, start)
+                for parameter, gradient, frozen in zip(parameters, gradients, is_frozen, strict=True):
+                    parameter.grad = None if frozen else gradient
+                if nudge is not None:
+                    nudge.add_to_gradients()
                 optimizer.step()
                 done = [i for i, todo in enumerate(steps) if todo == step + 1]
                 if done:
                     final[done] = torch.cat([p.detach()[done].flatten(1) for p in parameters], 1).numpy(force=True)
         return [
-            _outcome(row, weights, task, losses)
-            for row, task, losses in zip(final, tasks, hospitals.losses, strict=True)
+            _outcome(row, start, task, losses)
+            for row, start, task, losses in zip(final, starts, tasks, hospitals.losses, strict=True)
         ]
 
     def _plain_group(self, tasks: Sequence[HospitalTask], rngs: Sequence[np.random.Generator]) -> PlainHospitals:
@@ -121,15 +136,6 @@ class ManyHospitals:
             assert task.job.mechanism is not None
             hospitals.append((task.data, task.job.mechanism, rng))
         return PrivateHospitals(trainer, self._load_members(1), trainer.group_size(), hospitals)
-
-    def _set_gradients(
-        self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], start: Sequence[Tensor]
-    ) -> None:
-        extra = self._term(parameters, start) if self._term is not None else ()
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        for parameter, addition in zip(parameters, extra, strict=False):
-            parameter.grad = parameter.grad + addition if parameter.grad is not None else addition
 
     def _load_members(self, count: int) -> nn.Module:
         if self._members is None:
@@ -187,13 +193,11 @@ def why_not_together(trainer: Trainer) -> str:
     return why_not_grouped(network)
 
 
-def proximal_term(mu: float) -> GradientTerm:
-    """Return FedProx's gradient mu * (w - w_global) (Li et al. 2020, arXiv:1812.06127)."""
-
-    def term(parameters: Sequence[Tensor], start: Sequence[Tensor]) -> list[Tensor]:
-        return [mu * (own.detach() - common) for own, common in zip(parameters, start, strict=True)]
-
-    return term
+def load_rows(parameters: Sequence[nn.Parameter], rows: Sequence[Vector]) -> None:
+    """Give each of N hospitals its own weights [P], in place; the parameters are [N, ...]."""
+    with torch.no_grad():
+        for parameter, own in zip(parameters, cut_rows(rows, parameters), strict=True):
+            parameter.copy_(own)
 
 
 def _batches(training: TrainingConfig, data: LocalData, rng: np.random.Generator) -> Iterator[list[Patient]]:
@@ -202,8 +206,8 @@ def _batches(training: TrainingConfig, data: LocalData, rng: np.random.Generator
         yield [data.train_patches(int(index), training.patches_per_patient, rng) for index in batch]
 
 
-def _outcome(row: Vector, weights: Vector, task: HospitalTask, losses: Sequence[float]) -> LocalOutcome:
-    delta = row - weights
+def _outcome(row: Vector, start: Vector, task: HospitalTask, losses: Sequence[float]) -> LocalOutcome:
+    delta = row - start
     if not np.isfinite(delta).all():
         raise ModelError("training diverged: the weights are no longer finite; lower training.learning_rate")
     return LocalOutcome(delta, task.job.num_steps, float(np.mean(losses)) if losses else float("nan"))

@@ -95,7 +95,7 @@ def freeze_the_rest(network: nn.Module, subset: Subset, rank: int, probe: Tensor
     named = list(network.named_parameters())
     everything = {name for name, _ in named}
     if subset == "last":
-        chosen, small = _of_last_layer(network, probe), everything
+        chosen, small = names_of_last_layer(network, probe), everything
     elif subset == "norm":
         chosen, small = _of_small_layers(network), everything
     else:
@@ -111,7 +111,7 @@ def freeze_the_rest(network: nn.Module, subset: Subset, rank: int, probe: Tensor
     return TrainedSpace(tuple(parameters), tuple(bases))
 
 
-def _of_last_layer(network: nn.Module, probe: Tensor) -> set[str]:
+def names_of_last_layer(network: nn.Module, probe: Tensor) -> set[str]:
     """Return the parameters' names of the layer that works last; the order of registration is another matter."""
     worked: list[str] = []
     hooks = [

@@ -8,7 +8,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -33,38 +32,17 @@ from medfl_ray.training.engine_choice import choose_group_size, engine_of, make_
 from medfl_ray.training.evaluation import PatientScore, average_cases, dice_per_label
 from medfl_ray.training.inference import batches_of_one_size, classify, segment
 from medfl_ray.training.local_data import LocalData
+from medfl_ray.training.local_job import LocalJob, LocalOutcome
 from medfl_ray.training.losses import loss_of_each, make_loss
 from medfl_ray.training.memory import give_back_memory, is_out_of_memory
 from medfl_ray.training.optimizers import make_optimizer
 from medfl_ray.training.patient_gradients import Gradient, GradientEngine, Patient, forward
+from medfl_ray.training.pull import nudge_of
 from medfl_ray.training.trained_space import freeze_the_rest
 
 log = structlog.get_logger()
 Task = Literal["segmentation", "classification"]
 SEED_RANGE = 2**63
-
-
-@dataclass(frozen=True)
-class LocalJob:
-    """What one hospital does in one round.
-
-    `seed_key` = (seed, round, hospital index) seeds sampling, patches, augmentation and dropout without DP;
-    with a mechanism all of them come from the operating system's entropy and the key is ignored.
-    """
-
-    num_steps: int
-    learning_rate: float
-    mechanism: Mechanism | None
-    seed_key: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class LocalOutcome:
-    """Change of the weights [P], steps done and the mean patient loss (NaN if no patient was drawn)."""
-
-    delta: Vector
-    num_steps: int
-    mean_loss: float
 
 
 class Trainer:
@@ -118,6 +96,8 @@ class Trainer:
         load_into(self._tensors, weights)
         self._be_training(True)
         optimizer = make_optimizer(self.training, self._space.parameters, job.learning_rate)
+        nudge = nudge_of(job.pull, weights, self._tensors)
+        frozen = [one for name, one in zip(self.layout.names, self._tensors, strict=True) if name in job.frozen]
         losses: list[float] = []
         with self.random_numbers(job) as rng:
             steps = (
@@ -127,6 +107,11 @@ class Trainer:
             )
             for _ in range(job.num_steps):
                 next(steps)
+                if nudge is not None:
+                    nudge.add_to_gradients()
+                    self._space.restrict_gradients()
+                for tensor in frozen:
+                    tensor.grad = None
                 optimizer.step()
         self._drop_gradients()
         delta = flatten(self._tensors) - np.asarray(weights, dtype=np.float32)

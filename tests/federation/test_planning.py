@@ -7,11 +7,17 @@ from medfl_ray.errors import PrivacyConfigError
 from medfl_ray.federation.baselines import check_baselines
 from medfl_ray.federation.planning import (
     account_delta,
+    aggregation_weight,
     delta_of,
     is_for_one_run,
     mechanism_for,
+    mechanism_in_round,
     sample_rate,
+    steps_in_round,
+    steps_of_run,
+    steps_per_round,
 )
+from medfl_ray.privacy.accountant import Segment, epsilon_spent
 from medfl_ray.site_policy import SitePolicy
 
 
@@ -78,3 +84,42 @@ def test_the_central_baseline_keeps_the_strictest_limits(limit, reason):
     assert check_baselines(run, sites) is None
     with pytest.raises(PrivacyConfigError, match=reason):
         check_baselines(run, [sites[0].model_copy(update=limit), sites[1]])
+
+
+@pytest.mark.parametrize(("weighting", "weights"), [("patients", [40, 40]), ("cases", [55, 40]), ("uniform", [1, 1])])
+def test_weight_is_what_a_hospital_declares_in_public(weighting, weights):
+    run = small_run(aggregation={"weighting": weighting})
+    counted = SitePolicy(hospital="a", data_set="d", num_patients=40, num_cases=55)
+    uncounted = SitePolicy(hospital="b", data_set="d", num_patients=40)
+    assert [aggregation_weight(run, policy) for policy in (counted, uncounted)] == weights
+
+
+def test_steps_fall_with_the_square_root_of_the_round():
+    run = small_run(federation={"local_steps": 10, "rounds": 5, "local_steps_schedule": "decay"})
+    # 10 / 1, 1.41, 1.73, 2, 2.24, rounded up
+    assert [steps_in_round(run, 10, number) for number in range(1, 6)] == [10, 8, 6, 5, 5]
+    assert steps_of_run(run, 10) == 34
+    assert steps_in_round(run, 1, 1000) == 1
+    assert steps_of_run(small_run(federation={"rounds": 5}), 10) == 50
+
+
+def test_the_noise_is_that_of_the_steps_which_are_taken():
+    sections = {"privacy": {"enable_dp": True, "epsilon": 4.0, "sample_rate": 0.2}}
+    site = SitePolicy(hospital="a", data_set="d", num_patients=40, max_epsilon=8.0)
+    federation = {"local_steps": 10, "rounds": 5}
+    run = small_run(federation={**federation, "local_steps_schedule": "decay"}, **sections)
+    first = mechanism_for(run, site)
+    assert first.noise_multiplier < mechanism_for(small_run(federation=federation, **sections), site).noise_multiplier
+    each = [mechanism_in_round(run, first, number) for number in range(1, 6)]
+    assert [mechanism.num_steps for mechanism in each] == [10, 8, 6, 5, 5]
+    segments = [Segment(m.noise_multiplier, m.sample_rate, m.num_steps) for m in each]
+    assert 3.9 <= epsilon_spent(segments, first.delta) <= 4.0
+
+
+@pytest.mark.parametrize(("federation", "steps"), [({"local_epochs": 4}, [7, 40]), ({"local_steps": 9}, [7, 7])])
+def test_a_large_hospital_takes_no_more_steps_than_allowed(federation, steps):
+    run = small_run(federation={"local_steps": None, **federation, "max_local_steps": 7})
+    free = small_run(federation={"local_steps": None, "local_epochs": 4})
+    site = SitePolicy(hospital="a", data_set="d", num_patients=20)
+    assert steps_per_round(run, site) == steps[0]
+    assert steps_per_round(free if "local_epochs" in federation else run, site) == steps[1]

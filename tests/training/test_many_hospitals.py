@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,10 @@ from medfl_ray.config import ModelConfig, TrainingConfig
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.errors import LabelError
 from medfl_ray.params import norm
+from medfl_ray.training.local_job import LocalJob, LocalOutcome, Pull
 from medfl_ray.training.losses import EACH, LOSSES
-from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals, proximal_term
-from medfl_ray.training.trainer import LocalJob, LocalOutcome, Trainer
+from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals
+from medfl_ray.training.trainer import Trainer
 
 NETWORKS = [
     ("unet2d", 2, (4, 8)),
@@ -60,8 +63,12 @@ def tasks(steps: tuple[int, ...], sizes: tuple[int, ...], dims: int = 2) -> list
     ]
 
 
+def changed(todo: list[HospitalTask], start: np.ndarray | None = None, **job: object) -> list[HospitalTask]:
+    return [HospitalTask(task.data, replace(task.job, **job), start) for task in todo]
+
+
 def alone(trainer: Trainer, weights: np.ndarray, todo: list[HospitalTask]) -> list[LocalOutcome]:
-    return [trainer.train(weights, task.data, task.job) for task in todo]
+    return [trainer.train(weights if task.start is None else task.start, task.data, task.job) for task in todo]
 
 
 def assert_same(found: dict[int, LocalOutcome], expected: list[LocalOutcome]) -> None:
@@ -128,26 +135,58 @@ def test_the_group_size_does_not_change_a_hospital() -> None:
     assert_same(pairs, [all_six[i] for i in range(6)])
 
 
-def test_a_gradient_term_acts_on_each_hospital() -> None:
+def test_a_pull_acts_on_each_hospital() -> None:
     trainer = make_trainer(momentum=0.0)
     weights = trainer.initial_weights(0)
     todo = tasks((3, 3), (3, 3))
     free = dict(ManyHospitals(trainer, 2).train(weights, todo))
-    held = dict(ManyHospitals(trainer, 2, proximal_term(15.0)).train(weights, todo))
+    held = dict(ManyHospitals(trainer, 2).train(weights, changed(todo, pull=Pull(15.0))))
     for i in range(2):
         assert 0 < norm(held[i].delta) < 0.8 * norm(free[i].delta)
 
 
-def test_a_proximal_step_is_the_hand_computed_one() -> None:
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_a_proximal_step_is_the_hand_computed_one(group_size: int) -> None:
     trainer, mu, rate = make_trainer(momentum=0.0), 2.0, 0.05
     weights = trainer.initial_weights(0)
     todo = tasks((2,), (2,))
-    (_, first), *_ = ManyHospitals(trainer, 2).train(weights, tasks((1,), (2,)))
+    many = ManyHospitals(trainer, group_size)
+    (_, first), *_ = many.train(weights, tasks((1,), (2,)))
     moved = weights + first.delta
     # The second step alone, from where the first one led, on what the hospital draws second.
-    (_, both), *_ = ManyHospitals(trainer, 2).train(weights, todo)
-    (_, held), *_ = ManyHospitals(trainer, 2, proximal_term(mu)).train(weights, todo)
+    (_, both), *_ = many.train(weights, todo)
+    (_, held), *_ = many.train(weights, changed(todo, pull=Pull(mu)))
     np.testing.assert_allclose(held.delta, both.delta - rate * mu * (moved - weights), atol=2e-6)
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_an_offset_moves_a_step_by_the_learning_rate_times_it(group_size: int) -> None:
+    trainer, rate = make_trainer(momentum=0.0), 0.05
+    weights = trainer.initial_weights(0)
+    todo = tasks((1, 1, 1), (2, 2, 2))
+    offsets = [np.full_like(weights, 0.1 * (i + 1)) for i in range(3)]
+    pulled = [changed([task], pull=Pull(offset=own))[0] for task, own in zip(todo, offsets, strict=True)]
+    found = dict(ManyHospitals(trainer, group_size).train(weights, pulled))
+    for i, one in enumerate(alone(trainer, weights, todo)):
+        np.testing.assert_allclose(found[i].delta, one.delta - rate * offsets[i], atol=2e-6)
+
+
+def test_hospitals_with_starts_pulls_and_frozen_tensors_of_their_own_learn_as_alone() -> None:
+    trainer = make_trainer()
+    weights = trainer.initial_weights(0)
+    rng = np.random.default_rng(1)
+    frozen = frozenset(trainer.layout.names[:3])
+    todo = []
+    for i, task in enumerate(tasks((3, 2, 1), (4, 2, 3))):
+        start, centre, offset = (weights + rng.normal(0, 0.01, weights.shape).astype(np.float32) for _ in range(3))
+        pull = (None, Pull(0.5, centre), Pull(0.2, centre, offset - weights))[i]
+        todo += changed([task], None if i == 0 else start, pull=pull, frozen=frozen)
+    expected = alone(trainer, weights, todo)
+    assert_same(dict(ManyHospitals(trainer, 3).train(weights, todo)), expected)
+    size = sum(parameter.numel() for parameter in list(trainer.network.parameters())[:3])
+    for one in expected:
+        assert not one.delta[:size].any()
+        assert one.delta[size:].any()
 
 
 def test_a_label_beyond_the_network_is_refused() -> None:

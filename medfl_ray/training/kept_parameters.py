@@ -1,0 +1,84 @@
+"""Which parameters stay in a hospital while the others are shared: by strategy, or by patterns of their names.
+
+The choice looks at the network alone and is the same at every hospital. Shapes: P values of the layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from medfl_ray.errors import ModelError
+from medfl_ray.params import Layout
+from medfl_ray.training.trained_space import NORMS, names_of_last_layer
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Names of the tensors that stay in the hospital, of those that are shared, and the mask [P] of the former."""
+
+    names: frozenset[str]
+    shared: frozenset[str]
+    mask: npt.NDArray[np.bool_]
+
+
+def kept_parameters(network: nn.Module, layout: Layout, strategy: str, patterns: Sequence[str], probe: Tensor) -> Kept:
+    """Return what stays in the hospital: what the patterns match, or without any what the strategy is known for.
+
+    fedbn: scale, shift and statistics of normalisation layers (Li et al. 2021, arXiv:2102.07623). silobn: their
+    statistics alone (Andreux et al. 2020). fedper, fedrep: the last layer (Arivazhagan et al. 2019, arXiv:1912.00818;
+    Collins et al. 2021, arXiv:2102.07078).
+
+    Args:
+      probe: made-up image [1, C, *S] that shows which layer is the last to work.
+
+    Raises:
+      ModelError: a pattern matches nothing, the network has nothing of the kind, or nothing would be shared.
+    """
+    names = _matching(layout, patterns) if patterns else _of_strategy(network, layout, strategy, probe)
+    kept = [name in names for name in layout.names]
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    if not trained - names:
+        raise ModelError(
+            f"aggregation.strategy {strategy!r} leaves every trained parameter in the hospital, so that nothing would "
+            "be shared; narrow aggregation.local_parameters, or widen training.trainable"
+        )
+    sizes = [math.prod(shape) for shape in layout.shapes]
+    return Kept(frozenset(names), frozenset(layout.names) - names, np.repeat(kept, sizes))
+
+
+def _matching(layout: Layout, patterns: Sequence[str]) -> set[str]:
+    names: set[str] = set()
+    for pattern in patterns:
+        matched = {name for name in layout.names if fnmatchcase(name, pattern)}
+        if not matched:
+            raise ModelError(
+                f"aggregation.local_parameters: {pattern!r} matches no parameter of the network; its parameters are "
+                f"named like {layout.names[0]!r} and {layout.names[-1]!r}"
+            )
+        names |= matched
+    return names
+
+
+def _of_strategy(network: nn.Module, layout: Layout, strategy: str, probe: Tensor) -> set[str]:
+    if strategy in ("fedper", "fedrep"):
+        return names_of_last_layer(network, probe)
+    norms = {name for name, module in network.named_modules() if isinstance(module, (*NORMS, _NormBase))}
+    of_norms = {name for name in layout.names if name.rpartition(".")[0] in norms}
+    statistics = of_norms - {name for name, _ in network.named_parameters()}
+    if strategy == "silobn" and not statistics:
+        raise ModelError(
+            "aggregation.strategy 'silobn' keeps the running statistics of normalisation layers in the hospital and "
+            "this network has none: group and instance norm take them from each image. Use fedbn, or fedavg, which "
+            "is then the same"
+        )
+    if not of_norms:
+        raise ModelError(f"aggregation.strategy {strategy!r}: the network has no normalisation layer with parameters")
+    return statistics if strategy == "silobn" else of_norms
