@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from medfl_ray.aggregation.robust import why_too_few
 from medfl_ray.config import RunConfig
-from medfl_ray.errors import PrivacyConfigError
+from medfl_ray.errors import ConfigError, PrivacyConfigError
+from medfl_ray.federation.selection import num_wanted
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.planner import solve_noise_multiplier
 from medfl_ray.site_policy import SitePolicy
@@ -150,6 +152,18 @@ def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = N
 def aggregation_weight(run: RunConfig, num_patients: int) -> int:
     """Return the integer weight of a hospital's update; never counted from files."""
     return num_patients if run.aggregation.weighting == "patients" else 1
+
+
+def check_rule(run: RunConfig, num_hospitals: int) -> None:
+    """Refuse a robust rule that needs more updates than a round of the run can have.
+
+    Raises:
+      ConfigError: that is so.
+    """
+    most = num_wanted(num_hospitals, run.federation.fraction)
+    problem = why_too_few(run.aggregation.robust, most) if run.aggregation.mode == "robust" else None
+    if problem is not None:
+        raise ConfigError(f"a round of this run has at most {most} updates. {problem}")
 
 
 def mechanisms(run: RunConfig, policies: Sequence[SitePolicy]) -> dict[str, Mechanism]:
