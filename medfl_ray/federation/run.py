@@ -122,9 +122,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
     check_attack(parts.run, parts.policies)
     central = plan_central(parts.run, parts.policies)
     planned = mechanisms(parts.run, parts.policies)
-    parts.emit(PhaseStarted(name="start", total_rounds=parts.run.federation.rounds))
-    if parts.run.attack is not None:
-        parts.emit(Notice(message=f"WARNING: this run contains attackers: {parts.run.attack.words}"))
+    announce(parts)
     infos, absent = gather(parts)
     check_rule(parts.run, len(infos))
     layout, initial = parts.initial_weights(*network_shape(parts.run, infos))
@@ -183,6 +181,13 @@ def run_federation(parts: RunParts) -> RunOutcome:
 def never_asked(parts: RunParts, context: RoundContext) -> set[str]:
     """Return the hospitals that were present and that no round has drawn."""
     return set(context.available).difference(*(receipt.asked for receipt in parts.store.receipts()))
+
+
+def announce(parts: RunParts) -> None:
+    """Say that the run starts, and that it contains attackers where it does."""
+    parts.emit(PhaseStarted(name="start", total_rounds=parts.run.federation.rounds))
+    if parts.run.attack is not None:
+        parts.emit(Notice(message=f"WARNING: this run contains attackers: {parts.run.attack.words}"))
 
 
 def rule_of(run: RunConfig) -> Combine | None:
