@@ -236,6 +236,19 @@ def test_robust_mode_goes_with_patient_level_privacy(tmp_path):
     assert set(folder.results()[0].receipt.spent) == set(NAMES)
 
 
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, False),
+        ({"attack": attacked("label_flip")}, False),
+        ({"attack": attacked("scaled_backdoor")}, True),
+        ({"aggregation": {"mode": "robust"}}, True),
+    ],
+)
+def test_updates_come_one_by_one_where_a_rule_or_an_attack_needs_them(sections, expected):
+    assert small_run(**sections).needs_every_update == expected
+
+
 @pytest.mark.timeout(300)
 def test_virtual_hospitals_and_one_process_agree_under_attack(ray_cluster, tmp_path):
     from actors.simulate import simulate
