@@ -251,7 +251,7 @@ class VirtualPool:
         formed.sort(key=lambda group: group_cost(sizes[group[-1]], len(group), batch), reverse=True)
         groups = [tuple(turns[position] for position in group) for group in formed]
         per_task = max(1, -(-len(groups) // (TASKS_PER_ACTOR * len(self._actors))))
-        streamed = plan.clip_norm is not None or self._run.aggregation.needs_every_update
+        streamed = plan.clip_norm is not None or self._run.needs_every_update
         common = (plan.round, plan.attempt, plan.learning_rate, plan.clip_norm, streamed, size)
         return [
             Assignment(*common, tuple(groups[start : start + per_task])) for start in range(0, len(groups), per_task)

@@ -217,9 +217,15 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _strategy_fits(self) -> Self:
         problem = strategy_problem(self.aggregation, self.federation, self.privacy, self.training.optimizer)
+        problem = problem or attack_problem(self) or rule_problem(self)
         if problem is not None:
             raise ValueError(problem)
         return self
+
+    @property
+    def needs_every_update(self) -> bool:
+        """Whether the coordinator needs each update on its own: for a rule over them, or for a study of attacks."""
+        return self.aggregation.needs_every_update or (self.attack is not None and self.attack.alters_updates)
 
     @property
     def spatial_dims(self) -> int:
@@ -259,9 +265,42 @@ def uniform_for_hospital_level(raw: dict[str, Any]) -> dict[str, Any]:
     return {**raw, "aggregation": {**aggregation, "weighting": "uniform"}}
 
 
+def attack_problem(run: RunConfig) -> str | None:
+    """Return why a study of attacks does not go with a run's other sections, or None where it does."""
+    if run.attack is None:
+        return None
+    if run.privacy.central:
+        return "attack does not go with privacy.unit: hospital, whose cohorts are secret; study it without"
+    if run.federation.baselines:
+        return (
+            "attack does not go with federation.baselines, which the attackers would train on altered data; train "
+            "them in a run without attack"
+        )
+    if run.federation.stragglers == "keep":
+        return "attack does not go with federation.stragglers: keep; use drop"
+    return None
+
+
+def rule_problem(run: RunConfig) -> str | None:
+    """Return why a rule over all updates does not go with a run's other sections, or None where it does."""
+    if run.aggregation.mode != "robust":
+        return None
+    if run.federation.stragglers == "keep":
+        return (
+            "aggregation.mode 'robust' does not go with federation.stragglers: keep, with which a hospital would count "
+            "twice in a round: once with its late update, once with its new one; use drop"
+        )
+    return None
+
+
 def hospital_level_problem(run: RunConfig) -> str | None:
     """Return why a run's other sections do not fit hospital-level differential privacy, or None where they do."""
     federation = run.federation
+    if run.aggregation.needs_every_update:
+        return (
+            "privacy.unit: hospital needs the plain mean, aggregation.mode: plain: its noise covers what one hospital "
+            "can change a mean of clipped updates by, and no such bound holds for a rule that looks at all of them"
+        )
     if run.aggregation.weighting != "uniform":
         return (
             "privacy.unit: hospital needs aggregation.weighting: uniform, because a hospital's weight would multiply "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from medfl_ray.config_base import HospitalId, Positive, PositiveFloat, Section
 
@@ -53,7 +53,9 @@ class RobustConfig(Section):
         "centered_clipping",
     ] = Field("norm_bound", description="Rule; norm_bound shortens every update to the median of the updates' norms.")
     num_hostile: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Hospitals f that may be hostile; a fifth of the updates of a round when absent."
+        None,
+        description="Hospitals f that may be hostile; a fifth of the updates of a round when absent, but one at least "
+        "of three and more.",
     )
     norm_factor: PositiveFloat = Field(1.0, description="norm_bound: the bound as a multiple of the median norm.")
     clipping_radius: PositiveFloat | None = Field(
@@ -71,6 +73,12 @@ class FlowerConfig(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="Arguments of the class, by name.")
 
 
+ON_DATA = ("label_flip", "scaled_backdoor")
+ON_UPDATES = ("sign_flip", "gaussian", "alie", "ipm", "scaled_backdoor")
+DEFAULT_SCALE = {"sign_flip": 10.0, "gaussian": 1.0, "alie": 1.5, "ipm": 10.0}
+"""Strength of an attack without a scale; scaled_backdoor takes what replaces the mean by its own model."""
+
+
 class AttackConfig(Section):
     """Hospitals that attack, for a study of robustness on data that are not private."""
 
@@ -79,8 +87,40 @@ class AttackConfig(Section):
     )
     hospitals: Annotated[tuple[HospitalId, ...], Field(min_length=1)] = Field(description="Who attacks.")
     scale: PositiveFloat | None = Field(
-        None, description="Strength: factor of sign_flip, ipm and scaled_backdoor, deviation of gaussian, z of alie."
+        None,
+        description="Strength: factor of sign_flip (10 when absent), ipm (10) and scaled_backdoor (all weight by the "
+        "attackers' weight), deviation of gaussian (1), z of alie (1.5).",
     )
+
+    @field_validator("hospitals")
+    @classmethod
+    def _names_differ(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ValueError("attack.hospitals names a hospital twice")
+        return names
+
+    @model_validator(mode="after")
+    def _scale_has_a_use(self) -> Self:
+        if self.kind == "label_flip" and self.scale is not None:
+            raise ValueError("attack.scale does nothing with kind 'label_flip'; leave it out")
+        return self
+
+    @property
+    def alters_data(self) -> bool:
+        """Whether the attackers train on altered images or labels."""
+        return self.kind in ON_DATA
+
+    @property
+    def alters_updates(self) -> bool:
+        """Whether the attackers send something else than what they trained."""
+        return self.kind in ON_UPDATES
+
+    @property
+    def words(self) -> str:
+        """Who attacks and how, for receipts, reports and cards."""
+        scale = self.scale if self.scale is not None else DEFAULT_SCALE.get(self.kind)
+        strength = "" if scale is None else f", scale {scale:g}"
+        return f"{', '.join(sorted(self.hospitals))} ({self.kind}{strength})"
 
 
 class AggregationConfig(Section):

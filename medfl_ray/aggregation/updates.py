@@ -47,6 +47,11 @@ class Updates:
         return len(self._weights)
 
     @property
+    def size(self) -> int:
+        """Number of values P of an update."""
+        return self._size
+
+    @property
     def hospitals(self) -> tuple[str, ...]:
         """Whose updates these are, sorted."""
         return tuple(sorted(self._weights))

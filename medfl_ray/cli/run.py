@@ -62,7 +62,9 @@ def start_folder(config: Path | None, resume: Path | None, overrides: list[str])
       ConfigError: the configuration is wrong, or does not go with --resume.
     """
     from medfl_ray.data.sources import list_hospitals
+    from medfl_ray.federation.attacks import check_attack
     from medfl_ray.federation.baselines import check_baselines
+    from medfl_ray.federation.planning import check_rule
     from medfl_ray.store.run_folder import RunFolder
 
     if (config is None) == (resume is None):
@@ -81,6 +83,8 @@ def start_folder(config: Path | None, resume: Path | None, overrides: list[str])
             f"{len(policies)}: lower them or add hospitals"
         )
     check_baselines(loaded, policies)
+    check_attack(loaded, policies)
+    check_rule(loaded, len(policies))
     return RunFolder.create(_with_weights_pinned(loaded))
 
 

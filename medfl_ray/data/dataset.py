@@ -15,6 +15,7 @@ from medfl_ray.config import DataConfig, Declared, TrainingConfig
 from medfl_ray.data.cache import Loader, MemoryBudget, PreparedCases
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.data.patches import augment, draw_patch, foreground_voxels
+from medfl_ray.data.poison import Alteration
 from medfl_ray.data.preprocess import Preprocessing
 
 if TYPE_CHECKING:
@@ -57,11 +58,15 @@ class HospitalData:
         sampling: PatchSampling,
         data: DataConfig,
         budget: MemoryBudget | None = None,
+        alter: Alteration | None = None,
     ) -> None:
-        """Take the memory that all data of this process share; data.cache_mb for these alone if None."""
+        """Take the memory that all data of this process share; data.cache_mb for these alone if None.
+
+        `alter` changes the patches that are trained on, for a study of attacks; held-out cases stay as they are.
+        """
         self._hospitals = tuple(hospitals)
         budget = budget or MemoryBudget(None if data.cache_mb is None else data.cache_mb * 2**20)
-        self._sampling = sampling
+        self._sampling, self._alter = sampling, alter
         patients = [patient for hospital in hospitals for patient in hospital.train]
         self._cases = PreparedCases([loader for patient in patients for loader in patient], data.cache, budget)
         ends = np.cumsum([0, *(len(patient) for patient in patients)])
@@ -167,7 +172,8 @@ class HospitalData:
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
         position = positions[int(rng.integers(len(positions)))]
         case = self._cases[position]
-        return self._cut(case, self._centres(case), rng)
+        patch = self._cut(case, self._centres(case), rng)
+        return patch if self._alter is None else self._alter(*patch, rng)
 
     def _cut(
         self, case: PreparedCase, centres: tuple[npt.NDArray[np.int64], ...], rng: np.random.Generator

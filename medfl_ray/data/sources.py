@@ -14,6 +14,7 @@ from medfl_ray.data.layouts import discover_cases
 from medfl_ray.data.loading import CaseLoader, check_labelled, name_classes, pick_channels
 from medfl_ray.data.partitions import partition_patients, split_holdout
 from medfl_ray.data.phantom_source import open_phantom_hospital, phantom_hospital_names, split_phantoms
+from medfl_ray.data.poison import alteration_of
 from medfl_ray.data.preprocess import Preprocessing
 from medfl_ray.data.readers import read_volume
 from medfl_ray.errors import ConfigError, DataError, LayoutError
@@ -64,7 +65,8 @@ def open_hospital_data(
     if not opened:
         raise ConfigError("no hospital was asked for; expected at least one of the run's")
     _check_one_network(opened)
-    data = HospitalData(opened, PatchSampling.from_config(run.training, run.patch_size), run.data, budget)
+    sampling = PatchSampling.from_config(run.training, run.patch_size)
+    data = HospitalData(opened, sampling, run.data, budget, alteration_of(run.attack, opened))
     data.decode(_num_workers(run, hospital_ids))
     return data
 

@@ -140,7 +140,7 @@ def model_card(run_dir: Path, run: RunConfig, description: PackageDescription) -
         sites=sites,
         privacy=description.privacy,
         audit=_audit(run_dir, sum(receipt.published for receipt in receipts)),
-        limits=_limits(description, sites),
+        limits=_attack_limits(run) + _limits(description, sites),
         variants=description.variants,
         parity=description.parity,
         provenance=_provenance(run_dir, run, description, receipts),
@@ -196,6 +196,12 @@ def _audit(run_dir: Path, num_published: int) -> CardAudit | None:
         unit=record.mechanism.unit, adjacency=record.mechanism.adjacency, delta=found.delta, claimed=found.claimed,
         lower_bound=found.lower_bound, confidence=record.mechanism.confidence,
     )  # fmt: skip
+
+
+def _attack_limits(run: RunConfig) -> tuple[str, ...]:
+    if run.attack is None:
+        return ()
+    return (f"Of no use but for the study that made it: the run contains attackers, {run.attack.words}.",)
 
 
 def _limits(description: PackageDescription, sites: tuple[CardSite, ...]) -> tuple[str, ...]:

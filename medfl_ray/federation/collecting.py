@@ -12,6 +12,7 @@ from medfl_ray.aggregation.fixed_point import PartialSum, add_update, empty_sum,
 from medfl_ray.aggregation.updates import Updates
 from medfl_ray.errors import UpdateRejected
 from medfl_ray.failpoints import failpoint
+from medfl_ray.federation.attacks import altered_updates
 from medfl_ray.federation.events import HospitalState
 from medfl_ray.federation.policies import asked_again, pause_before
 from medfl_ray.federation.ports import Answer, FederationState, SummedUpdates, TrainedHospital
@@ -30,7 +31,7 @@ def collect_updates(
     """
     expected = expected_updates(context, plan, state)
     total, asked, retry = empty_sum(expected.size), list(ready), 1
-    if context.combine is not None:
+    if context.combine is not None or context.run.needs_every_update:
         tally.updates = Updates(expected.size)
     sent = context.strategy.send(state.server_state, state.weights)
     unprotected = [hospital for hospital in ready if hospital not in plan.mechanisms and context.central is None]
@@ -39,7 +40,7 @@ def collect_updates(
         total = take_answers(context, expected, asked, sent, total, tally)
         asked = asked_again(tally.failures[known:], unprotected)
         if not asked or not waits_for_retry(context, plan, tally, retry):
-            return total
+            return add_attacks(context, expected, total, tally)
         retry += 1
 
 
@@ -69,7 +70,7 @@ def take_answers(
         for answer in answers:
             total = take_answer(context, expected, answer, total, tally)
             answered.update(hospitals_of(answer))
-            if plan.enough is not None and total.num_updates >= plan.enough:
+            if plan.enough is not None and total.num_updates + len(tally.held) >= plan.enough:
                 break
     surplus = [hospital for hospital in asked if hospital not in answered]
     if plan.enough is not None and surplus:
@@ -158,23 +159,60 @@ def screen_and_add(
 ) -> PartialSum:
     """Add an update that belongs to this round and is sound; UpdateRejected says why one is not."""
     is_late = expected.plan is context.past.owed.get(update.hospital)
-    reason = why_rejected(update, expected, tally.late if is_late else tally.trained)
+    reason = why_rejected(update, expected, tally.late if is_late else tally.trained | tally.held.keys())
     if reason is not None:
         raise UpdateRejected(reason)
     checksum = params.checksum(update.delta)
     key = context.keys.get(update.hospital)
     if key is not None and not context.is_signed(key, update_digest(context.job, update, checksum), update.signature):
         raise UpdateRejected("the update's signature is not the hospital's; it was altered, or somebody else sent it")
+    if is_attacker(context, update.hospital):
+        tally.held[update.hospital] = update
+        return total
     if is_late:
         note_late(context, expected.plan, update, checksum, tally)
     else:
         note_trained(context, expected.plan, [update], tally)
         tally.update_hashes[update.hospital] = checksum
+    return add(context, total, update, tally)
+
+
+def add(context: RoundContext, total: PartialSum, update: ClientUpdate, tally: Tally) -> PartialSum:
+    """Add a sound update to the sum, and to all updates where a rule needs them."""
     if context.central is not None:
         return add_update(total, context.central.admit(update), 1)
+    total = add_update(total, update.delta, update.num_patients)
     if tally.updates is not None:
         tally.updates.add(update.hospital, update.delta, update.num_patients)
-    return add_update(total, update.delta, update.num_patients)
+    return total
+
+
+def is_attacker(context: RoundContext, hospital: str) -> bool:
+    """Say whether a hospital sends something else than what it trained, in a study of attacks."""
+    attack = context.run.attack
+    return attack is not None and attack.alters_updates and hospital in attack.hospitals
+
+
+def add_attacks(context: RoundContext, expected: Expected, total: PartialSum, tally: Tally) -> PartialSum:
+    """Alter what the attackers trained, now that the others' updates are known, and judge and add it like theirs."""
+    attack = context.run.attack
+    if attack is None or tally.updates is None or not tally.held:
+        return total
+    seed = (context.run.federation.seed, expected.plan.round)
+    for update in altered_updates(attack, tally.updates, tally.held, context.run.aggregation, seed):
+        reason = why_rejected(update, expected, tally.trained)
+        if reason is not None:
+            refuse(expected.plan, update, reason, tally)
+            continue
+        try:
+            total = add(context, total, update, tally)
+        except UpdateRejected as error:
+            refuse(expected.plan, update, str(error), tally)
+            continue
+        note_trained(context, expected.plan, [update], tally)
+        tally.update_hashes[update.hospital] = params.checksum(update.delta)
+    tally.held.clear()
+    return total
 
 
 def add_sum(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from medfl_ray.aggregation.robust import why_too_few
 from medfl_ray.config import RunConfig
-from medfl_ray.errors import PrivacyConfigError
+from medfl_ray.errors import ConfigError, PrivacyConfigError
+from medfl_ray.federation.selection import num_wanted
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.planner import solve_noise_multiplier
 from medfl_ray.site_policy import SitePolicy
@@ -178,6 +180,18 @@ def aggregation_weight(run: RunConfig, policy: SitePolicy) -> int:
     if run.aggregation.weighting == "cases" and policy.num_cases is not None:
         return policy.num_cases
     return policy.num_patients
+
+
+def check_rule(run: RunConfig, num_hospitals: int) -> None:
+    """Refuse a robust rule that needs more updates than a round of the run can have.
+
+    Raises:
+      ConfigError: that is so.
+    """
+    most = num_wanted(num_hospitals, run.federation.fraction)
+    problem = why_too_few(run.aggregation.robust, most) if run.aggregation.mode == "robust" else None
+    if problem is not None:
+        raise ConfigError(f"a round of this run has at most {most} updates. {problem}")
 
 
 def mechanisms(run: RunConfig, policies: Sequence[SitePolicy]) -> dict[str, Mechanism]:

@@ -23,11 +23,18 @@ class Decision:
     reason: str
 
 
-def judge_round(config: FederationConfig, num_updates: int, num_asked: int, failed_rounds_before: int) -> Decision:
-    """Decide whether a round is published, skipped (weights stay) or the last one of the run."""
-    if num_updates >= config.min_clients:
-        return Decision("publish", f"{num_updates} of {num_asked} hospitals delivered an update")
-    missing = f"{num_updates} of {num_asked} hospitals delivered an update; min_clients is {config.min_clients}"
+def judge_round(
+    config: FederationConfig, num_updates: int, num_asked: int, failed_rounds_before: int, problem: str | None = None
+) -> Decision:
+    """Decide whether a round is published, skipped (weights stay) or the last one of the run.
+
+    `problem` says why the updates, enough or not, cannot be combined.
+    """
+    delivered = f"{num_updates} of {num_asked} hospitals delivered an update"
+    if num_updates >= config.min_clients and problem is None:
+        return Decision("publish", delivered)
+    below = num_updates < config.min_clients
+    missing = f"{delivered}; min_clients is {config.min_clients}" if below else f"{delivered}; {problem}"
     if failed_rounds_before >= config.max_failed_rounds:
         return Decision("stop", f"{missing}, and the {failed_rounds_before} rounds before failed too")
     return Decision("skip", f"{missing}; the weights stay as they were")

@@ -14,7 +14,7 @@ from medfl_ray.federation.events import Event, HospitalState
 from medfl_ray.federation.hospital_level import HospitalLevel
 from medfl_ray.federation.policies import Standings
 from medfl_ray.federation.ports import ClientPool, LedgerKeeper, RunKeeper, SignatureCheck
-from medfl_ray.messages import ClientFailure, LedgerRows, Mechanism, Metric, PrivacySpent, RoundPlan
+from medfl_ray.messages import ClientFailure, ClientUpdate, LedgerRows, Mechanism, Metric, PrivacySpent, RoundPlan
 
 Select = Callable[[int, Sequence[str]], tuple[str, ...]]
 """Names who trains: (round, hospitals that may be asked) -> hospitals."""
@@ -77,7 +77,8 @@ class RoundContext:
 class Tally:
     """What has happened in the round so far; `late` are hospitals whose update of an earlier round is in the sum.
 
-    `updates` keeps each of them where a robust rule needs them all.
+    `updates` keeps each of them where a robust rule needs them all. `held` are what attackers of a study trained, until
+    what the others sent is known.
     """
 
     spent: dict[str, PrivacySpent] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class Tally:
     metrics: dict[str, dict[str, Metric]] = field(default_factory=dict)
     ledger_rows: list[LedgerRows] = field(default_factory=list)
     updates: Updates | None = None
+    held: dict[str, ClientUpdate] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
     def time_for(self, pause_s: float, deadline_s: float | None) -> bool:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from medfl_ray import params
 from medfl_ray.aggregation.fixed_point import PartialSum, weighted_mean
+from medfl_ray.aggregation.robust import why_too_few
 from medfl_ray.aggregation.strategies import released_weights
 from medfl_ray.aggregation.updates import ROBUST_STATE
 from medfl_ray.config import RunConfig
@@ -159,7 +160,9 @@ def judge(context: RoundContext, plan: RoundPlan, num_updates: int, failed_befor
     """Judge the round; under hospital-level DP it is published whatever arrived, for giving up would tell of it."""
     if context.central is not None:
         return Decision("publish", "whatever arrived is noised and published")
-    return judge_round(context.run.federation, num_updates, len(plan.hospitals), failed_before)
+    rule = context.run.aggregation
+    problem = why_too_few(rule.robust, num_updates) if rule.mode == "robust" else None
+    return judge_round(context.run.federation, num_updates, len(plan.hospitals), failed_before, problem)
 
 
 def exclude(context: RoundContext, tally: Tally, failure: ClientFailure) -> None:
@@ -247,6 +250,7 @@ def close_round(
         reason=reason,
         late=dict(sorted(tally.late.items())),
         budget_hash=budget_hash(context.run),
+        attackers=context.run.attack.words if context.run.attack is not None else "",
     )
     context.past.standings.add(receipt)
     context.past.owed = {f.hospital: plan for f in tally.failures if f.stage == "late" and f.round == plan.round}

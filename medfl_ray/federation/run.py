@@ -9,13 +9,16 @@ from functools import partial
 from typing import Any, Protocol
 
 from medfl_ray import params
-from medfl_ray.aggregation.strategies import build_strategy, released_weights
+from medfl_ray.aggregation.robust import combine
+from medfl_ray.aggregation.strategies import ServerState, build_strategy, released_weights
+from medfl_ray.aggregation.updates import Updates
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError, FederationError, QuorumLost
+from medfl_ray.federation.attacks import check_attack
 from medfl_ray.federation.baselines import as_plain, check_baselines, run_baselines
 from medfl_ray.federation.events import Event, HospitalState, Notice, PhaseStarted, RoundClosed
 from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
-from medfl_ray.federation.planning import aggregation_weight, mechanisms, steps_per_round
+from medfl_ray.federation.planning import aggregation_weight, check_rule, mechanisms, steps_per_round
 from medfl_ray.federation.policies import Standings, can_start
 from medfl_ray.federation.ports import (
     ClientPool,
@@ -112,13 +115,16 @@ def run_federation(parts: RunParts) -> RunOutcome:
     Raises:
       QuorumLost: too few hospitals are present to start.
       FederationError: the hospitals' data do not fit one network.
-      ConfigError, PrivacyConfigError: a baseline or a mechanism is refused before anything is trained.
+      ConfigError, PrivacyConfigError: a baseline, a mechanism, a robust rule or a study of attacks is refused before
+        anything is trained.
     """
     check_baselines(parts.run, parts.policies)
+    check_attack(parts.run, parts.policies)
     central = plan_central(parts.run, parts.policies)
     planned = mechanisms(parts.run, parts.policies)
-    parts.emit(PhaseStarted(name="start", total_rounds=parts.run.federation.rounds))
+    announce(parts)
     infos, absent = gather(parts)
+    check_rule(parts.run, len(infos))
     layout, initial = parts.initial_weights(*network_shape(parts.run, infos))
     check_layouts(infos, layout)
     parts.store.save_hospitals(infos, absent)
@@ -148,7 +154,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
         select=parts.select or partial(select_of_run, parts.run),
         past=Past(Standings()),
         central=start_central(parts, central, layout.size),
-        combine=parts.combine,
+        combine=parts.combine or rule_of(parts.run),
     )
     resumed = parts.store.resume()
     for receipt in parts.store.receipts():
@@ -175,6 +181,24 @@ def run_federation(parts: RunParts) -> RunOutcome:
 def never_asked(parts: RunParts, context: RoundContext) -> set[str]:
     """Return the hospitals that were present and that no round has drawn."""
     return set(context.available).difference(*(receipt.asked for receipt in parts.store.receipts()))
+
+
+def announce(parts: RunParts) -> None:
+    """Say that the run starts, and that it contains attackers where it does."""
+    parts.emit(PhaseStarted(name="start", total_rounds=parts.run.federation.rounds))
+    if parts.run.attack is not None:
+        parts.emit(Notice(message=f"WARNING: this run contains attackers: {parts.run.attack.words}"))
+
+
+def rule_of(run: RunConfig) -> Combine | None:
+    """Return the rule over all updates that a run configures, or None where it takes their mean."""
+    if run.aggregation.mode != "robust":
+        return None
+
+    def rule(updates: Updates, state: ServerState, weights: Vector) -> tuple[Vector, ServerState]:
+        return combine(run.aggregation.robust, updates, state)
+
+    return rule
 
 
 def start_central(parts: RunParts, plan: CentralPlan | None, num_parameters: int) -> HospitalLevel | None:

@@ -27,6 +27,8 @@ def sign_receipt(receipt: Receipt, previous: str, key: SigningKey) -> SignedRece
 def receipt_hash(receipt: SignedReceipt) -> str:
     """Return the SHA-256, in hex, of all that is signed: every field, the hash of the receipt before and the key."""
     content = receipt.model_dump(mode="json", exclude={"signature"})
+    if not receipt.attackers:  # as receipts were before there was a name for it
+        del content["attackers"]
     canonical = json.dumps([_CONTEXT, content], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
