@@ -6,7 +6,6 @@ of an unexpected error go to the hospital's own log, because its text might hold
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from medfl_ray.federation.labels import labelled
 from medfl_ray.federation.planning import aggregation_weight, budget_of, check_limits, check_terms
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Signer
 from medfl_ray.federation.signatures import update_digest
+from medfl_ray.federation.site_evaluation import figures_of, score_patients, site_evaluation
 from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,
@@ -35,7 +35,7 @@ from medfl_ray.messages import (
 from medfl_ray.params import Vector
 from medfl_ray.privacy.hospital_level import clip_update
 from medfl_ray.site_policy import SitePolicy
-from medfl_ray.training.evaluation import PatientScore, metric_names, summarise
+from medfl_ray.training.evaluation import PatientScore
 
 if TYPE_CHECKING:  # the driver of a simulation, which names this room, must not spend its time and memory on torch
     from medfl_ray.data.dataset import HospitalData
@@ -165,22 +165,13 @@ class Hospital:
         """Score weights on the held-out patients; per-patient figures and pictures only of data that may be shown."""
 
         def work() -> SiteEvaluation:
-            parts = self._parts
-            scores = parts.trainer.evaluate(weights, parts.data)
-            values = summarise(scores)
-            if self._is_confidential:  # which figures there are would tell of the held-out patients
-                values = dict.fromkeys(metric_names(parts.run.data.task, parts.data.labels), math.nan) | values
-            may_show = parts.policy.declared != "private"
+            parts, run, policy = self._parts, self._parts.run, self._parts.policy
+            scores, bins = score_patients(parts.trainer, weights, parts.data, run, is_last=pictures)
+            values = figures_of(run, policy, parts.data.labels, scores, is_last=pictures)
             drawn = parts.make_pictures(parts.trainer, weights, parts.data) if pictures else ()
-            if not may_show and pictures:
+            if policy.declared == "private" and pictures:
                 parts.write_local_report(round, values, scores, drawn)
-            return SiteEvaluation(
-                hospital=self.id,
-                round=round,
-                metrics=self._labelled(values),
-                patient_scores=tuple(score.headline for score in scores) if may_show else None,
-                pictures=drawn if may_show else (),
-            )
+            return site_evaluation(run, policy, round, values, scores, bins, drawn, is_last=pictures)
 
         return self._guarded(round, 0, "evaluate", False, work)
 
@@ -190,7 +181,7 @@ class Hospital:
         The lifetime budget of the data set binds it; the run's epsilon does not, for the central baseline
         takes more steps than a hospital does in the run and reports an epsilon of its own.
         """
-        current = weights
+        current, curve = weights, {}
         for round_plan in plan.rounds:
             reserved = self._reserve(round_plan, None)
             if isinstance(reserved, ClientFailure):
@@ -199,6 +190,10 @@ class Hospital:
             if isinstance(answer, ClientFailure):
                 return answer
             current = current + answer.delta
+            if plan.evaluates and round_plan is not plan.rounds[-1]:
+                between = self.evaluate(round_plan.round, current)
+                if isinstance(between, SiteEvaluation):
+                    curve[round_plan.round] = between.metrics
         last = len(plan.rounds)
         evaluation = self.evaluate(last, current)
         if isinstance(evaluation, ClientFailure):
@@ -206,7 +201,9 @@ class Hospital:
         spent = self._spent()
         if spent is not None:
             spent = self._with_rows(spent, plan.rounds[0])
-        return AloneResult(self.id, evaluation.metrics, spent, current if plan.returns_weights else None)
+        curve[last] = evaluation.metrics
+        kept = current if plan.returns_weights else None
+        return AloneResult(self.id, evaluation.metrics, spent, kept, evaluation.patient_scores, curve)
 
     def export_ledger(self) -> dict[str, Any]:
         """Return the account's events, or nothing where DP is off."""
@@ -289,10 +286,6 @@ class Hospital:
 
     def _labelled(self, values: Mapping[str, float]) -> dict[str, Metric]:
         return labelled(values, self._parts.policy.declared, self._parts.run.privacy.enable_dp)
-
-    @property
-    def _is_confidential(self) -> bool:
-        return is_confidential(self._parts.run, self._parts.policy)
 
 
 def is_confidential(run: RunConfig, policy: SitePolicy) -> bool:
