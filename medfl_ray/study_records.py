@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import statistics
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from pydantic import Field
 
 from medfl_ray.messages import Message, Metric, SiteEvaluation, mean_over_hospitals
+from medfl_ray.params import Vector
 
 STUDIES_FILE, STOPPING_FILE = "studies.json", "stopping.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A finished piece of what follows the rounds: a JSON document, and weights [P] where it is a model."""
+
+    document: Mapping[str, Any]
+    weights: Vector | None = None
 
 
 class CoalitionRecord(Message):

@@ -103,7 +103,7 @@ def cross_site(summary: EvaluationSummary) -> Drawing | None:
         spine.set_visible(False)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
     bar.set_label(metric_name(summary.run.metric), color=INK, size=11)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     entries = [Patch(facecolor="none", edgecolor=LOCAL, linewidth=2, label="its own patients")]
     if np.isnan(values).any():
         entries.append(Patch(facecolor="white", edgecolor=FAINT, hatch="////", label="suppressed or not measured"))
@@ -137,6 +137,12 @@ def _bars(axes: Axes, values: Sequence[float]) -> None:
     """Draw a bar per hospital: what is below zero in the colour of training alone."""
     colours = [LOCAL if value < 0 else FEDERATED for value in values]
     axes.barh(range(len(values)), values, color=colours, height=0.6, alpha=0.85)
+
+
+def _beside(axes: Axes, words: Sequence[str]) -> None:
+    """Write a word per bar in a column at the right."""
+    for place, text in enumerate(words):
+        axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", fontsize=9.5, color=INK)
 
 
 def _signed(value: float) -> str:
@@ -214,15 +220,7 @@ def _draw_gains(axes: Axes, rows: Sequence[HospitalSummary]) -> None:
     gains = [h.gain if h.gain is not None else math.nan for h in rows]
     _bars(axes, gains)
     axes.axvline(0, color=INK, linewidth=1.1)
-    most = max((abs(gain) for gain in gains if not math.isnan(gain)), default=0.0) or 0.01
-    for place, gain in enumerate(gains):
-        if not math.isnan(gain):
-            side = "left" if gain >= 0 else "right"
-            end = gain + math.copysign(0.05 * most, gain)
-            axes.text(end, place, _signed(gain), ha=side, va="center", fontsize=9.5, color=INK)
-    known = [gain for gain in gains if not math.isnan(gain)]
-    low, high = min(0.0, *known), max(0.0, *known)
-    axes.set_xlim(low - 0.5 * most, high + 0.5 * most)
+    _beside(axes, ["" if math.isnan(gain) else _signed(gain) for gain in gains])
     axes.set_xlabel("gain over training alone")
     axes.xaxis.set_major_locator(MaxNLocator(4))
 
@@ -237,18 +235,18 @@ def contributions(record: ContributionRecord | None, metric: str) -> Drawing | N
     values = [value for _, value in rows]
     _bars(axes, values)
     axes.axvline(0, color=INK, linewidth=1.1)
-    reach = [abs(v) + (e or 0.0) for v, e in zip(values, errors, strict=True)]
-    pad = 0.03 * (max(reach) or 0.01)
     for place, (value, error) in enumerate(zip(values, errors, strict=True)):
         if error is not None:
             axes.errorbar([value], [place], xerr=[error], color=INK, elinewidth=1.6, capsize=4, linestyle="")
-        words = _signed(value) + (f" ± {error:.3f}" if error is not None else "")
-        end = value + math.copysign((error or 0.0) + pad, value)
-        axes.text(end, place, words, ha="left" if value >= 0 else "right", va="center", fontsize=9.5, color=INK)
+    _beside(
+        axes,
+        [
+            _signed(value) + (f" ± {error:.3f}" if error is not None else "")
+            for value, error in zip(values, errors, strict=True)
+        ],
+    )
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-    low, high = min(0.0, *values), max(0.0, *values)
-    room = 0.34 * (max(reach) or 0.01)
-    axes.set_xlim(low - (room if low < 0 else 0), high + room)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlabel(f"contribution to the pooled {metric} (estimate)")
     words = "; ".join(f"{name} {value:+.3f}" for name, value in reversed(rows))
     title = "Contribution of each hospital, estimated"

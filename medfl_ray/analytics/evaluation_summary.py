@@ -15,8 +15,6 @@ from medfl_ray.messages import ReliabilityBins, SiteEvaluation
 from medfl_ray.study_records import STOPPING_FILE, STUDIES_FILE, StoppingRecord, StudiesRecord
 from medfl_ray.training.intervals import Intervals, intervals_of_means
 
-HEADLINE_OF_PATIENT = "probability_of_truth"
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -147,12 +145,12 @@ def estimates(rows: Sequence[Mapping[str, float]]) -> dict[str, Estimate]:
 def site_estimates(site: SiteEvaluation) -> dict[str, Estimate]:
     """Return every figure that a hospital shows, with the interval that it computed itself."""
     count = len(site.patients) if site.patients is not None else None
-    bounds = site.intervals or {}
-    return {
-        name: Estimate(metric.value, *bounds.get(name, (None, None)), count)
-        for name, metric in site.metrics.items()
-        if metric.value is not None
-    }
+    found = {}
+    for name, metric in site.metrics.items():
+        if metric.value is not None:
+            low, high = (site.intervals or {}).get(name, (None, None))
+            found[name] = Estimate(metric.value, low, high, count)
+    return found
 
 
 def rounds_to(curve: Iterable[tuple[int, float]], target: float) -> int | None:

@@ -14,7 +14,7 @@ from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError
 from medfl_ray.federation.events import BaselineProgress, Event, Notice, PhaseStarted
 from medfl_ray.federation.planning import check_limits, mechanism_for, steps_per_round
-from medfl_ray.federation.ports import AlonePlan, AloneResult, Piece, PieceKeeper
+from medfl_ray.federation.ports import AlonePlan, AloneResult, PieceKeeper
 from medfl_ray.federation.round_context import RoundContext
 from medfl_ray.federation.study_checks import check_studies
 from medfl_ray.messages import (
@@ -28,6 +28,7 @@ from medfl_ray.messages import (
 )
 from medfl_ray.params import Vector
 from medfl_ray.site_policy import SitePolicy
+from medfl_ray.study_records import Piece
 from medfl_ray.training.schedules import learning_rate
 
 CENTRAL = "central"

@@ -23,6 +23,7 @@ from medfl_ray.messages import (
     SiteEvaluation,
 )
 from medfl_ray.params import Vector
+from medfl_ray.study_records import Piece
 
 
 @dataclass(frozen=True)
@@ -172,14 +173,6 @@ class FederationState:
     round: int
     weights: Vector
     server_state: Mapping[str, npt.NDArray[np.float32]]
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """A finished piece of what follows the rounds: a JSON document, and weights [P] where it is a model."""
-
-    document: Mapping[str, Any]
-    weights: Vector | None = None
 
 
 class PieceKeeper(Protocol):

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from medfl_ray.errors import FederationError
 from medfl_ray.federation.coalitions import TrainCoalitions, coalition_key, coalition_run, train_in_turn
 from medfl_ray.federation.events import BaselineProgress, Event, PhaseStarted
-from medfl_ray.federation.ports import Piece, PieceKeeper
+from medfl_ray.federation.ports import PieceKeeper
 from medfl_ray.federation.round_context import RoundContext
 from medfl_ray.federation.shapley import Coalition, shapley_values
 from medfl_ray.messages import HEADLINES, Metric, SiteEvaluation
 from medfl_ray.params import Vector
-from medfl_ray.study_records import CoalitionRecord, ContributionRecord, StudiesRecord
+from medfl_ray.study_records import CoalitionRecord, ContributionRecord, Piece, StudiesRecord
 
 
 def run_studies(

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from medfl_ray.params import Vector, checksum
+from medfl_ray.params import checksum
 from medfl_ray.store.durable import replace_file
+from medfl_ray.study_records import Piece
 
 WEIGHTS = "weights_checksum"
-
-
-@dataclass(frozen=True, eq=False)
-class StoredPiece:
-    """A JSON document, and weights [P] where the piece is a model."""
-
-    document: dict[str, Any]
-    weights: Vector | None = None
 
 
 class Pieces:
@@ -30,19 +21,19 @@ class Pieces:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def load(self, name: str) -> StoredPiece | None:
+    def load(self, name: str) -> Piece | None:
         """Return a piece, or None where it is not there, does not read whole, or its weights are not its own."""
         try:
             document = json.loads((self._folder / f"{name}.json").read_text(encoding="utf-8"))
             expected = document.pop(WEIGHTS, None)
             if expected is None:
-                return StoredPiece(document)
+                return Piece(document)
             weights = load((self._folder / f"{name}.safetensors").read_bytes())["weights"]
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError):
             return None
-        return StoredPiece(document, weights) if checksum(weights) == expected else None
+        return Piece(document, weights) if checksum(weights) == expected else None
 
-    def save(self, name: str, piece: Any) -> None:
+    def save(self, name: str, piece: Piece) -> None:
         """Keep a piece, its weights first: a document vouches for what lies beside it.
 
         Raises:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config import EvaluationConfig, RunConfig
 from medfl_ray.config_files import dump_yaml, load_run_config
 from medfl_ray.errors import CheckpointError, ConfigError
 from medfl_ray.failpoints import failpoint
@@ -282,6 +282,11 @@ class RunFolder:
             training = before.model_copy(update={"measured_group_sizes": measured, "hospitals_per_group": per_group})
             self.run = self.run.model_copy(update={"training": training})
             replace_file(self.path / "config.yaml", dump_yaml(self.run).encode())
+
+    def save_evaluation(self, evaluation: EvaluationConfig) -> None:
+        """Write into config.yaml which studies are done of a run, where more are asked for after its end."""
+        self.run = self.run.model_copy(update={"evaluation": evaluation})
+        replace_file(self.path / "config.yaml", dump_yaml(self.run).encode())
 
     def save_final(
         self,
