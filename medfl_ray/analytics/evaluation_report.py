@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from medfl_ray.analytics.evaluation_figures import Drawing, drawings
+from medfl_ray.analytics.evaluation_figures import NAMES, Drawing, drawings
 from medfl_ray.analytics.evaluation_summary import (
     Estimate,
     EvaluationSummary,
@@ -151,7 +150,8 @@ def stopping_words(summary: EvaluationSummary) -> str:
 
 
 def _write_pictures(folder: Path, drawn: list[Drawing]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    for name in NAMES:
+        (folder / f"{name}.png").unlink(missing_ok=True)
     for drawing in drawn:
         folder.mkdir(exist_ok=True)
         part = folder / f".{drawing.name}.{os.getpid()}.part"

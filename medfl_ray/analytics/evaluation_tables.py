@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -23,8 +22,12 @@ FOLDER = "tables"
 def write_tables(run_dir: Path, summary: EvaluationSummary) -> None:
     """Write the tables that the run has figures for; those of an earlier report that it has none for are removed."""
     folder = run_dir / FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
-    for name, rows in tables(summary).items():
+    found = tables(summary)
+    for name in found:
+        (folder / name).unlink(missing_ok=True)
+    for name, rows in found.items():
+        if len(rows) < 2:
+            continue
         folder.mkdir(exist_ok=True)
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([[_text(value) for value in row] for row in rows])
@@ -34,8 +37,8 @@ def write_tables(run_dir: Path, summary: EvaluationSummary) -> None:
 
 
 def tables(summary: EvaluationSummary) -> dict[str, list[Row]]:
-    """Return the rows of each file, the header first; a file without rows is left out."""
-    found = {
+    """Return the rows of each file, the header first; a file without more is not written."""
+    return {
         "hospitals.csv": _hospitals(summary),
         "pooled.csv": _pooled(summary.pooled),
         "patients.csv": _patients(summary),
@@ -46,7 +49,6 @@ def tables(summary: EvaluationSummary) -> dict[str, list[Row]]:
         "calibration.csv": _calibration(summary),
         "rounds.csv": _rounds(summary),
     }
-    return {name: rows for name, rows in found.items() if len(rows) > 1}
 
 
 def _text(value: object) -> object:

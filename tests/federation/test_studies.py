@@ -5,8 +5,10 @@ import threading
 
 import pytest
 from small_runs import balls
+from typer.testing import CliRunner
 
 from actors.coordinator import hospital_specs, local_pool, run_in_process
+from medfl_ray.cli.main import app
 from medfl_ray.config_files import parse_run_config
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError, FederationError, PrivacyConfigError
@@ -269,3 +271,24 @@ def test_confidential_figures_leave_by_name_alone():
 def test_why_stop_needs_a_score_that_may_be_shown():
     assert why_stop(tiny(federation={"patience": 1}), [], 1) == ""
     assert why_stop(tiny(), [], 1) == ""
+
+
+def test_further_studies_of_a_finished_run_by_command(tmp_path):
+    run = tiny()
+    _, folder = start(run, tmp_path)
+    folder.close()
+    before = (folder.path / "model.safetensors").read_bytes()
+    result = CliRunner().invoke(app, ["evaluate", str(folder.path), "--cross-site"])
+    assert result.exit_code == 0, result.output
+    assert set(studies_of(folder).cross_site) == {"hospital-001", "hospital-002"}
+    assert (folder.path / "tables" / "cross_site.csv").is_file()
+    assert (folder.path / "figures" / "cross_site.png").is_file()
+    assert (folder.path / "model.safetensors").read_bytes() == before
+    assert RunFolder.open(folder.path).run.evaluation.cross_site
+
+
+@pytest.mark.parametrize("options", [[], ["--data", "x", "--cross-site"]])
+def test_evaluate_takes_a_folder_or_studies(tmp_path, options):
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path), *options])
+    assert isinstance(result.exception, ConfigError)
+    assert "give either --data" in str(result.exception)
