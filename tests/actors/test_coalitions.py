@@ -13,11 +13,9 @@ from medfl_ray.study_records import StudiesRecord
 
 
 def small(**changes):
-    data = {
-        "phantom": {"preset": "balls", "num_hospitals": 3, "patients_per_hospital": 6, "size_voxels": 16, "seed": 3}
-    }
+    phantom = {"preset": "balls", "num_hospitals": 3, "patients_per_hospital": 6, "size_voxels": 16, "seed": 3}
     federation = {"rounds": 1, "pool": "local", "local_epochs": 1}
-    return balls(data={"phantom": balls_of_three}, federation=federation, **changes)
+    return balls(data={"phantom": phantom}, federation=federation, **changes)
 
 
 def studies(run, tmp_path, at_once):
