@@ -19,6 +19,7 @@ from typing import Any
 from actors.hospital import HospitalSpec, build_hospital
 from medfl_ray.config import RunConfig
 from medfl_ray.federation.baselines import CENTRAL, central_policy
+from medfl_ray.federation.coalitions import TrainCoalitions
 from medfl_ray.federation.events import Event
 from medfl_ray.federation.hospital_level import FEDERATION, federation_budget, plan_central
 from medfl_ray.federation.local_pool import LocalPool
@@ -153,6 +154,7 @@ def run_in_process(
     emit: Callable[[Event], None],
     stop: threading.Event,
     root: Path | None = None,
+    train_coalitions: TrainCoalitions | None = None,
 ) -> RunOutcome:
     """Run a federation against a pool, and close the pool whatever happens; `root` as in `hospital_specs`."""
     root = root or state_root(run)
@@ -171,6 +173,7 @@ def run_in_process(
                 stop=stop,
                 open_federation_ledger=partial(open_federation_ledger, run, policies, folder, root),
                 is_signed=signature_is_valid,
+                train_coalitions=train_coalitions,
             )
         )
     finally:
@@ -197,9 +200,11 @@ class Coordinator:
 
     def run(self) -> RunOutcome:
         """Run the federation to its end, with the configuration in its folder."""
+        import ray
         import torch
 
         from actors.cluster_metrics import ClusterMetrics, both
+        from actors.coalitions import coalition_tasks, may_leave_home
         from actors.ray_pool import RayPool
 
         torch.set_num_threads(1)
@@ -210,7 +215,9 @@ class Coordinator:
         pool = RayPool(specs, self._folder.name, config.num_actors, self._gpus_per_actor, keeps_late, config.placement)
         with ClusterMetrics(run, self._folder.name, self._policies) as metrics:
             emit = both(self._events.append, metrics.update)
-            return run_in_process(run, self._policies, self._folder, pool, emit, self._stop, self._root)
+            at_once = may_leave_home(specs, ray.cluster_resources())  # type: ignore[no-untyped-call]
+            train = coalition_tasks(specs) if at_once else None
+            return run_in_process(run, self._policies, self._folder, pool, emit, self._stop, self._root, train)
 
     def events_since(self, position: int) -> list[Any]:
         """Return the events after the first `position` ones, which are forgotten: whoever asks has them."""

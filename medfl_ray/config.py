@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from medfl_ray.config_aggregation import AggregationConfig, AttackConfig
 from medfl_ray.config_base import Declared, Fraction, HospitalId, Positive, PositiveFloat, Section, one_to_many
 from medfl_ray.config_data import DataConfig, HospitalConfig, PartitionConfig, PhantomConfig
+from medfl_ray.config_evaluation import EvaluationConfig
 from medfl_ray.config_federation import FederationConfig
 from medfl_ray.config_output import OutputConfig
 from medfl_ray.config_privacy import PrivacyConfig
@@ -143,6 +144,7 @@ __all__ = [
     "AttackConfig",
     "DataConfig",
     "Declared",
+    "EvaluationConfig",
     "FederationConfig",
     "Fraction",
     "HospitalConfig",
@@ -181,6 +183,7 @@ class RunConfig(Section):
     federation: FederationConfig = Field(default_factory=FederationConfig, description="Rounds.")
     privacy: PrivacyConfig = Field(description="Differential privacy.")
     aggregation: AggregationConfig = Field(default_factory=AggregationConfig, description="Aggregation.")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Figures and studies.")
     attack: AttackConfig | None = Field(None, description="Hospitals that attack, for studies of robustness.")
     output: OutputConfig = Field(default_factory=OutputConfig, description="Results.")
 
@@ -204,6 +207,13 @@ class RunConfig(Section):
             raise ValueError(
                 "data.task is 'segmentation' but model.type 'densenet' classifies; use unet3d or another segmenter"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _studies_fit(self) -> Self:
+        problem = study_problem(self)
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -248,6 +258,7 @@ class RunConfig(Section):
                 "description": True,
                 "tags": True,
                 "output": True,
+                "evaluation": True,
                 "data": {"directory": True, "hospitals": {"__all__": {"directory", "site_config"}}, "cache": True},
                 "training": {"initial_weights": True, "measured_group_sizes": True, "hospitals_per_group": True},
                 "federation": {"pool": True, "num_actors": True, "placement": True, "baselines": True},
@@ -330,6 +341,25 @@ def hospital_level_problem(run: RunConfig) -> str | None:
         return (
             "privacy.hospital_level.mechanism: tree deals every hospital into one round of each tree; leave "
             "federation.fraction out and set privacy.hospital_level.rounds_per_tree"
+        )
+    return None
+
+
+def study_problem(run: RunConfig) -> str | None:
+    """Return why a run's evaluation does not go with its other sections, or None where it does."""
+    evaluation = run.evaluation
+    more = [*evaluation.more_metrics, *(["calibration"] if evaluation.calibration else [])]
+    if run.federation.pool == "virtual" and (more or evaluation.has_studies):
+        return (
+            "evaluation beyond Dice, and its studies, do not go with federation.pool: virtual, which scores many "
+            "hospitals in one pass; use pool ray or local"
+        )
+    if run.data.task == "classification" and (evaluation.more_metrics or evaluation.target_dice is not None):
+        return "evaluation.metrics and target_dice are of segmentations; data.task is classification: leave them out"
+    if run.privacy.central and evaluation.has_studies:
+        return (
+            "evaluation.cross_site, leave_one_out and contributions train models that hospital-level differential "
+            "privacy does not cover; leave them out"
         )
     return None
 

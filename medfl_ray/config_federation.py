@@ -78,6 +78,17 @@ class FederationConfig(Section):
     baselines: tuple[Literal["local", "central"], ...] = Field(
         (), description="Baselines to train beside the federation."
     )
+    patience: Positive | None = Field(
+        None,
+        description="Evaluations without a better mean score over the hospitals after which the run ends; none when "
+        "absent. Refused where differential privacy keeps the scores of private data from deciding.",
+    )
+    min_improvement: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="By how much a score must exceed the best one before it to count as better."
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="Weights that are exported: of the last round, or of the one with the best mean score."
+    )
 
     @model_validator(mode="before")
     @classmethod

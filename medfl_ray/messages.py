@@ -7,7 +7,8 @@ hospital is a `Metric` with a label that says what it costs to show it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -206,14 +207,33 @@ class ClientFailure(Message):
     passing: bool = False
 
 
+class ReliabilityBins(Message):
+    """Predicted probabilities of one class in bins of equal width over [0, 1]: counts and sums, so that they add up.
+
+    counts: predictions in each bin. sum_probability: the sum of them. num_true: how many were of the class.
+    """
+
+    counts: tuple[int, ...]
+    sum_probability: tuple[float, ...]
+    num_true: tuple[float, ...]
+
+
 class SiteEvaluation(Message):
-    """One hospital's evaluation of given weights on its held-out patients."""
+    """One hospital's evaluation of given weights on its held-out patients.
+
+    `intervals` are 95 % percentile bootstrap intervals over the patients; None where the figures are suppressed.
+    `patients`, every figure of each patient without an identifier, and `calibration`, per class, are of data that may
+    be shown, at the last evaluation of a run.
+    """
 
     hospital: str
     round: int
     metrics: dict[str, Metric]
     patient_scores: tuple[float, ...] | None = None
     pictures: tuple[bytes, ...] = ()
+    intervals: dict[str, tuple[float, float]] | None = None
+    patients: tuple[dict[str, float], ...] | None = None
+    calibration: dict[str, ReliabilityBins] | None = None
 
 
 class Receipt(Message):
@@ -265,3 +285,22 @@ class RoundResult(Message):
     receipt: Receipt
     metrics: dict[str, dict[str, Metric]]
     duration_s: float
+
+    @property
+    def score(self) -> float | None:
+        """Mean over the hospitals of Dice, or of AUC, where every one that was evaluated may show its own; else None.
+
+        A mean over some of them would be of other hospitals than the one of the round before.
+        """
+        return mean_over_hospitals(self.metrics)
+
+
+def mean_over_hospitals(metrics: Mapping[str, Mapping[str, Metric]]) -> float | None:
+    """Return the mean over hospitals of the headline metric; None where one is suppressed or there is none."""
+    tables = [table for table in metrics.values() if any(name in table for name in HEADLINES)]
+    for name in HEADLINES:
+        values = [table[name].value for table in tables if name in table]
+        if values:
+            known = [value for value in values if value is not None and math.isfinite(value)]
+            return sum(known) / len(known) if len(known) == len(values) else None
+    return None

@@ -166,11 +166,17 @@ def _privacy_sentence(summary: RunSummary) -> str:
     if worst is None:
         return "Nothing was charged to a privacy ledger."
     terms = f"patient-level, {delta_words(summary)}, add/remove"
-    more = f"; the baselines, charged too, brought that to {total.epsilon:.2f}" if total else ""
+    more = f"; {_charged_too(summary)}, charged too, brought that to {total.epsilon:.2f}" if total else ""
     return (
         f"After the last round no hospital had spent more than epsilon = {worst.epsilon:.2f} ({terms}){more}; "
         f"{audit_tile(summary.audit)}."
     )
+
+
+def _charged_too(summary: RunSummary) -> str:
+    """Return what was trained beside the rounds."""
+    studies, baselines = summary.config.evaluation.has_studies, summary.config.federation.baselines
+    return "the baselines and studies" if studies and baselines else "the studies" if studies else "the baselines"
 
 
 def _privacy_tile(summary: RunSummary) -> Tile:
@@ -179,6 +185,6 @@ def _privacy_tile(summary: RunSummary) -> Tile:
         why = "nothing was charged" if summary.private_training else "differential privacy was off"
         return Tile("eps", "Epsilon", "none", why)
     budget = f"of a budget of {worst.budget:g}; " if worst.budget is not None else ""
-    more = f"; {total.epsilon:.2f} with the baselines" if total else ""
+    more = f"; {total.epsilon:.2f} with {_charged_too(summary)}" if total else ""
     terms = f"{budget}patient-level, {delta_words(summary)}, add/remove{more}; {audit_tile(summary.audit)}"
     return Tile("eps", "Largest epsilon spent", f"{worst.epsilon:.2f}", terms)

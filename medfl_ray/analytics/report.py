@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from medfl_ray.analytics.audit_words import alarm, audit_facts
 from medfl_ray.analytics.disclosure import MEANING, caveats, disclosures
+from medfl_ray.analytics.evaluation_report import EvaluationPart, evaluation_part
 from medfl_ray.analytics.figures import comparison, epsilon_curves, learning_curves, metric_name
 from medfl_ray.analytics.headline import (
     badges,
@@ -55,11 +56,17 @@ def write_report(run_dir: Path) -> Path:
     summary = summarise_run(run_dir)
     path = run_dir / "report.html"
     pictures, num_left_out = read_pictures(summary, run_dir / "pictures")
-    write_page(path, render_report(summary, pictures, num_left_out), mode=0o644)
+    part = evaluation_part(run_dir, summary)
+    write_page(path, render_report(summary, pictures, num_left_out, part), mode=0o644)
     return path
 
 
-def render_report(summary: RunSummary, pictures: Sequence[Picture], num_left_out: int = 0) -> str:
+def render_report(
+    summary: RunSummary,
+    pictures: Sequence[Picture],
+    num_left_out: int = 0,
+    evaluation: EvaluationPart | None = None,
+) -> str:
     """Return the report's HTML; `num_left_out` pictures are only mentioned."""
     figures = (learning_curves(summary), comparison(summary))
     return render_page(
@@ -70,6 +77,8 @@ def render_report(summary: RunSummary, pictures: Sequence[Picture], num_left_out
         badges=badges(summary),
         tiles=tiles(summary),
         charts=[chart for chart in figures if chart is not None],
+        evaluation=None if evaluation is None or evaluation.is_empty else evaluation,
+        stopped_by_patience=evaluation is not None and evaluation.stopping.startswith("The run ended early"),
         epsilon_chart=epsilon_curves(summary),
         privacy_facts=_privacy_facts(summary),
         audit_facts=audit_facts(summary.audit),

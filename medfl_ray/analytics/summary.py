@@ -39,6 +39,7 @@ class LocalBaseline(BaseModel):
 
     metrics: dict[str, Metric] = {}
     spent: PrivacySpent | None = None
+    patient_scores: tuple[float, ...] | None = None
 
 
 class CentralBaseline(BaseModel):
@@ -46,6 +47,8 @@ class CentralBaseline(BaseModel):
 
     metrics: dict[str, dict[str, Metric]] = {}
     spent: PrivacySpent | None = None
+    patient_scores: dict[str, tuple[float, ...] | None] = {}
+    curve: dict[int, float] = {}
 
 
 class Baselines(BaseModel):
@@ -217,15 +220,15 @@ def summarise_run(run_dir: Path) -> RunSummary:
         raise ConfigError(f"{run_dir.name!r} is not the folder of a run: it has no config.yaml")
     config = load_run_config(run_dir / "config.yaml")
     results = latest_rounds(_read_lines(run_dir / "metrics.jsonl"))
-    infos = _read_as(run_dir / "hospitals.json", dict[str, HospitalInfo]) or {}
-    evaluations = _read_as(run_dir / "evaluation.json", dict[str, SiteEvaluation]) or {}
-    baselines = _read_as(run_dir / "baselines.json", Baselines) or Baselines()
-    ledgers = _read_as(run_dir / "ledger.json", dict[str, LedgerExport]) or {}
-    absent = _read_as(run_dir / "failures.json", list[ClientFailure]) or []
+    infos = read_as(run_dir / "hospitals.json", dict[str, HospitalInfo]) or {}
+    evaluations = read_as(run_dir / "evaluation.json", dict[str, SiteEvaluation]) or {}
+    baselines = read_as(run_dir / "baselines.json", Baselines) or Baselines()
+    ledgers = read_as(run_dir / "ledger.json", dict[str, LedgerExport]) or {}
+    absent = read_as(run_dir / "failures.json", list[ClientFailure]) or []
     names = _hospital_names(config, results, infos, evaluations, absent)
     metric = headline_metric(results, evaluations)
     num_published = sum(result.receipt.published for result in results)
-    audit = _read_as(run_dir / AUDIT_FILE, AuditRecord)
+    audit = read_as(run_dir / AUDIT_FILE, AuditRecord)
     read = _Read(config, metric, results, infos, evaluations, baselines, ledgers, absent)
     return RunSummary(
         name=config.name,
@@ -237,7 +240,7 @@ def summarise_run(run_dir: Path) -> RunSummary:
         wall_time_s=sum(result.duration_s for result in results),
         num_bytes=bytes_moved(results, weights_size_bytes(run_dir / "model.safetensors")),
         central_spent=baselines.central.spent if baselines.central else None,
-        export=_read_as(run_dir / "model.json", dict[str, Any]),
+        export=read_as(run_dir / "model.json", dict[str, Any]),
         labels_seen=labels_by_kind(results, evaluations),
         baseline_failures=baselines.failures,
         missing=tuple(name for name in OPTIONAL_FILES if not (run_dir / name).is_file()),
@@ -320,7 +323,7 @@ def _summarise_hospital(name: str, read: _Read) -> HospitalSummary:
     local = read.baselines.local.get(name, LocalBaseline())
     central = read.baselines.central.metrics.get(name, {}) if read.baselines.central else {}
     metrics = evaluation.metrics if evaluation else {}
-    labels = {n.split("/", 1)[1]: m.value for n, m in metrics.items() if "/" in n and m.value is not None}
+    labels = {n.split("/", 1)[1]: m.value for n, m in metrics.items() if n.startswith("dice/") and m.value is not None}
     return HospitalSummary(
         hospital=name,
         info=read.infos.get(name),
@@ -382,7 +385,7 @@ def _read_lines(path: Path) -> list[RoundResult]:
     return results
 
 
-def _read_as(path: Path, kind: type[T]) -> T | None:
+def read_as(path: Path, kind: type[T]) -> T | None:
     """Read a JSON file of a run as the type it holds; None where the run has not come to writing it."""
     if not path.is_file():
         return None

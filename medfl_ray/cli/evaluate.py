@@ -22,12 +22,88 @@ class Layout(StrEnum):
     DICOM = "dicom"
 
 
+class Contributions(StrEnum):
+    """Ways to estimate a hospital's contribution."""
+
+    LEAVE_ONE_OUT = "leave_one_out"
+    SHAPLEY = "shapley"
+
+
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    data: Annotated[Path, typer.Option(help="Folder of labelled images.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of labelled images.")] = None,
     format: Annotated[Layout, typer.Option(help="Layout of the folder.")] = Layout.AUTO,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="With --data: also write the figures to this file.")
+    ] = None,
+    cross_site: Annotated[
+        bool, typer.Option("--cross-site", help="Score each hospital's own model on every hospital of the run.")
+    ] = False,
+    leave_one_out: Annotated[
+        bool, typer.Option("--leave-one-out", help="For each hospital, train without it and score that on it.")
+    ] = False,
+    contributions: Annotated[
+        Contributions | None, typer.Option(help="Estimate what each hospital adds to the pooled score.")
+    ] = None,
+    ray_address: Annotated[str | None, typer.Option(help="For the studies: a Ray cluster to join.")] = None,
 ) -> None:
+    """Score a run's model on a folder of images, or do studies among the run's own hospitals that it did not do."""
+    studies = cross_site or leave_one_out or contributions is not None
+    if (data is None) == (not studies):
+        raise ConfigError(
+            "give either --data with a folder of labelled images, or studies among the run's own hospitals: "
+            "--cross-site, --leave-one-out, --contributions"
+        )
+    if data is None:
+        study(run, cross_site, leave_one_out, contributions.value if contributions is not None else None, ray_address)
+    else:
+        score_folder(run, data, format, json_file)
+
+
+def study(
+    path: Path, cross_site: bool, leave_one_out: bool, contributions: str | None, ray_address: str | None
+) -> None:
+    """Do further studies of a finished run; what an earlier call finished is neither trained nor charged again.
+
+    Raises:
+      ConfigError: the run is not finished, or lacks hospitals.
+      PrivacyConfigError: differential privacy keeps the scores that a study needs.
+    """
+    from medfl_ray.analytics.report import write_report
+    from medfl_ray.cli.run import train_folder
+    from medfl_ray.config import study_problem
+    from medfl_ray.data.sources import list_hospitals
+    from medfl_ray.federation.study_checks import check_studies
+    from medfl_ray.store.run_folder import RunFolder
+
+    folder = RunFolder.open(path)
+    with folder.locked():
+        if not (path / "model.safetensors").is_file():
+            raise ConfigError(
+                f"run {path.name!r} is not finished: end it with medfl-ray run --resume, then evaluate it"
+            )
+        asked: dict[str, Any] = {}
+        if cross_site:
+            asked["cross_site"] = True
+        if leave_one_out:
+            asked["leave_one_out"] = True
+        if contributions is not None:
+            asked["contributions"] = contributions
+        evaluation = folder.run.evaluation.model_copy(update=asked)
+        wanted = folder.run.model_copy(update={"evaluation": evaluation})
+        problem = study_problem(wanted)
+        if problem is not None:
+            raise ConfigError(problem)
+        check_studies(wanted, list_hospitals(wanted))
+        folder.save_evaluation(evaluation)
+        train_folder(folder, ray_address, dashboard=False)
+        report = write_report(path)
+    typer.echo(f"tables    {path / 'tables'}")
+    typer.echo(f"pictures  {path / 'figures'}")
+    typer.echo(f"report    {report}")
+
+
+def score_folder(run: Path, data: Path, format: Layout, json_file: Path | None) -> None:
     """Score a run's model on every labelled case of a folder: Dice per label, or AUC and accuracy."""
     from medfl_ray.data.fingerprints import fingerprint_of
     from medfl_ray.data.labelled_folder import open_labelled_folder

@@ -36,7 +36,7 @@ def run(
     folder = start_folder(config, resume, overrides)
     with folder.locked():
         try:
-            outcome = _train(folder, ray_address, dashboard)
+            outcome = train_folder(folder, ray_address, dashboard)
         except MedflError:
             if resume is None:
                 folder.discard_if_unused()
@@ -99,7 +99,8 @@ def _with_weights_pinned(run: RunConfig) -> RunConfig:
     return run.model_copy(update={"training": run.training.model_copy(update=pinned)})
 
 
-def _train(folder: RunFolder, ray_address: str | None, dashboard: bool) -> RunOutcome:
+def train_folder(folder: RunFolder, ray_address: str | None, dashboard: bool) -> RunOutcome:
+    """Run what is left of a run, and show it."""
     from actors.train import drive
     from medfl_ray.cli.progress import RunDisplay
     from medfl_ray.data.sources import list_hospitals

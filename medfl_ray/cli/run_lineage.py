@@ -112,17 +112,17 @@ def _round_of(run_dir: Path, receipts: Sequence[SignedReceipt], weights_checksum
     """
     from medfl_ray.aggregation.strategies import released_weights
     from medfl_ray.params import checksum
-    from medfl_ray.store.checkpoints import last_good_checkpoint
+    from medfl_ray.store.checkpoints import best_checkpoint, last_good_checkpoint
 
     rounds = {receipt.weights_after: receipt.round for receipt in receipts if receipt.published}
     if weights_checksum in rounds:
         return rounds[weights_checksum]
-    checkpoint, _ = last_good_checkpoint(run_dir / "checkpoints")
-    averaged = None
-    if checkpoint is not None and checksum(checkpoint.weights) in rounds:
-        averaged = released_weights(checkpoint.server_state, checkpoint.weights)
-    if checkpoint is not None and averaged is not None and checksum(averaged) == weights_checksum:
-        return checkpoint.round
+    last, _ = last_good_checkpoint(run_dir / "checkpoints")
+    for checkpoint in (last, best_checkpoint(run_dir / "checkpoints")):
+        if checkpoint is None or checksum(checkpoint.weights) not in rounds:
+            continue
+        if checksum(released_weights(checkpoint.server_state, checkpoint.weights)) == weights_checksum:
+            return checkpoint.round
     raise _contradicts(run_dir, "weights that no receipt of the run leads to")
 
 

@@ -14,11 +14,21 @@ from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError
 from medfl_ray.federation.events import BaselineProgress, Event, Notice, PhaseStarted
 from medfl_ray.federation.planning import check_limits, mechanism_for, steps_in_round, steps_per_round
-from medfl_ray.federation.ports import AlonePlan, AloneResult
+from medfl_ray.federation.ports import AlonePlan, AloneResult, PieceKeeper
 from medfl_ray.federation.round_context import RoundContext
-from medfl_ray.messages import ClientFailure, Mechanism, Metric, PrivacySpent, RoundPlan, SiteEvaluation
+from medfl_ray.federation.study_checks import check_studies
+from medfl_ray.messages import (
+    ClientFailure,
+    Mechanism,
+    Metric,
+    PrivacySpent,
+    RoundPlan,
+    SiteEvaluation,
+    mean_over_hospitals,
+)
 from medfl_ray.params import Vector
 from medfl_ray.site_policy import SitePolicy
+from medfl_ray.study_records import Piece
 from medfl_ray.training.schedules import learning_rate
 
 CENTRAL = "central"
@@ -33,16 +43,21 @@ class Baselines:
     central: dict[str, dict[str, Metric]] = field(default_factory=dict)
     central_spent: PrivacySpent | None = None
     failures: tuple[ClientFailure, ...] = ()
+    local_scores: dict[str, tuple[float, ...] | None] = field(default_factory=dict)
+    central_scores: dict[str, tuple[float, ...] | None] = field(default_factory=dict)
+    central_curve: dict[int, float] = field(default_factory=dict)
+    local_weights: dict[str, Vector] = field(default_factory=dict)
 
 
 def check_baselines(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
-    """Refuse a central baseline where the data may not be pooled.
+    """Refuse a central baseline where the data may not be pooled, and what `check_studies` refuses.
 
     Raises:
       ConfigError: some data are private and the hospitals are separate trust domains, or a hospital has the
         name under which the central baseline runs.
       PrivacyConfigError: a hospital does not allow as many steps as the central baseline takes, or its task.
     """
+    check_studies(run, policies)
     if any(policy.hospital == CENTRAL for policy in policies):
         raise ConfigError(f"a hospital is named {CENTRAL!r}, which is the name of the central baseline; rename it")
     if CENTRAL not in run.federation.baselines:
@@ -90,34 +105,102 @@ def run_baselines(
     policies: Sequence[SitePolicy],
     initial: Vector,
     emit: Callable[[Event], None],
+    pieces: PieceKeeper,
 ) -> Baselines:
-    """Train the baselines that the run names, all at the same time where the pool can, and evaluate them."""
-    plans: dict[str, AlonePlan] = {}
-    if "local" in run.federation.baselines:
-        plans.update(
-            {h: _alone(context, h, [context.num_steps[h]], context.mechanisms.get(h)) for h in context.available}
-        )
-    if CENTRAL in run.federation.baselines:
-        plans[CENTRAL] = _central(run, context, policies)
+    """Train the baselines that the run names, all at the same time where the pool can, and evaluate them.
+
+    The cross-site matrix needs the local ones, weights included. One that an earlier attempt finished is not trained,
+    and so not charged, a second time.
+    """
+    plans = plan_baselines(run, context, policies)
     emit(PhaseStarted(name="baselines", total_rounds=len(plans)))
-    results: dict[str, AloneResult] = {}
+    results = {name: kept for name, plan in plans.items() if (kept := kept_result(pieces, name, plan)) is not None}
     failures: list[ClientFailure] = []
-    for answer in context.pool.train_alone(plans, initial):
+    missing = {name: plan for name, plan in plans.items() if name not in results}
+    for answer in context.pool.train_alone(missing, initial) if missing else ():
         if isinstance(answer, ClientFailure):
             failures.append(answer)
         else:
             results[answer.hospital] = _mirrored(context, answer)
+            pieces.save(piece_name(answer.hospital), as_piece(results[answer.hospital]))
         done = len(results) + len(failures)
         emit(BaselineProgress(baseline=answer.hospital, done=done, total=len(plans)))
     central = results.pop(CENTRAL, None)
-    scores, problems = _score_central(run, context, central)
+    sites, problems = _score_central(run, context, central)
     return Baselines(
         local={hospital: result.metrics for hospital, result in results.items()},
         local_spent={hospital: result.spent for hospital, result in results.items()},
-        central=scores,
+        central={hospital: dict(site.metrics) for hospital, site in sites.items()},
         central_spent=central.spent if central is not None else None,
         failures=(*failures, *problems),
+        local_scores={hospital: result.patient_scores for hospital, result in results.items()},
+        central_scores={hospital: site.patient_scores for hospital, site in sites.items()},
+        central_curve=_curve(central),
+        local_weights={h: result.weights for h, result in results.items() if result.weights is not None},
     )
+
+
+def plan_baselines(run: RunConfig, context: RoundContext, policies: Sequence[SitePolicy]) -> dict[str, AlonePlan]:
+    """Return what each baseline does: the local ones by hospital, and the central one."""
+    plans: dict[str, AlonePlan] = {}
+    if "local" in run.federation.baselines or run.evaluation.cross_site:
+        returned = run.evaluation.cross_site
+        plans.update(
+            {
+                h: _alone(context, h, [context.num_steps[h]], context.mechanisms.get(h), returns_weights=returned)
+                for h in context.available
+            }
+        )
+    if CENTRAL in run.federation.baselines:
+        plans[CENTRAL] = _central(run, context, policies)
+    return plans
+
+
+def piece_name(baseline: str) -> str:
+    """Return the name under which a finished baseline is kept."""
+    return "central" if baseline == CENTRAL else f"local-{baseline}"
+
+
+def as_piece(result: AloneResult) -> Piece:
+    """Return a finished baseline as it is kept."""
+    document = {
+        "hospital": result.hospital,
+        "metrics": {name: metric.model_dump() for name, metric in result.metrics.items()},
+        "spent": result.spent.model_dump() if result.spent is not None else None,
+        "patient_scores": result.patient_scores,
+        "curve": {
+            number: {name: metric.model_dump() for name, metric in table.items()}
+            for number, table in result.curve.items()
+        },
+    }
+    return Piece(document, result.weights)
+
+
+def kept_result(pieces: PieceKeeper, baseline: str, plan: AlonePlan) -> AloneResult | None:
+    """Return a baseline that an earlier attempt finished; None where it lacks the weights that are needed now."""
+    piece = pieces.load(piece_name(baseline))
+    if piece is None or (plan.returns_weights and piece.weights is None):
+        return None
+    raw = piece.document
+
+    def metrics(table: Mapping[str, object]) -> dict[str, Metric]:
+        return {name: Metric.model_validate(value) for name, value in table.items()}
+
+    return AloneResult(
+        hospital=raw["hospital"],
+        metrics=metrics(raw["metrics"]),
+        spent=PrivacySpent.model_validate(raw["spent"]) if raw["spent"] is not None else None,
+        weights=piece.weights,
+        patient_scores=tuple(raw["patient_scores"]) if raw["patient_scores"] is not None else None,
+        curve={int(number): metrics(table) for number, table in raw["curve"].items()},
+    )
+
+
+def _curve(central: AloneResult | None) -> dict[int, float]:
+    """Return the central model's score per evaluated round, where it may be shown."""
+    tables = central.curve if central is not None else {}
+    scores = {number: mean_over_hospitals({CENTRAL: table}) for number, table in sorted(tables.items())}
+    return {number: score for number, score in scores.items() if score is not None}
 
 
 def _mirrored(context: RoundContext, result: AloneResult) -> AloneResult:
@@ -152,12 +235,12 @@ def _alone(
     hospital: str,
     steps: Sequence[int],
     mechanism: Mechanism | None,
-    returns_weights: bool = False,
+    returns_weights: bool,
 ) -> AlonePlan:
     """Plan the rounds of a baseline that takes the steps of one or several hospitals, as many as they in each."""
     run = context.run
-    kind = CENTRAL if returns_weights else "local"
-    charged = context.available if returns_weights else (hospital,)
+    kind = CENTRAL if hospital == CENTRAL else "local"
+    charged = context.available if hospital == CENTRAL else (hospital,)
     heads = context.mirror.heads(charged) if mechanism is not None else {}
     totals = [
         sum(steps_in_round(run, first, number) for first in steps) for number in range(1, run.federation.rounds + 1)
@@ -177,18 +260,18 @@ def _alone(
         )
         for number, total in enumerate(totals, 1)
     )
-    return AlonePlan(rounds, returns_weights)
+    return AlonePlan(rounds, returns_weights, evaluates=hospital == CENTRAL and run.evaluation.target_dice is not None)
 
 
 def _score_central(
     run: RunConfig, context: RoundContext, central: AloneResult | None
-) -> tuple[dict[str, dict[str, Metric]], list[ClientFailure]]:
-    scores: dict[str, dict[str, Metric]] = {}
+) -> tuple[dict[str, SiteEvaluation], list[ClientFailure]]:
+    scores: dict[str, SiteEvaluation] = {}
     failures: list[ClientFailure] = []
     if central is not None and central.weights is not None:
         for answer in context.pool.evaluate(0, context.available, central.weights, pictures=False, deadline_s=None):
             if isinstance(answer, SiteEvaluation):
-                scores[answer.hospital] = dict(answer.metrics)
+                scores[answer.hospital] = answer
             else:
                 failures.append(answer)
     return scores, failures
@@ -206,13 +289,19 @@ def as_plain(baselines: Baselines) -> Mapping[str, object]:
     document: dict[str, object] = {}
     if baselines.local:
         document["local"] = {
-            hospital: {"metrics": plain(metrics), "spent": spent(baselines.local_spent.get(hospital))}
+            hospital: {
+                "metrics": plain(metrics),
+                "spent": spent(baselines.local_spent.get(hospital)),
+                "patient_scores": baselines.local_scores.get(hospital),
+            }
             for hospital, metrics in sorted(baselines.local.items())
         }
     if baselines.central:
         document["central"] = {
             "metrics": {hospital: plain(metrics) for hospital, metrics in sorted(baselines.central.items())},
             "spent": spent(baselines.central_spent),
+            "patient_scores": baselines.central_scores,
+            "curve": baselines.central_curve,
         }
     document["failures"] = [failure.model_dump() for failure in baselines.failures]
     return document

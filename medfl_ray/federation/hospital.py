@@ -6,7 +6,6 @@ of an unexpected error go to the hospital's own log, because its text might hold
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from medfl_ray.federation.labels import labelled
 from medfl_ray.federation.planning import aggregation_weight, budget_of, check_limits, check_terms
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Memory, Signer
 from medfl_ray.federation.signatures import update_digest
+from medfl_ray.federation.site_evaluation import figures_of, score_patients, site_evaluation
 from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,
@@ -35,7 +35,7 @@ from medfl_ray.messages import (
 from medfl_ray.params import Vector
 from medfl_ray.privacy.hospital_level import clip_update
 from medfl_ray.site_policy import SitePolicy
-from medfl_ray.training.evaluation import PatientScore, headline_of_shared, metric_names, summarise
+from medfl_ray.training.evaluation import PatientScore
 
 if TYPE_CHECKING:  # the driver of a simulation, which names this room, must not spend its time and memory on torch
     from medfl_ray.data.dataset import HospitalData
@@ -194,28 +194,15 @@ class Hospital:
         """
 
         def work() -> SiteEvaluation:
-            parts = self._parts
+            parts, run, policy = self._parts, self._parts.run, self._parts.policy
             own = self._own(round, weights)
-            scores = parts.trainer.evaluate(own, parts.data)
-            values = summarise(scores)
-            names = metric_names(parts.run.data.task, parts.data.labels)
-            if round and parts.run.aggregation.is_personal:
-                shared = values if own is weights else summarise(parts.trainer.evaluate(weights, parts.data))
-                values |= headline_of_shared(shared)
-                names = (*names, *headline_of_shared(dict.fromkeys(names, math.nan)))
-            if self._is_confidential:  # which figures there are would tell of the held-out patients
-                values = dict.fromkeys(names, math.nan) | values
-            may_show = parts.policy.declared != "private"
+            scores, bins = score_patients(parts.trainer, own, parts.data, run, is_last=pictures)
+            shared = self._shared_scores(round, own, weights, scores)
+            values = figures_of(run, policy, parts.data.labels, scores, is_last=pictures, shared=shared)
             drawn = parts.make_pictures(parts.trainer, own, parts.data) if pictures else ()
-            if not may_show and pictures:
+            if policy.declared == "private" and pictures:
                 parts.write_local_report(round, values, scores, drawn)
-            return SiteEvaluation(
-                hospital=self.id,
-                round=round,
-                metrics=self._labelled(values),
-                patient_scores=tuple(score.headline for score in scores) if may_show else None,
-                pictures=drawn if may_show else (),
-            )
+            return site_evaluation(run, policy, round, values, scores, bins, drawn, is_last=pictures)
 
         return self._guarded(round, 0, "evaluate", False, work)
 
@@ -224,13 +211,21 @@ class Hospital:
         parts = self._parts
         return weights if parts.memory is None else parts.rules.evaluated(parts.memory.before(round + 1), weights)
 
+    def _shared_scores(
+        self, round: int, own: Vector, weights: Vector, scores: list[PatientScore]
+    ) -> list[PatientScore] | None:
+        """Score the shared model too where the hospital has one of its own; None where it has none."""
+        if not round or not self._parts.run.aggregation.is_personal:
+            return None
+        return scores if own is weights else self._parts.trainer.evaluate(weights, self._parts.data)
+
     def train_alone(self, plan: AlonePlan, weights: Vector) -> AloneResult | ClientFailure:
         """Run a baseline here: every round reserved and charged like a round of the federation.
 
         The lifetime budget of the data set binds it; the run's epsilon does not, for the central baseline
         takes more steps than a hospital does in the run and reports an epsilon of its own.
         """
-        current = weights
+        current, curve = weights, {}
         for round_plan in plan.rounds:
             reserved = self._reserve(round_plan, None)
             if isinstance(reserved, ClientFailure):
@@ -239,13 +234,20 @@ class Hospital:
             if isinstance(answer, ClientFailure):
                 return answer
             current = current + answer.delta
+            if plan.evaluates and round_plan is not plan.rounds[-1]:
+                between = self.evaluate(0, current)
+                if isinstance(between, SiteEvaluation):
+                    curve[round_plan.round] = between.metrics
+        last = len(plan.rounds)
         evaluation = self.evaluate(0, current)
         if isinstance(evaluation, ClientFailure):
             return evaluation
         spent = self._spent()
         if spent is not None:
             spent = self._with_rows(spent, plan.rounds[0])
-        return AloneResult(self.id, evaluation.metrics, spent, current if plan.returns_weights else None)
+        curve[last] = evaluation.metrics
+        kept = current if plan.returns_weights else None
+        return AloneResult(self.id, evaluation.metrics, spent, kept, evaluation.patient_scores, curve)
 
     def export_ledger(self) -> dict[str, Any]:
         """Return the account's events, or nothing where DP is off."""
@@ -328,10 +330,6 @@ class Hospital:
 
     def _labelled(self, values: Mapping[str, float]) -> dict[str, Metric]:
         return labelled(values, self._parts.policy.declared, self._parts.run.privacy.enable_dp)
-
-    @property
-    def _is_confidential(self) -> bool:
-        return is_confidential(self._parts.run, self._parts.policy)
 
 
 def is_confidential(run: RunConfig, policy: SitePolicy) -> bool:

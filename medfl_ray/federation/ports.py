@@ -23,24 +23,34 @@ from medfl_ray.messages import (
     SiteEvaluation,
 )
 from medfl_ray.params import Vector
+from medfl_ray.study_records import Piece
 
 
 @dataclass(frozen=True)
 class AlonePlan:
-    """A baseline: rounds of training without any exchange, on the plan of each round in turn."""
+    """A baseline: rounds of training without any exchange, on the plan of each round in turn.
+
+    `evaluates` asks for held-out metrics after every round and not after the last alone.
+    """
 
     rounds: tuple[RoundPlan, ...]
     returns_weights: bool = False
+    evaluates: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class AloneResult:
-    """What a baseline leaves: held-out metrics, and the weights where the plan asked for them."""
+    """What a baseline leaves: held-out metrics, and the weights where the plan asked for them.
+
+    `patient_scores` are of data that may be shown; `curve` has the metrics per evaluated round, the last among them.
+    """
 
     hospital: str
     metrics: dict[str, Metric]
     spent: PrivacySpent | None
     weights: Vector | None = None
+    patient_scores: tuple[float, ...] | None = None
+    curve: Mapping[int, dict[str, Metric]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,16 @@ class FederationState:
     round: int
     weights: Vector
     server_state: Mapping[str, npt.NDArray[np.float32]]
+
+
+class PieceKeeper(Protocol):
+    """Where finished pieces are kept, so that a resumed run repeats, and charges, none; see store/pieces.py."""
+
+    def load(self, name: str) -> Piece | None:
+        """Return a piece, or None where it is not there or does not read whole."""
+
+    def save(self, name: str, piece: Piece) -> None:
+        """Keep a piece durably."""
 
 
 class PublishedRound(Protocol):

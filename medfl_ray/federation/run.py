@@ -16,6 +16,7 @@ from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError, FederationError, QuorumLost
 from medfl_ray.federation.attacks import check_attack
 from medfl_ray.federation.baselines import as_plain, check_baselines, run_baselines
+from medfl_ray.federation.coalitions import TrainCoalitions
 from medfl_ray.federation.events import Event, HospitalState, Notice, PhaseStarted, RoundClosed
 from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
 from medfl_ray.federation.planning import aggregation_weight, check_rule, mechanisms, steps_per_round
@@ -25,6 +26,7 @@ from medfl_ray.federation.ports import (
     FederationState,
     Ledger,
     LedgerKeeper,
+    PieceKeeper,
     PublishedRound,
     RunKeeper,
     SignatureCheck,
@@ -32,9 +34,20 @@ from medfl_ray.federation.ports import (
 from medfl_ray.federation.round_context import Combine, Past, RoundContext, Select
 from medfl_ray.federation.rounds import run_round
 from medfl_ray.federation.selection import select_evaluated, select_of_run
-from medfl_ray.messages import ClientFailure, HospitalInfo, LedgerRows, Receipt, SiteEvaluation
+from medfl_ray.federation.stopping import stopping_record, why_stop
+from medfl_ray.federation.studies import run_studies
+from medfl_ray.messages import (
+    ClientFailure,
+    HospitalInfo,
+    LedgerRows,
+    Message,
+    Receipt,
+    RoundResult,
+    SiteEvaluation,
+)
 from medfl_ray.params import Layout, Vector
 from medfl_ray.site_policy import SitePolicy
+from medfl_ray.study_records import STOPPING_FILE, STUDIES_FILE
 
 
 class RunStore(RunKeeper, Protocol):
@@ -49,6 +62,19 @@ class RunStore(RunKeeper, Protocol):
 
     def receipts(self) -> list[Receipt]:
         """Return the receipts of the rounds kept so far, in order."""
+
+    def results(self) -> list[RoundResult]:
+        """Return the closed rounds kept so far, in order."""
+
+    @property
+    def pieces(self) -> PieceKeeper:
+        """Where finished baselines and studies are kept."""
+
+    def best(self) -> PublishedRound | None:
+        """Return the checkpoint with the best mean score over hospitals, or None where none may show one."""
+
+    def save_record(self, name: str, record: Message) -> None:
+        """Write a record into a JSON file of the run."""
 
     def resume(self) -> PublishedRound | None:
         """Return the last good checkpoint, or None for a new run."""
@@ -80,7 +106,8 @@ class RunParts:
     """What a run is built from; `initial_weights` gets channels in and out and returns layout and weights.
 
     `select` names who is asked in a round, where that is not drawn as the configuration says; `combine` is a rule over
-    all updates of a round, where the configuration names none of ours.
+    all updates of a round, where the configuration names none of ours. `train_coalitions` trains several federations of
+    fewer hospitals at once, where there is room.
     """
 
     run: RunConfig
@@ -96,6 +123,7 @@ class RunParts:
     is_signed: SignatureCheck
     select: Select | None = None
     combine: Combine | None = None
+    train_coalitions: TrainCoalitions | None = None
 
 
 @dataclass(frozen=True)
@@ -166,11 +194,12 @@ def run_federation(parts: RunParts) -> RunOutcome:
     if context.central is not None:
         context.central.restore(state.server_state)
     state, reason, trained = repeat_rounds(parts, context, state)
-    completed = state.round >= parts.run.federation.rounds
+    rounds_done = state.round
+    completed = rounds_done >= parts.run.federation.rounds or bool(ends_early(parts, state))
     if completed:
-        finish(parts, context, state, initial, absent)
+        state = finish(parts, context, state, initial, absent)
     return RunOutcome(
-        rounds_done=state.round,
+        rounds_done=rounds_done,
         completed=completed,
         reason=reason,
         absent=tuple(sorted({p.hospital for p in parts.policies} - trained - never_asked(parts, context))),
@@ -285,6 +314,9 @@ def repeat_rounds(
     failed_before, reason = 0, f"all {parts.run.federation.rounds} rounds were published"
     parts.emit(PhaseStarted(name="federated", total_rounds=parts.run.federation.rounds))
     while state.round < parts.run.federation.rounds:
+        early = ends_early(parts, state)
+        if early:
+            return state, early, trained
         if parts.stop.is_set():
             return state, f"stopped on request after round {state.round}", trained
         state, result, decision = run_round(context, state, failed_before)
@@ -300,30 +332,64 @@ def repeat_rounds(
     return state, reason, trained
 
 
+def ends_early(parts: RunParts, state: FederationState) -> str:
+    """Say why no further round is run, empty where there is no such reason; a resumed run finds the same."""
+    if parts.run.federation.patience is None:
+        return ""
+    return why_stop(parts.run, parts.store.results(), state.round)
+
+
+def kept_state(parts: RunParts, state: FederationState) -> FederationState:
+    """Return the round whose weights are exported, and write down which that is."""
+    federation = parts.run.federation
+    best = parts.store.best() if federation.keep == "best" else None
+    kept = FederationState(best.round, best.weights, best.server_state) if best is not None else state
+    if federation.patience is not None or federation.keep == "best":
+        parts.store.save_record(
+            STOPPING_FILE, stopping_record(parts.run, parts.store.results(), state.round, kept.round)
+        )
+    return kept
+
+
 def finish(
     parts: RunParts,
     context: RoundContext,
     state: FederationState,
     initial: Vector,
     absent: Sequence[ClientFailure],
-) -> None:
-    """Evaluate the final weights with pictures, write them, then train the baselines and export the ledgers."""
+) -> FederationState:
+    """Evaluate the kept weights with pictures, write them, then train baselines and studies and export the ledgers."""
     parts.emit(PhaseStarted(name="evaluate"))
+    state = kept_state(parts, state)
     weights = released_weights(state.server_state, state.weights)
     deadline_s = parts.run.federation.deadline_s
     answers = list(parts.pool.evaluate(state.round, context.evaluated, weights, pictures=True, deadline_s=deadline_s))
     evaluations = [answer for answer in answers if isinstance(answer, SiteEvaluation)]
     failures = [*absent, *(answer for answer in answers if isinstance(answer, ClientFailure))]
     parts.store.save_final(weights, context.layout, evaluations, failures)
-    if parts.run.federation.baselines:
-        baselines = run_baselines(parts.run, context, parts.policies, initial, parts.emit)
-        parts.store.save_baselines(as_plain(baselines))
+    follow_up(parts, context, initial)
     ledgers = parts.pool.export_ledgers()
     central = {} if context.central is None else {FEDERATION: context.central.export()}
     parts.store.save_ledgers({**ledgers, **central})
     exports = [export for export in (*ledgers.values(), *central.values()) if export]
     for reason in parts.mirror.keep(rows_of(export) for export in exports).values():
         parts.emit(Notice(message=f"note: {reason}"))
+    return state
+
+
+def follow_up(parts: RunParts, context: RoundContext, initial: Vector) -> None:
+    """Train the baselines, then the studies that need them; what an earlier attempt finished stands."""
+    run, pieces = parts.run, parts.store.pieces
+    local_weights: Mapping[str, Vector] = {}
+    if run.federation.baselines or run.evaluation.cross_site:
+        baselines = run_baselines(run, context, parts.policies, initial, parts.emit, pieces)
+        parts.store.save_baselines(as_plain(baselines))
+        local_weights = baselines.local_weights
+    if run.evaluation.has_studies:
+        record = run_studies(context, initial, local_weights, pieces, parts.emit, parts.train_coalitions)
+        for problem in record.problems:
+            parts.emit(Notice(message=f"note: a study was not finished: {problem}"))
+        parts.store.save_record(STUDIES_FILE, record)
 
 
 def rows_of(export: Mapping[str, Any]) -> LedgerRows:

@@ -143,3 +143,17 @@ def last_good_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         except CheckpointError as error:
             problems.append(str(error))
     return None, problems
+
+
+def best_checkpoint(folder: Path) -> Checkpoint | None:
+    """Return the checkpoint with the best mean score, the first of equals; None where none may show or be read."""
+    best: Checkpoint | None = None
+    for path in sorted(folder.glob("round-*")):
+        try:
+            found = load_checkpoint(path)
+        except CheckpointError:
+            continue
+        score = mean_score(found.result)
+        if score > (mean_score(best.result) if best is not None else -math.inf):
+            best = found
+    return best

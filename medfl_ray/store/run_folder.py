@@ -14,13 +14,14 @@ from typing import Any
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config import EvaluationConfig, RunConfig
 from medfl_ray.config_files import dump_yaml, load_run_config
 from medfl_ray.errors import CheckpointError, ConfigError
 from medfl_ray.failpoints import failpoint
 from medfl_ray.messages import (
     ClientFailure,
     HospitalInfo,
+    Message,
     Receipt,
     RoundPlan,
     RoundResult,
@@ -29,8 +30,9 @@ from medfl_ray.messages import (
 )
 from medfl_ray.params import Layout, Vector, to_tensors
 from medfl_ray.site_policy import budget_hash
-from medfl_ray.store.checkpoints import Checkpoint, last_good_checkpoint, save_checkpoint
+from medfl_ray.store.checkpoints import Checkpoint, best_checkpoint, last_good_checkpoint, save_checkpoint
 from medfl_ray.store.durable import append_line, replace_file
+from medfl_ray.store.pieces import Pieces
 from medfl_ray.store.receipts import FIRST, read_receipts, receipt_hash, sign_receipt, verify_receipts
 from medfl_ray.store.round_journal import OpenAttempt, RoundJournal
 from medfl_ray.store.signing_key import SigningKey, create_key, load_key
@@ -199,6 +201,15 @@ class RunFolder:
                 self.problems.append("metrics.jsonl holds a line that cannot be read; it is passed over")
         return results
 
+    @property
+    def pieces(self) -> Pieces:
+        """Finished baselines and studies."""
+        return Pieces(self.path / "pieces")
+
+    def best(self) -> Checkpoint | None:
+        """Return the checkpoint with the best mean score over hospitals; None where none may show one."""
+        return best_checkpoint(self.path / "checkpoints")
+
     def receipts(self) -> list[Receipt]:
         """Return the receipts of the rounds kept so far, in order."""
         return [result.receipt for result in self.results()]
@@ -272,6 +283,11 @@ class RunFolder:
             self.run = self.run.model_copy(update={"training": training})
             replace_file(self.path / "config.yaml", dump_yaml(self.run).encode())
 
+    def save_evaluation(self, evaluation: EvaluationConfig) -> None:
+        """Write into config.yaml which studies are done of a run, where more are asked for after its end."""
+        self.run = self.run.model_copy(update={"evaluation": evaluation})
+        replace_file(self.path / "config.yaml", dump_yaml(self.run).encode())
+
     def save_final(
         self,
         weights: Vector,
@@ -301,6 +317,10 @@ class RunFolder:
     def save_ledgers(self, ledgers: Mapping[str, Mapping[str, Any]]) -> None:
         """Write ledger.json, an export of each hospital's account."""
         self.save_json("ledger.json", dict(ledgers))
+
+    def save_record(self, name: str, record: Message) -> None:
+        """Write a record into a JSON file of the run."""
+        self.save_json(name, record.model_dump(mode="json"))
 
     def save_json(self, name: str, document: object) -> None:
         """Replace a JSON file of the run."""

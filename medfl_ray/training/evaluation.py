@@ -17,12 +17,25 @@ Labels = npt.NDArray[np.integer]
 class PatientScore:
     """One patient's result, cases averaged; of segmentation or of classification, never with an identifier.
 
-    dice: label name -> Dice. probabilities: class probabilities [L]; truth: the class.
+    dice: label name -> Dice. probabilities: class probabilities [L]; truth: the class. more: further figures of a
+    segmentation, "hd95" and "hd95/<label>" among them; see `segmentation_metrics.case_figures`.
     """
 
     dice: dict[str, float] | None = None
     probabilities: tuple[float, ...] | None = None
     truth: int | None = None
+    more: dict[str, float] | None = None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Every figure of the patient by name: "dice", "dice/<label>" and `more`; the headline of a classification."""
+        if self.dice is None:
+            return {"probability_of_truth": self.headline}
+        return {
+            "dice": self.headline,
+            **{f"dice/{name}": value for name, value in self.dice.items()},
+            **(self.more or {}),
+        }
 
     @property
     def headline(self) -> float:
@@ -46,10 +59,15 @@ def average_cases(scores: Sequence[PatientScore]) -> PatientScore:
     """Return one patient's score from those of the cases; the truth of several classes is the largest."""
     if scores[0].dice is not None:
         tables = [score.dice or {} for score in scores]
-        return PatientScore(dice={name: float(np.mean([table[name] for table in tables])) for name in tables[0]})
+        more = [score.more for score in scores if score.more is not None]
+        return PatientScore(dice=_mean_table(tables), more=_mean_table(more) if len(more) == len(scores) else None)
     probabilities = np.mean([score.probabilities for score in scores if score.probabilities], axis=0)
     truths = [score.truth for score in scores if score.truth is not None]
     return PatientScore(probabilities=tuple(probabilities.tolist()), truth=max(truths))
+
+
+def _mean_table(tables: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([table[name] for table in tables])) for name in tables[0]}
 
 
 def summarise(scores: Iterable[PatientScore]) -> dict[str, float]:
@@ -76,9 +94,7 @@ def headline_of_shared(summary: Mapping[str, float]) -> dict[str, float]:
 
 
 def _summarise_dice(scores: Sequence[PatientScore]) -> dict[str, float]:
-    tables = [score.dice or {} for score in scores]
-    per_label = {f"dice/{name}": float(np.mean([table[name] for table in tables])) for name in tables[0]}
-    return {"dice": float(np.mean([score.headline for score in scores])), **per_label}
+    return _mean_table([score.figures for score in scores])
 
 
 def _summarise_classes(scores: Sequence[PatientScore]) -> dict[str, float]:

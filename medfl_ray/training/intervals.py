@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -28,6 +28,24 @@ def bootstrap_intervals(
             drawn.setdefault(name, []).append(value)
     tail = (1 - LEVEL) / 2
     return {name: _bounds(values, tail) for name, values in drawn.items()}
+
+
+def intervals_of_means(rows: Sequence[Mapping[str, float]], seed: int = 0) -> Intervals:
+    """Return the 95 % percentile interval of the mean of every column, patients drawn with replacement.
+
+    Args:
+      rows: one table of figures per patient, all with the same names; nothing is returned for no patients.
+      seed: the same seed gives the same intervals.
+
+    Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 13.3.
+    """
+    if not rows:
+        return {}
+    names = list(rows[0])
+    table = np.array([[row[name] for name in names] for row in rows], dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(rows), size=(NUM_RESAMPLES, len(rows)))
+    means = table[drawn].mean(axis=1)
+    return {name: _bounds(means[:, place].tolist(), (1 - LEVEL) / 2) for place, name in enumerate(names)}
 
 
 def interval_of_means(groups: Sequence[Sequence[float]]) -> tuple[float, float]:

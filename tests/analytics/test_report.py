@@ -55,7 +55,7 @@ def test_it_is_one_file_that_loads_nothing_and_every_picture_has_words(make_run)
     assert page.outside == []
     assert "url(" not in text
     assert "<script" not in text
-    assert len(page.images) == 5  # three charts, two pictures
+    assert len(page.images) == 6  # four charts, two pictures
     assert all(len(image["alt"]) > 20 for image in page.images)
     assert "leuven, held-out case 2" in page.text
 
