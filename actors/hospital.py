@@ -7,7 +7,7 @@ serves the in-process pool.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,15 @@ from medfl_ray.federation.hospital import Hospital, HospitalParts, is_confidenti
 from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.federation.planning import account_delta, budget_of, is_for_one_run
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Signer
-from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
+from medfl_ray.messages import (
+    ClientFailure,
+    ClientUpdate,
+    HospitalInfo,
+    Mechanism,
+    PrivacySpent,
+    RoundPlan,
+    SiteEvaluation,
+)
 from medfl_ray.params import Vector
 from medfl_ray.site_policy import SitePolicy
 
@@ -48,8 +56,11 @@ class HospitalSpec:
     signing_seed: bytes | None = field(default=None, repr=False)
 
 
-def build_hospital(spec: HospitalSpec) -> Hospital:
-    """Open data, network and ledger of one hospital.
+Reservations = MutableMapping[tuple[str, int, int], tuple[str, Mechanism]]
+
+
+def build_hospital(spec: HospitalSpec, reservations: Reservations | None = None) -> Hospital:
+    """Open data, network and ledger of one hospital; `reservations` are those left open by an earlier process.
 
     Raises:
       DataError, ModelError, PrivacyError: with the reason, in words that hold no identifier.
@@ -94,8 +105,9 @@ def build_hospital(spec: HospitalSpec) -> Hospital:
         spent = ledger.spent() if ledger is not None else None
         write_local_report(spec.state_folder, policy.hospital, run, round, values, figures, pictures, spent)
 
+    kept: Reservations = {} if reservations is None else reservations
     parts = HospitalParts(
-        run, policy, spec.index, trainer, data, ledger, make_pictures, local_report, signing_key(spec)
+        run, policy, spec.index, trainer, data, ledger, make_pictures, local_report, signing_key(spec), kept
     )
     return Hospital(parts)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
@@ -49,7 +49,10 @@ LocalReporter = Callable[[int, Mapping[str, float], list[PatientScore], tuple[by
 
 @dataclass(frozen=True)
 class HospitalParts:
-    """What a hospital is built from; see actors/hospital.py for the composition."""
+    """What a hospital is built from; see actors/hospital.py for the composition.
+
+    `reservations` are those that are open; where each request has a process of its own, they lie in a file.
+    """
 
     run: RunConfig
     policy: SitePolicy
@@ -60,6 +63,7 @@ class HospitalParts:
     make_pictures: PictureMaker
     write_local_report: LocalReporter
     signer: Signer | None = None
+    reservations: MutableMapping[tuple[str, int, int], tuple[str, Mechanism]] = field(default_factory=dict)
 
 
 class Hospital:
@@ -67,7 +71,7 @@ class Hospital:
 
     def __init__(self, parts: HospitalParts) -> None:
         self._parts = parts
-        self._reservations: dict[tuple[str, int, int], tuple[str, Mechanism]] = {}
+        self._reservations = parts.reservations
 
     @property
     def id(self) -> str:
