@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")  # Flower reads it once, when it is imported
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, Metadata, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp import strategy as flower_strategies
@@ -125,7 +124,7 @@ class FlowerAggregation:
             capture(strategy, RECORDS, 1)
         except ConfigError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - it is the user's code, and the run has not begun
             instead = f"; use {OURS_INSTEAD[name]} instead" if name in OURS_INSTEAD else ""
             raise ConfigError(
                 f"the Flower strategy {name} cannot aggregate what hospitals of a run send, the weights and their "
@@ -209,19 +208,19 @@ class _Delivered(Grid):
     def set_run(self, run: Any) -> None:
         raise ConfigError("a Flower strategy may not set the run of its grid; there is none behind it")
 
-    def create_message(self, *args: Any, **kwargs: Any) -> Any:
-        return self._refuse()
+    def create_message(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse()
 
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self._refuse()
+    def push_messages(self, messages: Iterable[Message]) -> NoReturn:
+        self._refuse()
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self._refuse()
+    def pull_messages(self, message_ids: Iterable[str]) -> NoReturn:
+        self._refuse()
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return self._refuse()
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> NoReturn:
+        self._refuse()
 
-    def _refuse(self) -> Any:
+    def _refuse(self) -> NoReturn:
         raise ConfigError("a Flower strategy may not send messages of its own; who trains and on what is the run's")
 
 
@@ -252,18 +251,8 @@ def _record(vector: Vector, layout: Layout) -> ArrayRecord:
 
 
 def _reply(node: int, records: Mapping[str, Any]) -> Message:
-    metadata = Metadata(
-        run_id=0,
-        message_id=f"reply-{node}",
-        src_node_id=node,
-        dst_node_id=0,
-        reply_to_message_id=f"request-{node}",
-        group_id="",
-        created_at=time.time(),
-        ttl=600.0,
-        message_type="train",
-    )
-    return Message(content=RecordDict(dict(records)), metadata=metadata)
+    request = Message(RecordDict(), dst_node_id=node, message_type="train")
+    return Message(RecordDict(dict(records)), reply_to=request)
 
 
 def _vector(record: ArrayRecord, layout: Layout, name: str) -> Vector:

@@ -1,4 +1,4 @@
-"""What a Flower strategy remembers, as plain arrays: a checkpoint holds it and a resumed run goes on from the same bits.
+"""What a Flower strategy remembers, as plain arrays: a checkpoint holds it, and a resumed run goes on from its bits.
 
 A strategy keeps its state in attributes. Numbers, text, numpy arrays, Flower's ArrayRecords, and lists and dicts of
 them are taken; functions and classes are code, which the constructor makes again. Anything else is refused: a state
@@ -109,7 +109,7 @@ def restore(strategy: Any, records: Records, state: State) -> int:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"the state of the Flower strategy {type(strategy).__name__} in the checkpoint cannot be read "
-            f"({type(error).__name__}); was the class changed since? Resume with the class that the run was started with"
+            f"({type(error).__name__}); was the class changed since? Resume with the class that the run began with"
         ) from None
 
 
