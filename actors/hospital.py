@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from actors.names import home_name
 from medfl_ray.config import RunConfig, TrainingConfig
-from medfl_ray.errors import DataError, LabelError, LedgerError, MedflError, PrivacyConfigError
+from medfl_ray.errors import ConfigError, DataError, LabelError, LedgerError, MedflError, PrivacyConfigError
 from medfl_ray.federation.hospital import Hospital, HospitalParts, is_confidential, shown_problem
 from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.federation.planning import account_delta, budget_of, is_for_one_run
@@ -74,6 +74,8 @@ def build_hospital(spec: HospitalSpec, reservations: Reservations | None = None)
     configure_logs()
     run, policy = spec.run, spec.policy
     check_own_policy(spec)
+    if run.training.client_algo is not None:
+        return algo_hospital(spec)
     try:
         data = open_hospital_data(run, spec.members)
         if is_confidential(run, policy):
@@ -110,6 +112,37 @@ def build_hospital(spec: HospitalSpec, reservations: Reservations | None = None)
         run, policy, spec.index, trainer, data, ledger, make_pictures, local_report, signing_key(spec), kept
     )
     return Hospital(parts)
+
+
+def algo_hospital(spec: HospitalSpec) -> Hospital:
+    """Return a hospital that trains by the ClientAlgo which its run names, and opens no data of its own.
+
+    Raises:
+      ConfigError: the ClientAlgo cannot be made, or pooled data are asked for.
+    """
+    from medfl_ray.federation.algo_hospital import AlgoHospital
+    from medfl_ray.training.client_algo import AlgoData, AlgoTrainer
+    from medfl_ray.training.trainer import Trainer
+
+    run, hospital = spec.run, spec.policy.hospital
+    if spec.pooled or run.training.client_algo is None:
+        raise ConfigError("the central baseline pools data that a ClientAlgo keeps to itself; leave it out")
+    check_classes(run, run.data.labels)
+    layout = Trainer(
+        model=run.model,
+        training=run.training.model_copy(update={"device": "cpu"}),
+        task=run.data.task,
+        spatial_dims=run.spatial_dims,
+        in_channels=run.model.in_channels or len(run.data.channels),
+        out_channels=run.model.out_channels or max(run.data.labels, default=1) + 1,
+        patch_size=run.patch_size,
+        for_dp=False,
+    ).layout
+    algo: Any = AlgoTrainer(run.training.client_algo, hospital, layout)
+    data: Any = AlgoData(run.data.channels, run.data.labels)
+    nothing: Any = lambda *given: None  # noqa: E731 - no pictures, no report of its own
+    parts = HospitalParts(run, spec.policy, spec.index, algo, data, None, nothing, nothing, signing_key(spec))
+    return AlgoHospital(parts, algo)
 
 
 def check_own_policy(spec: HospitalSpec) -> None:

@@ -33,13 +33,24 @@ class ModelConfig(Section):
         "swin_unetr",
         "densenet",
         "custom",
-    ] = Field("unet3d", description="Name in the model catalogue, or 'custom' for a network of your own.")
+        "bundle",
+    ] = Field(
+        "unet3d",
+        description="Name in the model catalogue, 'custom' for a network of your own, or 'bundle' for MONAI's.",
+    )
     factory: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
         None,
         description="With type 'custom': 'module:function', called with spatial_dims, in_channels and out_channels; "
         "it returns a torch.nn.Module.",
     )
-    size_divisor: Positive = Field(1, description="With type 'custom': what every input edge is a multiple of.")
+    network: dict[str, Any] | None = Field(
+        None,
+        description="With type 'bundle': definition of the network; model.bundle, the folder of a MONAI bundle in a "
+        "run's file, fills it.",
+    )
+    size_divisor: Positive = Field(
+        1, description="With types 'custom' and 'bundle': what every input edge is a multiple of."
+    )
     in_channels: Positive | None = Field(None, description="Image channels; read from the data when absent.")
     out_channels: Positive | None = Field(
         None, description="Output channels, background included; read from the data when absent."
@@ -57,6 +68,11 @@ class ModelConfig(Section):
     def _factory_belongs_to_custom(self) -> Self:
         if (self.type == "custom") != (self.factory is not None):
             raise ValueError("model.type 'custom' and model.factory belong together; set both or neither")
+        if (self.type == "bundle") != (self.network is not None):
+            raise ValueError(
+                "model.type 'bundle' needs the folder of a MONAI bundle as model.bundle in the run's file, or its "
+                "definition as model.network; other types take neither"
+            )
         return self
 
 
@@ -128,6 +144,11 @@ class TrainingConfig(Section):
     gpus_per_hospital: Annotated[float, Field(ge=0)] = Field(
         0.0, description="GPU share that Ray reserves per actor; 0 shares them evenly."
     )
+    client_algo: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
+        None,
+        description="'module:function', called with a hospital's name; it returns a monai.fl.client.ClientAlgo that "
+        "trains in our trainer's place.",
+    )
 
 
 __all__ = [
@@ -151,6 +172,8 @@ __all__ = [
     "TrainingConfig",
 ]
 
+MEAN_ONLY = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "flower", "custom")
+"""Strategies that need nothing of a hospital but its change of the weights."""
 SECTION_ALIASES = {"model_config": "model", "fl_config": "federation", "privacy_config": "privacy"}
 FIELD_ALIASES = {
     "model": {"model_type": "type"},
@@ -190,11 +213,31 @@ class RunConfig(Section):
         ):
             if values is not None and len(values) not in (1, dims):
                 raise ValueError(f"{where} has {len(values)} values; a {dims}-dimensional model needs 1 or {dims}")
-        if self.data.task == "classification" and self.model.type not in ("densenet", "custom"):
+        if self.data.task == "classification" and self.model.type not in ("densenet", "custom", "bundle"):
             raise ValueError(f"data.task is 'classification' but model.type {self.model.type!r} segments; use densenet")
         if self.data.task == "segmentation" and self.model.type == "densenet":
             raise ValueError(
                 "data.task is 'segmentation' but model.type 'densenet' classifies; use unet3d or another segmenter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _client_algo_fits(self) -> Self:
+        if self.training.client_algo is None:
+            return self
+        if self.privacy.patient_level:
+            raise ValueError(
+                "training.client_algo does not go with patient-level differential privacy: its steps are not ours to "
+                "bound. Leave it out, set privacy.enable_dp to false, or use privacy.unit: hospital"
+            )
+        if not self.data.labels or not self.data.channels:
+            raise ValueError("training.client_algo reads its own data, so data.labels and data.channels must be named")
+        if self.federation.pool == "virtual":
+            raise ValueError("training.client_algo needs a process per hospital; use federation.pool: local or ray")
+        if self.aggregation.strategy not in MEAN_ONLY:
+            raise ValueError(
+                f"training.client_algo does not go with aggregation.strategy {self.aggregation.strategy!r}, which asks "
+                f"for more than weights; use one of {', '.join(MEAN_ONLY)}"
             )
         return self
 

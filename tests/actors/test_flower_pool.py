@@ -1,4 +1,4 @@
-"""Our run over Flower's messages gives the weights of one process bit for bit; a hospital forgets nothing it must not."""
+"""Our run over Flower's messages gives the weights of one process, bit for bit, and hospitals keep what they must."""
 
 import json
 from pathlib import Path
