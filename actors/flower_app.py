@@ -354,3 +354,27 @@ def federation(grid: Grid, context: Context) -> None:
     from actors.flower_run import run_over_flower
 
     run_over_flower(GridLink(grid), context.run_config)
+
+
+def algo_of(app: ClientApp, hospital: str, partition_id: int, num_partitions: int, settings: Mapping[str, Any]) -> Any:
+    """Return a user's own Flower ClientApp as a MONAI ClientAlgo, for `training.client_algo` of our runs.
+
+    Its train function gets an ArrayRecord "arrays" and returns one, beside a MetricRecord "metrics"; its evaluate
+    function returns metrics. Both see `partition-id` and `num-partitions` in the node's configuration, and `settings`
+    as the run's, as in Flower's quickstarts.
+    """
+    from actors.flower_algo import FlowerAlgo
+
+    state = RecordDict()
+
+    def ask(kind: str, arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        _identify()
+        node: Any = {"partition-id": partition_id, "num-partitions": num_partitions}
+        content = RecordDict({ARRAYS: ArrayRecord(dict(arrays)), "config": ConfigRecord(dict(settings))})
+        context = Context(0, partition_id, node, state, dict(settings))
+        reply = app(Message(content, dst_node_id=partition_id, message_type=kind), context)
+        returned = reply.content.array_records.get(ARRAYS)
+        metrics = [dict(record) for record in reply.content.metric_records.values()]
+        return {} if returned is None else dict(returned.to_torch_state_dict()), metrics[0] if metrics else {}
+
+    return FlowerAlgo(ask, hospital)

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SAYS = {
+    "flower_monai": [r"all 2 rounds were published", r"round 2: north Dice 0\.\d+, south Dice 0\.\d+"],
     "own_network": [r"refused: layer '1' is BatchNorm2d", r"all 2 rounds were published"],
     "own_strategy": [r"mean Dice with nesterov 0\.\d+, with fedavg 0\.\d+"],
 }

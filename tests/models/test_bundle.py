@@ -11,7 +11,7 @@ from medfl_ray.config_files import load_run_config
 from medfl_ray.errors import ConfigError, ModelError
 from medfl_ray.models.bundle_network import allowed_class
 from medfl_ray.models.catalogue import build_network
-from medfl_ray.params import layout_of
+from medfl_ray.params import flatten, layout_of
 
 UNET = {
     "_target_": "UNet",
@@ -167,3 +167,51 @@ def test_another_number_of_channels_is_said(tmp_path):
     run = load_run_config(file_at(tmp_path, bundle_at(tmp_path / "a"), out_channels=5))
     with pytest.raises(ModelError, match="out_channels 2; the run needs 5"):
         built(run)
+
+
+def command(file, bundle, out):
+    from typer.testing import CliRunner
+
+    from medfl_ray.cli.main import app
+
+    options = ["--bundle", str(bundle), "--origin", "public", "--source", "a model zoo", "--out", str(out)]
+    return CliRunner().invoke(app, ["models", "from-bundle", str(file), *options])
+
+
+def test_its_weights_become_first_weights_with_a_manifest(tmp_path):
+    from actors.coordinator import initial_weights
+
+    bundle = bundle_at(tmp_path / "a")
+    file = file_at(tmp_path, bundle)
+    run = load_run_config(file)
+    network, out = built(run), tmp_path / "weights.safetensors"
+    (bundle / "models").mkdir()
+    torch.save({"model": network.state_dict()}, bundle / "models" / "model.pt")
+    done = command(file, bundle, out)
+    assert done.exit_code == 0, done.output
+    manifest = json.loads(out.with_suffix(".manifest.json").read_text())
+    assert (manifest["origin"], manifest["source"], manifest["name"]) == ("public", "a model zoo", "a")
+    started = load_run_config(file, (f"training.initial_weights={out}",))
+    layout, first = initial_weights(started)(1, 2)
+    assert first.tobytes() == flatten(network).tobytes()
+    assert layout == layout_of(network)
+
+
+def test_weights_of_another_network_and_a_file_that_would_run_code_are_refused(tmp_path):
+    bundle = bundle_at(tmp_path / "a")
+    file, model = file_at(tmp_path, bundle), bundle / "models" / "model.pt"
+    assert "has no models/model.pt" in str(command(file, bundle, tmp_path / "w").exception)
+    model.parent.mkdir()
+    torch.save({"a": torch.zeros(1)}, model)
+    assert "another network" in str(command(file, bundle, tmp_path / "w").exception)
+    torch.save({"a": Runs(tmp_path / "ran")}, model)
+    assert "would run code" in str(command(file, bundle, tmp_path / "w").exception)
+    assert not (tmp_path / "ran").exists()
+
+
+class Runs:
+    def __init__(self, place):
+        self._place = str(place)
+
+    def __reduce__(self):
+        return (open, (self._place, "w"))
