@@ -13,7 +13,7 @@ Ask = Callable[[str, Mapping[str, Any]], tuple[dict[str, Any], dict[str, Any]]]
 """Sends "train" or "evaluate" with named tensors and returns named tensors and metrics."""
 
 
-class FlowerAlgo(ClientAlgo):  # type: ignore[misc]
+class FlowerAlgo(ClientAlgo):
     """Trains and evaluates by the functions of a ClientApp; `ask` calls it."""
 
     def __init__(self, ask: Ask, hospital: str) -> None:

@@ -10,6 +10,7 @@ import structlog
 
 from actors.coordinator import expected_heads, run_in_process
 from actors.flower_pool import FlowerPool, Link
+from actors.train import tracked
 from medfl_ray.config_files import load_run_config
 from medfl_ray.errors import ConfigError, QuorumLost
 from medfl_ray.federation.events import Event, HospitalState, Notice, RoundClosed
@@ -42,11 +43,26 @@ def run_over_flower(link: Link, settings: Mapping[str, object]) -> RunOutcome:
     with folder.locked():
         heads = expected_heads(run, policies, folder.path, state_root(run))
         pool = FlowerPool(link, run, policies, folder.job, heads, float(str(settings.get("wait-s", WAIT_S))))
-        outcome = run_in_process(run, policies, folder.path, pool, tell, threading.Event())
+        emit = tracked(run, folder.path, tell)
+        outcome = run_in_process(run, policies, folder.path, pool, emit, threading.Event())
+        if outcome.completed:
+            leave_results(folder)
     log.info("run_ended", folder=folder.path.name, weights=outcome.weights_checksum[:16], reason=outcome.reason)
     if not outcome.completed:
         raise QuorumLost(outcome.reason)
     return outcome
+
+
+def leave_results(folder: RunFolder) -> None:
+    """Write the model's package and the report, where the run asks for them."""
+    if folder.run.output.export:
+        from medfl_ray.export.onnx_export import export_run
+
+        export_run(folder.path)
+    if folder.run.output.report:
+        from medfl_ray.analytics.report import write_report
+
+        write_report(folder.path)
 
 
 def tell(event: Event) -> None:

@@ -1,4 +1,4 @@
-"""medfl-ray models from-bundle: a MONAI bundle's weights as first weights of a run."""
+"""medfl-ray models bundle: a MONAI bundle's weights as first weights of a run."""
 
 from __future__ import annotations
 

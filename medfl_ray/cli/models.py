@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from medfl_ray.store.registry import Registry
 
 app = typer.Typer(no_args_is_help=True)
-app.command()(from_bundle)
+app.command("bundle")(from_bundle)
 SIGNS = {"passed": "+", "failed": "-", "unknown": "?"}
 
 Name = Annotated[str, typer.Argument(help="Name of a model.")]

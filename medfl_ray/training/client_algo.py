@@ -19,7 +19,7 @@ from medfl_ray.params import Layout, Vector, to_tensors
 
 if TYPE_CHECKING:
     import torch
-    from monai.fl.client import ClientAlgo
+    from monai.fl.client.client_algo import ClientAlgo
 
     from medfl_ray.training.trainer import LocalJob, LocalOutcome
 

@@ -1,6 +1,7 @@
 """Our run over Flower's messages gives the weights of one process, bit for bit, and hospitals keep what they must."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from actors.coordinator import hospital_specs, local_pool, run_in_process
 from actors.flower_app import GridLink, client_app
 from actors.flower_hospital import answer, node_of
 from actors.flower_messages import Request, pack, text_of, unpack
+from actors.flower_pool import FlowerPool
 from actors.flower_run import run_over_flower
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError, FederationError, QuorumLost
@@ -91,8 +93,6 @@ def file_of(run, tmp_path, name="run.yaml"):
 
 
 def alone(run, events=None):
-    import threading
-
     policies, folder = tuple(list_hospitals(run)), RunFolder.create(run)
     pool = local_pool(hospital_specs(run, policies, folder.path))
     return run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event())
@@ -102,7 +102,7 @@ def newest(run):
     return RunFolder.open(max(Path(run.output.directory).iterdir()))
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "flower"])
+@pytest.mark.parametrize("strategy", ["fedavg", pytest.param("flower", marks=pytest.mark.ci)])
 def test_the_same_file_gives_the_same_weights_as_in_one_process(tmp_path, strategy):
     aggregation = {"strategy": strategy, "flower": {"strategy": "FedYogi", "options": {"eta": 0.01}}}
     run = two(tmp_path, aggregation=aggregation)
@@ -115,6 +115,21 @@ def test_the_same_file_gives_the_same_weights_as_in_one_process(tmp_path, strate
     receipts = newest(run).signed_receipts()
     assert [len(receipt.trained) for receipt in receipts] == [2, 2]
     assert {message.metadata.message_type for message in grid.sent} == {"query", "train", "evaluate"}
+
+
+def test_a_run_is_resumed_where_it_stopped_with_the_strategys_memory_and_the_hospitals_keys(tmp_path):
+    flower = {"strategy": "FedAvgM", "options": {"server_momentum": 0.9}}
+    run = two(tmp_path, aggregation={"strategy": "flower", "flower": flower}, federation={"rounds": 2})
+    app, stop = {"run": str(file_of(run, tmp_path))}, threading.Event()
+    nodes = {1: {"partition-id": 0}, 2: {"partition-id": 1}}
+    expected = alone(run)
+    policies, folder = tuple(list_hospitals(run)), RunFolder.create(run)
+    pool = FlowerPool(GridLink(LoopGrid(nodes, app)), run, policies, folder.job, {}, 10)
+    first = run_in_process(run, policies, folder.path, pool, lambda e: e.type == "round" and stop.set(), stop)
+    assert (first.rounds_done, first.completed) == (1, False)
+    outcome = run_over_flower(GridLink(LoopGrid(nodes, app, forgets=True)), {"resume": str(folder.path)})
+    assert outcome.completed
+    assert outcome.weights_checksum == expected.weights_checksum
 
 
 def test_a_private_round_is_charged_once_though_every_message_has_a_process_of_its_own(tmp_path):

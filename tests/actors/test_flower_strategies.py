@@ -1,19 +1,24 @@
 """A Flower strategy through the adapter gives what Flower's own arithmetic gives, and a resumed run goes on from it."""
 
 import sys
+import threading
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower_strategies
 from safetensors.numpy import load, save
-from small_runs import small_run
+from small_runs import balls, small_run
 
+from actors.coordinator import hospital_specs, local_pool, run_in_process
 from actors.flower_app import FlowerAggregation, _Delivered
+from actors.simulate import simulate
 from medfl_ray.aggregation.strategies import build_strategy
 from medfl_ray.aggregation.updates import Updates
+from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import CheckpointError, ConfigError
 from medfl_ray.params import Layout, to_tensors
+from medfl_ray.store.run_folder import RunFolder
 
 LAYOUT = Layout(("conv.weight", "conv.bias", "scale"), ((3, 2, 2), (3,), ()))
 WEIGHTS = (3, 5, 4)
@@ -206,3 +211,23 @@ def test_it_does_not_go_with_hospital_level_noise_or_a_second_rate():
     run = small_run(aggregation={"strategy": "flower", "server_learning_rate": 0.5})
     with pytest.raises(ConfigError, match="own rate"):
         FlowerAggregation(run, print)
+
+
+@pytest.mark.ci
+def test_virtual_hospitals_and_one_process_give_a_strategy_the_same_updates(ray_cluster, tmp_path):
+    checksums = []
+    for pool in ("local", "virtual"):
+        flower = {"strategy": "FedAdam", "options": {"eta": 0.01}}
+        run = balls(federation={"pool": pool, "exact": True}, aggregation={"strategy": "flower", "flower": flower})
+        run = run.model_copy(update={"output": run.output.model_copy(update={"directory": tmp_path / pool})})
+        folder, policies = RunFolder.create(run), tuple(list_hospitals(run))
+        if pool == "virtual":
+            outcome = simulate(run, policies, folder.path, lambda event: None)
+        else:
+            specs = hospital_specs(run, policies, folder.path)
+            outcome = run_in_process(
+                run, policies, folder.path, local_pool(specs), lambda event: None, threading.Event()
+            )
+        assert outcome.completed
+        checksums.append(outcome.weights_checksum)
+    assert len(set(checksums)) == 1

@@ -176,6 +176,7 @@ def test_two_of_them_make_the_mean_of_what_monai_trains(tmp_path, module):
     assert metrics["north"]["dice"].value == metrics["north"]["val_mean_dice"].value
 
 
+@pytest.mark.ci
 def test_another_number_of_steps_than_the_plans_is_refused_with_the_number(tmp_path, module):
     outcome, folder = finished(run_of(tmp_path, module, federation={"local_steps": 7, "local_epochs": None}))
     assert not outcome.completed

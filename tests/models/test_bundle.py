@@ -175,7 +175,7 @@ def command(file, bundle, out):
     from medfl_ray.cli.main import app
 
     options = ["--bundle", str(bundle), "--origin", "public", "--source", "a model zoo", "--out", str(out)]
-    return CliRunner().invoke(app, ["models", "from-bundle", str(file), *options])
+    return CliRunner().invoke(app, ["models", "bundle", str(file), *options])
 
 
 def test_its_weights_become_first_weights_with_a_manifest(tmp_path):
