@@ -282,9 +282,11 @@ class GridLink:
         Raises:
           FederationError: Flower did not take it.
         """
-        content = _content({"request": text_of(request)}, vector)
+        content, plan = _content({"request": text_of(request)}, vector), request.plan
         kind = "train" if request.ask in ("train", "alone") else "evaluate" if request.ask == "evaluate" else "query"
-        message = Message(content, dst_node_id=node, message_type=kind, group_id=str(request.round))
+        message = Message(
+            content, dst_node_id=node, message_type=kind, group_id=str(plan.round if plan else request.round)
+        )
         numbers = list(self._grid.push_messages([message]))
         if len(numbers) != 1:
             raise FederationError("Flower did not take a message; the SuperNode is not connected")

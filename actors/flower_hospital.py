@@ -39,10 +39,11 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Node:
-    """What a SuperNode is to us: a hospital, and its own copy of the run's YAML file."""
+    """What a SuperNode is to us: a hospital, and the run's YAML file; `is_own` where the node itself named both."""
 
     hospital: str
     run_file: Path
+    is_own: bool = False
 
 
 def node_of(node: Settings, app: Settings) -> Node:
@@ -61,7 +62,7 @@ def node_of(node: Settings, app: Settings) -> Node:
                 "the SuperNode names its hospital but no run file; start it with --node-config "
                 '\'hospital="NAME" run="/path/of/run.yaml"\''
             )
-        return Node(str(node["hospital"]), Path(str(node["run"])))
+        return Node(str(node["hospital"]), Path(str(node["run"])), is_own=True)
     if "partition-id" not in node or "run" not in app:
         raise ConfigError(
             "the node does not say which hospital it is; start the SuperNode with --node-config "
@@ -156,6 +157,11 @@ def hospital_of(node: Node, job: str, index: int, expected_heads: tuple[str, ...
     policy = next((policy for policy in list_hospitals(run) if policy.hospital == node.hospital), None)
     if policy is None:
         raise ConfigError(f"the run file has no hospital {node.hospital!r}; the node's configuration must name one")
+    if policy.declared == "private" and not node.is_own:
+        raise ConfigError(
+            f"hospital {node.hospital!r} has private data, and its node does not say itself what it trains; start the "
+            'SuperNode with --node-config \'hospital="NAME" run="/path/of/run.yaml"\''
+        )
     root = state_root(run)
     folder = hospital_folder(policy, root / "flower" / job, root)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

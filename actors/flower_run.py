@@ -9,10 +9,10 @@ from pathlib import Path
 import structlog
 
 from actors.coordinator import expected_heads, run_in_process
-from actors.flower_pool import FlowerPool, Link
+from actors.flower_pool import FlowerPool, Link, check_flower_run
 from actors.train import tracked
 from medfl_ray.config_files import load_run_config
-from medfl_ray.errors import ConfigError, QuorumLost
+from medfl_ray.errors import ConfigError, MedflError, QuorumLost
 from medfl_ray.federation.events import Event, HospitalState, Notice, RoundClosed
 from medfl_ray.federation.run import RunOutcome
 from medfl_ray.store.run_folder import RunFolder
@@ -38,13 +38,19 @@ def run_over_flower(link: Link, settings: Mapping[str, object]) -> RunOutcome:
     file, earlier = str(settings.get("run", "")), str(settings.get("resume", ""))
     if not file and not earlier:
         raise ConfigError('the Flower app names no run; set run = "/path/of/run.yaml" or resume = "/runs/FOLDER"')
-    folder = RunFolder.open(Path(earlier)) if earlier else RunFolder.create(load_run_config(file))
-    run, policies = folder.run, tuple(list_hospitals(folder.run))
+    run = RunFolder.open(Path(earlier)).run if earlier else load_run_config(file)
+    policies = tuple(list_hospitals(run))  # a mistake is found before a folder is made
+    check_flower_run(run)
+    folder = RunFolder.open(Path(earlier)) if earlier else RunFolder.create(run)
     with folder.locked():
-        heads = expected_heads(run, policies, folder.path, state_root(run))
-        pool = FlowerPool(link, run, policies, folder.job, heads, float(str(settings.get("wait-s", WAIT_S))))
-        emit = tracked(run, folder.path, tell)
-        outcome = run_in_process(run, policies, folder.path, pool, emit, threading.Event())
+        try:
+            heads = expected_heads(run, policies, folder.path, state_root(run))
+            pool = FlowerPool(link, run, policies, folder.job, heads, float(str(settings.get("wait-s", WAIT_S))))
+            emit = tracked(run, folder.path, tell)
+            outcome = run_in_process(run, policies, folder.path, pool, emit, threading.Event())
+        except MedflError:
+            folder.discard_if_unused()
+            raise
         if outcome.completed:
             leave_results(folder)
     log.info("run_ended", folder=folder.path.name, weights=outcome.weights_checksum[:16], reason=outcome.reason)

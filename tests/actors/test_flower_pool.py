@@ -17,6 +17,7 @@ from actors.flower_hospital import answer, node_of
 from actors.flower_messages import Request, pack, text_of, unpack
 from actors.flower_pool import FlowerPool
 from actors.flower_run import run_over_flower
+from medfl_ray.config_files import load_run_config
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError, FederationError, QuorumLost
 from medfl_ray.messages import ClientFailure, HospitalInfo, Metric, SiteEvaluation
@@ -172,6 +173,7 @@ def test_what_cannot_be_done_over_flower_is_refused(tmp_path):
         file = file_of(two(tmp_path, **sections), tmp_path)
         with pytest.raises(ConfigError, match=said):
             run_over_flower(GridLink(LoopGrid({}, {})), {"run": str(file)})
+    assert not (tmp_path / "runs").exists()
     with pytest.raises(ConfigError, match="names no run"):
         run_over_flower(GridLink(LoopGrid({}, {})), {})
 
@@ -184,6 +186,20 @@ def test_a_node_says_what_its_configuration_lacks(tmp_path):
     file = str(file_of(two(tmp_path), tmp_path))
     with pytest.raises(ConfigError, match=r"more nodes than the run has hospitals \(2\)"):
         node_of({"partition-id": 2}, {"run": file})
+
+
+def test_private_data_are_trained_on_only_where_the_node_itself_names_the_run(tmp_path):
+    run = two(tmp_path)
+    raw = run.model_dump(mode="json", exclude_defaults=True)
+    hospital = {"id": "north", "num_patients": 5, "directory": str(tmp_path)}
+    file = tmp_path / "private.yaml"
+    file.write_text(yaml.safe_dump({**raw, "data": {"hospitals": [hospital], "declared": "private"}}))
+    config_hash = load_run_config(file).config_hash
+    request = text_of(Request(ask="describe", hospital="north", job="j", config_hash=config_hash))
+    found = answer(request, None, {"partition-id": 0}, {"run": str(file)})
+    assert "does not say itself what it trains" in found.reason
+    found = answer(request, None, {"hospital": "north", "run": str(file)}, {})
+    assert "does not say itself" not in found.reason  # it goes on to the data, which are not there
 
 
 @pytest.mark.parametrize(
