@@ -83,6 +83,7 @@ def build_hospital(spec: HospitalSpec, reservations: Reservations | None = None)
     except DataError as error:
         raise type(error)(shown_problem(run, policy, error, "start")) from None
     check_classes(run, data.labels)
+    check_channels(run, data.channels)
     trainer = Trainer(
         model=run.model,
         training=training_of(run, policy.hospital),
@@ -128,6 +129,7 @@ def algo_hospital(spec: HospitalSpec) -> Hospital:
     if spec.pooled or run.training.client_algo is None:
         raise ConfigError("the central baseline pools data that a ClientAlgo keeps to itself; leave it out")
     check_classes(run, run.data.labels)
+    check_channels(run, run.data.channels)
     layout = Trainer(
         model=run.model,
         training=run.training.model_copy(update={"device": "cpu"}),
@@ -172,6 +174,19 @@ def check_classes(run: RunConfig, labels: Mapping[int, str]) -> None:
     if run.model.out_channels is not None and run.model.out_channels < needed:
         raise LabelError(
             f"model.out_channels is {run.model.out_channels}; the labels need {needed}: set it to that, or leave it out"
+        )
+
+
+def check_channels(run: RunConfig, channels: Sequence[str]) -> None:
+    """Refuse a network for other channels than the data have: found in training, that would have been charged.
+
+    Raises:
+      ConfigError: with both numbers.
+    """
+    if run.model.in_channels is not None and run.model.in_channels != len(channels):
+        raise ConfigError(
+            f"the network takes {run.model.in_channels} image channels (model.in_channels, or the bundle's); the data "
+            f"have {len(channels)}: {', '.join(channels)}. Name those to use in data.channels, or take another network"
         )
 
 

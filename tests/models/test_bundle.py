@@ -8,6 +8,7 @@ import yaml
 
 from medfl_ray.config_bundle import with_bundle
 from medfl_ray.config_files import load_run_config
+from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError, ModelError
 from medfl_ray.models.bundle_network import allowed_class
 from medfl_ray.models.catalogue import build_network
@@ -163,7 +164,13 @@ def test_a_definition_that_does_not_work_is_one_sentence(tmp_path, network, said
         built(load_run_config(file_at(tmp_path, bundle_at(tmp_path / "a", network))))
 
 
-def test_another_number_of_channels_is_said(tmp_path):
+def test_another_number_of_channels_is_said_before_anything_is_charged(tmp_path):
+    from actors.coordinator import hospital_specs, local_pool
+
+    run = load_run_config(file_at(tmp_path, bundle_at(tmp_path / "four"), out_channels=3))
+    specs = hospital_specs(run, tuple(list_hospitals(run)), tmp_path / "run", tmp_path / "state")
+    failures = local_pool(specs).describe()
+    assert all("takes 1 image channels" in failure.reason and "have 4" in failure.reason for failure in failures)
     run = load_run_config(file_at(tmp_path, bundle_at(tmp_path / "a"), out_channels=5))
     with pytest.raises(ModelError, match="out_channels 2; the run needs 5"):
         built(run)
