@@ -158,7 +158,7 @@ def test_flowers_simulation_gives_the_weights_of_one_process(tmp_path):
     run, file = small(tmp_path, 2)
     env, port, log = environment(tmp_path), free_port(), tmp_path / "superlink.log"
     command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
-    sizes = "num-supernodes=2 client-resources-num-cpus=1.0 init-args-num-cpus=1"
+    sizes = "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=1"
     with process([*command, "--disable-runtime-dependency-installation"], env, log) as superlink:
         wait_for(port, superlink, log)
         done = flwr_run(
