@@ -94,7 +94,8 @@ def train_in_one_process(
     torch.set_num_threads(1)
     pool = local_pool(list(specs))
     try:
-        own = replace(context, pool=pool, strategy=build_strategy(context.run.aggregation))
+        num_hospitals = sum(not spec.pooled for spec in specs)
+        own = replace(context, pool=pool, strategy=build_strategy(context.run.aggregation, num_hospitals))
         return train_coalition(own, initial, hospitals)
     except FederationError as error:
         return str(error)

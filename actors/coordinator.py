@@ -24,6 +24,7 @@ from medfl_ray.federation.events import Event
 from medfl_ray.federation.hospital_level import FEDERATION, federation_budget, plan_central
 from medfl_ray.federation.local_pool import LocalPool
 from medfl_ray.federation.ports import ClientPool, Ledger
+from medfl_ray.federation.round_context import Combine
 from medfl_ray.federation.run import RunOutcome, RunParts, run_federation
 from medfl_ray.params import Layout, Vector
 from medfl_ray.site_policy import SitePolicy
@@ -32,6 +33,8 @@ from medfl_ray.store.run_folder import RunFolder
 from medfl_ray.store.run_mirror import RunMirror, receipt_heads
 from medfl_ray.store.signing_key import signature_is_valid
 from medfl_ray.store.state_folders import federation_folder, hospital_folder, state_root
+
+FirstWeights = Callable[[int, int], tuple[Layout, Vector]]
 
 
 def hospital_specs(
@@ -120,7 +123,7 @@ def local_pool(specs: list[HospitalSpec]) -> LocalPool:
     return LocalPool({spec.policy.hospital: partial(build_hospital, spec) for spec in specs}, keeps_late)
 
 
-def initial_weights(run: RunConfig) -> Callable[[int, int], tuple[Layout, Vector]]:
+def initial_weights(run: RunConfig) -> FirstWeights:
     """Return a function from channels in and out to layout and first weights: seeded, or those of a file."""
 
     def build(in_channels: int, out_channels: int) -> tuple[Layout, Vector]:
@@ -146,6 +149,22 @@ def initial_weights(run: RunConfig) -> Callable[[int, int], tuple[Layout, Vector
     return build
 
 
+def with_flower(
+    run: RunConfig, first_weights: FirstWeights, emit: Callable[[Event], None]
+) -> tuple[FirstWeights, Combine | None]:
+    """Return the rule over all updates where a run names a Flower strategy, and first weights that also try it out.
+
+    Raises:
+      ConfigError: the strategy cannot be made or does not go with the run.
+    """
+    if run.aggregation.strategy != "flower":
+        return first_weights, None
+    from actors.flower_app import FlowerAggregation
+
+    aggregation = FlowerAggregation(run, emit)
+    return aggregation.checked(first_weights), aggregation
+
+
 def run_in_process(
     run: RunConfig,
     policies: tuple[SitePolicy, ...],
@@ -160,6 +179,7 @@ def run_in_process(
     root = root or state_root(run)
     store = RunFolder(folder, run, federation_folder(policies, folder, root))
     try:
+        first_weights, combine = with_flower(run, initial_weights(run), emit)
         return run_federation(
             RunParts(
                 run=run,
@@ -168,12 +188,13 @@ def run_in_process(
                 pool=pool,
                 store=store,
                 mirror=run_mirror(run, policies, folder, root),
-                initial_weights=initial_weights(run),
+                initial_weights=first_weights,
                 emit=emit,
                 stop=stop,
                 open_federation_ledger=partial(open_federation_ledger, run, policies, folder, root),
                 is_signed=signature_is_valid,
                 train_coalitions=train_coalitions,
+                combine=combine,
             )
         )
     finally:

@@ -7,19 +7,27 @@ serves the in-process pool.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.names import home_name
 from medfl_ray.config import RunConfig, TrainingConfig
-from medfl_ray.errors import DataError, LabelError, LedgerError, MedflError, PrivacyConfigError
+from medfl_ray.errors import ConfigError, DataError, LabelError, LedgerError, MedflError, PrivacyConfigError
 from medfl_ray.federation.hospital import Hospital, HospitalParts, is_confidential, shown_problem
 from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.federation.planning import account_delta, budget_of, is_for_one_run
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Memory, Signer
-from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
+from medfl_ray.messages import (
+    ClientFailure,
+    ClientUpdate,
+    HospitalInfo,
+    Mechanism,
+    PrivacySpent,
+    RoundPlan,
+    SiteEvaluation,
+)
 from medfl_ray.params import Vector
 from medfl_ray.site_policy import SitePolicy
 
@@ -51,8 +59,13 @@ class HospitalSpec:
     job: str = ""
 
 
-def build_hospital(spec: HospitalSpec, open_data: OpenData | None = None) -> Hospital:
-    """Open data, network and ledger of one hospital.
+Reservations = MutableMapping[tuple[str, int, int], tuple[str, Mechanism]]
+
+
+def build_hospital(
+    spec: HospitalSpec, open_data: OpenData | None = None, reservations: Reservations | None = None
+) -> Hospital:
+    """Open data, network and ledger of one hospital; `reservations` are those left open by an earlier process.
 
     Args:
       open_data: instead of `open_hospital_data`, where a process has the same images open already.
@@ -70,6 +83,8 @@ def build_hospital(spec: HospitalSpec, open_data: OpenData | None = None) -> Hos
     configure_logs()
     run, policy = spec.run, spec.policy
     check_own_policy(spec)
+    if run.training.client_algo is not None:
+        return algo_hospital(spec)
     try:
         data = (open_data or open_hospital_data)(run, spec.members)
         if is_confidential(run, policy):
@@ -77,6 +92,7 @@ def build_hospital(spec: HospitalSpec, open_data: OpenData | None = None) -> Hos
     except DataError as error:
         raise type(error)(shown_problem(run, policy, error, "start")) from None
     check_classes(run, data.labels)
+    check_channels(run, data.channels)
     trainer = Trainer(
         model=run.model,
         training=training_of(run, policy.hospital),
@@ -102,10 +118,45 @@ def build_hospital(spec: HospitalSpec, open_data: OpenData | None = None) -> Hos
         write_local_report(spec.state_folder, policy.hospital, run, round, values, figures, pictures, spent)
 
     rules, key, memory = LocalRules(trainer, run.aggregation), signing_key(spec), open_memory(spec)
+    kept: Reservations = {} if reservations is None else reservations
     parts = HospitalParts(
-        run, policy, spec.index, trainer, rules, data, ledger, make_pictures, local_report, key, memory
+        run, policy, spec.index, trainer, rules, data, ledger, make_pictures, local_report, key, memory, kept
     )
     return Hospital(parts)
+
+
+def algo_hospital(spec: HospitalSpec) -> Hospital:
+    """Return a hospital that trains by the ClientAlgo which its run names, and opens no data of its own.
+
+    Raises:
+      ConfigError: the ClientAlgo cannot be made, or pooled data are asked for.
+    """
+    from medfl_ray.federation.algo_hospital import AlgoHospital
+    from medfl_ray.training.client_algo import AlgoData, AlgoTrainer
+    from medfl_ray.training.trainer import Trainer
+
+    run, hospital = spec.run, spec.policy.hospital
+    if spec.pooled or run.training.client_algo is None:
+        raise ConfigError("the central baseline pools data that a ClientAlgo keeps to itself; leave it out")
+    check_classes(run, run.data.labels)
+    check_channels(run, run.data.channels)
+    layout = Trainer(
+        model=run.model,
+        training=run.training.model_copy(update={"device": "cpu"}),
+        task=run.data.task,
+        spatial_dims=run.spatial_dims,
+        in_channels=run.model.in_channels or len(run.data.channels),
+        out_channels=run.model.out_channels or max(run.data.labels, default=1) + 1,
+        patch_size=run.patch_size,
+        for_dp=False,
+    ).layout
+    algo: Any = AlgoTrainer(run.training.client_algo, hospital, layout)
+    data: Any = AlgoData(run.data.channels, run.data.labels)
+    nothing: Any = lambda *given: None  # noqa: E731 - no pictures, no report of its own
+    rules: Any = None  # a ClientAlgo trains by its own
+    key = signing_key(spec)
+    parts = HospitalParts(run, spec.policy, spec.index, algo, rules, data, None, nothing, nothing, key)
+    return AlgoHospital(parts, algo)
 
 
 def check_own_policy(spec: HospitalSpec) -> None:
@@ -135,6 +186,19 @@ def check_classes(run: RunConfig, labels: Mapping[int, str]) -> None:
     if run.model.out_channels is not None and run.model.out_channels < needed:
         raise LabelError(
             f"model.out_channels is {run.model.out_channels}; the labels need {needed}: set it to that, or leave it out"
+        )
+
+
+def check_channels(run: RunConfig, channels: Sequence[str]) -> None:
+    """Refuse a network for other channels than the data have: found in training, that would have been charged.
+
+    Raises:
+      ConfigError: with both numbers.
+    """
+    if run.model.in_channels is not None and run.model.in_channels != len(channels):
+        raise ConfigError(
+            f"the network takes {run.model.in_channels} image channels (model.in_channels, or the bundle's); the data "
+            f"have {len(channels)}: {', '.join(channels)}. Name those to use in data.channels, or take another network"
         )
 
 

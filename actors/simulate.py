@@ -132,11 +132,12 @@ class Simulation:
           MedflError: as of `run_federation`.
         """
         from actors.cluster_metrics import ClusterMetrics, both
-        from actors.coordinator import open_federation_ledger, run_mirror
+        from actors.coordinator import open_federation_ledger, run_mirror, with_flower
 
         root, own = state_root(self._run), (self._run, self._policies, self._folder)
         store = RunFolder(self._folder, self._run, federation_folder(self._policies, self._folder, root))
         with closing(store), ClusterMetrics(self._run, self._folder.name, self._policies) as metrics:
+            first_weights, combine = with_flower(self._run, self._first_weights, self._emit)
             return run_federation(
                 RunParts(
                     run=self._run,
@@ -145,7 +146,8 @@ class Simulation:
                     pool=self.pool,
                     store=store,
                     mirror=run_mirror(*own, root),
-                    initial_weights=self._first_weights,
+                    initial_weights=first_weights,
+                    combine=combine,
                     emit=partial(self._timed, both(self._emit, metrics.update)),
                     stop=stop or threading.Event(),
                     open_federation_ledger=partial(

@@ -16,6 +16,13 @@ from medfl_ray.config_base import Declared, Fraction, HospitalId, Positive, Posi
 from medfl_ray.config_data import DataConfig, HospitalConfig, PartitionConfig, PhantomConfig
 from medfl_ray.config_evaluation import EvaluationConfig
 from medfl_ray.config_federation import FederationConfig
+from medfl_ray.config_fit import (
+    attack_problem,
+    client_algo_problem,
+    hospital_level_problem,
+    rule_problem,
+    study_problem,
+)
 from medfl_ray.config_output import OutputConfig
 from medfl_ray.config_privacy import PrivacyConfig
 from medfl_ray.config_strategies import strategy_problem
@@ -35,13 +42,24 @@ class ModelConfig(Section):
         "swin_unetr",
         "densenet",
         "custom",
-    ] = Field("unet3d", description="Name in the model catalogue, or 'custom' for a network of your own.")
+        "bundle",
+    ] = Field(
+        "unet3d",
+        description="Name in the model catalogue, 'custom' for a network of your own, or 'bundle' for MONAI's.",
+    )
     factory: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
         None,
         description="With type 'custom': 'module:function', called with spatial_dims, in_channels and out_channels; "
         "it returns a torch.nn.Module.",
     )
-    size_divisor: Positive = Field(1, description="With type 'custom': what every input edge is a multiple of.")
+    network: dict[str, Any] | None = Field(
+        None,
+        description="With type 'bundle': definition of the network; model.bundle, the folder of a MONAI bundle in a "
+        "run's file, fills it.",
+    )
+    size_divisor: Positive = Field(
+        1, description="With types 'custom' and 'bundle': what every input edge is a multiple of."
+    )
     in_channels: Positive | None = Field(None, description="Image channels; read from the data when absent.")
     out_channels: Positive | None = Field(
         None, description="Output channels, background included; read from the data when absent."
@@ -59,6 +77,11 @@ class ModelConfig(Section):
     def _factory_belongs_to_custom(self) -> Self:
         if (self.type == "custom") != (self.factory is not None):
             raise ValueError("model.type 'custom' and model.factory belong together; set both or neither")
+        if (self.type == "bundle") != (self.network is not None):
+            raise ValueError(
+                "model.type 'bundle' needs the folder of a MONAI bundle as model.bundle in the run's file, or its "
+                "definition as model.network; other types take neither"
+            )
         return self
 
 
@@ -137,6 +160,11 @@ class TrainingConfig(Section):
     gpus_per_hospital: Annotated[float, Field(ge=0)] = Field(
         0.0, description="GPU share that Ray reserves per actor; 0 shares them evenly."
     )
+    client_algo: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = Field(
+        None,
+        description="'module:function', called with a hospital's name; it returns a monai.fl.client.ClientAlgo that "
+        "trains in our trainer's place.",
+    )
 
 
 __all__ = [
@@ -161,6 +189,7 @@ __all__ = [
     "TrainingConfig",
 ]
 
+"""Strategies that need nothing of a hospital but its change of the weights."""
 SECTION_ALIASES = {"model_config": "model", "fl_config": "federation", "privacy_config": "privacy"}
 FIELD_ALIASES = {
     "model": {"model_type": "type"},
@@ -201,7 +230,7 @@ class RunConfig(Section):
         ):
             if values is not None and len(values) not in (1, dims):
                 raise ValueError(f"{where} has {len(values)} values; a {dims}-dimensional model needs 1 or {dims}")
-        if self.data.task == "classification" and self.model.type not in ("densenet", "custom"):
+        if self.data.task == "classification" and self.model.type not in ("densenet", "custom", "bundle"):
             raise ValueError(f"data.task is 'classification' but model.type {self.model.type!r} segments; use densenet")
         if self.data.task == "segmentation" and self.model.type == "densenet":
             raise ValueError(
@@ -211,15 +240,23 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _studies_fit(self) -> Self:
-        problem = study_problem(self)
+        problem = study_problem(self.evaluation, self.federation, self.privacy, self.data.task)
         if problem is not None:
             raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
+    def _client_algo_fits(self) -> Self:
+        if self.training.client_algo is not None:
+            problem = client_algo_problem(self.data, self.federation, self.privacy, self.aggregation.strategy)
+            if problem is not None:
+                raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
     def _hospital_level_fits(self) -> Self:
         if self.privacy.central:
-            problem = hospital_level_problem(self)
+            problem = hospital_level_problem(self.aggregation, self.federation, self.privacy)
             if problem is not None:
                 raise ValueError(problem)
         return self
@@ -227,7 +264,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _strategy_fits(self) -> Self:
         problem = strategy_problem(self.aggregation, self.federation, self.privacy, self.training.optimizer)
-        problem = problem or attack_problem(self) or rule_problem(self)
+        problem = problem or attack_problem(self.attack, self.federation, self.privacy)
+        problem = problem or rule_problem(self.aggregation, self.federation)
         if problem is not None:
             raise ValueError(problem)
         return self
@@ -274,94 +312,6 @@ def uniform_for_hospital_level(raw: dict[str, Any]) -> dict[str, Any]:
     if not central or not isinstance(aggregation, dict) or "weighting" in aggregation:
         return raw
     return {**raw, "aggregation": {**aggregation, "weighting": "uniform"}}
-
-
-def attack_problem(run: RunConfig) -> str | None:
-    """Return why a study of attacks does not go with a run's other sections, or None where it does."""
-    if run.attack is None:
-        return None
-    if run.privacy.central:
-        return "attack does not go with privacy.unit: hospital, whose cohorts are secret; study it without"
-    if run.federation.baselines:
-        return (
-            "attack does not go with federation.baselines, which the attackers would train on altered data; train "
-            "them in a run without attack"
-        )
-    if run.federation.stragglers == "keep":
-        return "attack does not go with federation.stragglers: keep; use drop"
-    return None
-
-
-def rule_problem(run: RunConfig) -> str | None:
-    """Return why a rule over all updates does not go with a run's other sections, or None where it does."""
-    if run.aggregation.mode != "robust":
-        return None
-    if run.federation.stragglers == "keep":
-        return (
-            "aggregation.mode 'robust' does not go with federation.stragglers: keep, with which a hospital would count "
-            "twice in a round: once with its late update, once with its new one; use drop"
-        )
-    return None
-
-
-def hospital_level_problem(run: RunConfig) -> str | None:
-    """Return why a run's other sections do not fit hospital-level differential privacy, or None where they do."""
-    federation = run.federation
-    if run.aggregation.needs_every_update:
-        return (
-            "privacy.unit: hospital needs the plain mean, aggregation.mode: plain: its noise covers what one hospital "
-            "can change a mean of clipped updates by, and no such bound holds for a rule that looks at all of them"
-        )
-    if run.aggregation.weighting != "uniform":
-        return (
-            "privacy.unit: hospital needs aggregation.weighting: uniform, because a hospital's weight would multiply "
-            "what the noise has to cover"
-        )
-    if federation.over_selection or federation.stragglers == "keep":
-        return (
-            "federation.over_selection and stragglers: keep do not go with privacy.unit: hospital, where whose update "
-            "is in which round must not depend on who was in time; leave both out"
-        )
-    if federation.deadline_s is not None and federation.fraction < 1:
-        return (
-            "federation.deadline_s does not go with privacy.unit: hospital and federation.fraction below 1: who was "
-            "asked is secret there, and who is still busy after a deadline would tell. Leave deadline_s out"
-        )
-    if federation.min_clients != 1:
-        return (
-            "federation.min_clients must be 1 with privacy.unit: hospital: every round is noised and published, since "
-            "giving one up for too few updates would tell who was asked. Use min_available_clients for the start"
-        )
-    if federation.baselines:
-        return (
-            "federation.baselines are not covered by hospital-level differential privacy; leave them out, or train "
-            "them in a run of their own"
-        )
-    if run.privacy.hospital_level.mechanism == "tree" and federation.fraction != 1:
-        return (
-            "privacy.hospital_level.mechanism: tree deals every hospital into one round of each tree; leave "
-            "federation.fraction out and set privacy.hospital_level.rounds_per_tree"
-        )
-    return None
-
-
-def study_problem(run: RunConfig) -> str | None:
-    """Return why a run's evaluation does not go with its other sections, or None where it does."""
-    evaluation = run.evaluation
-    more = [*evaluation.more_metrics, *(["calibration"] if evaluation.calibration else [])]
-    if run.federation.pool == "virtual" and (more or evaluation.has_studies):
-        return (
-            "evaluation beyond Dice, and its studies, do not go with federation.pool: virtual, which scores many "
-            "hospitals in one pass; use pool ray or local"
-        )
-    if run.data.task == "classification" and (evaluation.more_metrics or evaluation.target_dice is not None):
-        return "evaluation.metrics and target_dice are of segmentations; data.task is classification: leave them out"
-    if run.privacy.central and evaluation.has_studies:
-        return (
-            "evaluation.cross_site, leave_one_out and contributions train models that hospital-level differential "
-            "privacy does not cover; leave them out"
-        )
-    return None
 
 
 def rename_aliases(raw: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from medfl_ray.config import RunConfig
+from medfl_ray.config_bundle import with_bundle
 from medfl_ray.errors import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
@@ -26,7 +27,7 @@ def load_run_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunCon
     raw = read_yaml(Path(path))
     for override in overrides:
         apply_override(raw, override)
-    return parse_run_config(raw, source=Path(path).name)
+    return parse_run_config(with_bundle(raw), source=Path(path).name)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from medfl_ray.config_aggregation import PARTIAL, AggregationConfig
+from medfl_ray.config_aggregation import PARTIAL, PERSONAL, AggregationConfig
 from medfl_ray.config_federation import FederationConfig
 from medfl_ray.config_privacy import PrivacyConfig
 
@@ -58,6 +58,11 @@ def _federation_problem(strategy: str, federation: FederationConfig) -> str | No
         return (
             f"federation.stragglers: keep does not go with aggregation.strategy {strategy!r}, whose updates only fit "
             "the round that asked for them; set stragglers: drop"
+        )
+    if federation.keep == "best" and strategy in PERSONAL:
+        return (
+            f"federation.keep: best does not go with aggregation.strategy {strategy!r}, with which every hospital goes "
+            "on with a model of its own from the last round; leave it out"
         )
     if federation.over_selection and strategy in DRIFT:
         return (

@@ -71,7 +71,7 @@ def study(
     """
     from medfl_ray.analytics.report import write_report
     from medfl_ray.cli.run import train_folder
-    from medfl_ray.config import study_problem
+    from medfl_ray.config_fit import study_problem
     from medfl_ray.data.sources import list_hospitals
     from medfl_ray.federation.study_checks import check_studies
     from medfl_ray.store.run_folder import RunFolder
@@ -91,7 +91,7 @@ def study(
             asked["contributions"] = contributions
         evaluation = folder.run.evaluation.model_copy(update=asked)
         wanted = folder.run.model_copy(update={"evaluation": evaluation})
-        problem = study_problem(wanted)
+        problem = study_problem(wanted.evaluation, wanted.federation, wanted.privacy, wanted.data.task)
         if problem is not None:
             raise ConfigError(problem)
         check_studies(wanted, list_hospitals(wanted))

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from medfl_ray.cli.bundle_weights import from_bundle
+
 if TYPE_CHECKING:
     from medfl_ray.store.model_records import ModelVersion
     from medfl_ray.store.promotion import Decision
     from medfl_ray.store.registry import Registry
 
 app = typer.Typer(no_args_is_help=True)
+app.command("bundle")(from_bundle)
 SIGNS = {"passed": "+", "failed": "-", "unknown": "?"}
 
 Name = Annotated[str, typer.Argument(help="Name of a model.")]

@@ -36,9 +36,15 @@ def manifest_path(weights: Path) -> Path:
 
 
 def save_public_weights(
-    path: Path, weights: Vector, layout: Layout, name: str, source: str, made_with: dict[str, Any]
+    path: Path,
+    weights: Vector,
+    layout: Layout,
+    name: str,
+    source: str,
+    made_with: dict[str, Any],
+    origin: Literal["public", "synthetic"] = "synthetic",
 ) -> WeightsManifest:
-    """Write weights [P] that were trained on synthetic images, and their manifest.
+    """Write weights [P] that no private image has shaped, and their manifest.
 
     Raises:
       ConfigError: the folder cannot be written.
@@ -48,7 +54,7 @@ def save_public_weights(
         save_weights(path, weights, layout)
         manifest = WeightsManifest(
             name=name,
-            origin="synthetic",
+            origin=origin,
             source=source,
             sha256=sha256_of(path),
             layout_checksum=layout.checksum,

@@ -7,8 +7,8 @@ of an unexpected error go to the hospital's own log, because its text might hold
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
@@ -53,7 +53,8 @@ LocalReporter = Callable[[int, Mapping[str, float], list[PatientScore], tuple[by
 class HospitalParts:
     """What a hospital is built from; see actors/hospital.py for the composition.
 
-    `memory` is there where the strategy has hospitals remember something.
+    `memory` is there where the strategy has hospitals remember something. `reservations` are those that are open; where
+    each request has a process of its own, they lie in a file.
     """
 
     run: RunConfig
@@ -67,6 +68,7 @@ class HospitalParts:
     write_local_report: LocalReporter
     signer: Signer | None = None
     memory: Memory | None = None
+    reservations: MutableMapping[tuple[str, int, int], tuple[str, Mechanism]] = field(default_factory=dict)
 
 
 class Hospital:
@@ -74,7 +76,7 @@ class Hospital:
 
     def __init__(self, parts: HospitalParts) -> None:
         self._parts = parts
-        self._reservations: dict[tuple[str, int, int], tuple[str, Mechanism]] = {}
+        self._reservations = parts.reservations
 
     @property
     def id(self) -> str:

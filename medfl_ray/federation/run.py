@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from medfl_ray import params
 from medfl_ray.aggregation.robust import combine
@@ -16,23 +15,16 @@ from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError, FederationError, QuorumLost
 from medfl_ray.federation.attacks import check_attack
 from medfl_ray.federation.baselines import as_plain, check_baselines, run_baselines
-from medfl_ray.federation.coalitions import TrainCoalitions
-from medfl_ray.federation.events import Event, HospitalState, Notice, PhaseStarted, RoundClosed
+from medfl_ray.federation.events import HospitalState, Notice, PhaseStarted, RoundClosed
 from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
 from medfl_ray.federation.planning import aggregation_weight, check_rule, mechanisms, steps_per_round
 from medfl_ray.federation.policies import Standings, can_start
 from medfl_ray.federation.ports import (
-    ClientPool,
     FederationState,
-    Ledger,
-    LedgerKeeper,
-    PieceKeeper,
-    PublishedRound,
-    RunKeeper,
-    SignatureCheck,
 )
-from medfl_ray.federation.round_context import Combine, Past, RoundContext, Select
+from medfl_ray.federation.round_context import Combine, Past, RoundContext
 from medfl_ray.federation.rounds import run_round
+from medfl_ray.federation.run_parts import RunOutcome, RunParts, RunStore
 from medfl_ray.federation.selection import select_evaluated, select_of_run
 from medfl_ray.federation.stopping import stopping_record, why_stop
 from medfl_ray.federation.studies import run_studies
@@ -40,101 +32,13 @@ from medfl_ray.messages import (
     ClientFailure,
     HospitalInfo,
     LedgerRows,
-    Message,
-    Receipt,
-    RoundResult,
+    Mechanism,
     SiteEvaluation,
 )
 from medfl_ray.params import Layout, Vector
-from medfl_ray.site_policy import SitePolicy
 from medfl_ray.study_records import STOPPING_FILE, STUDIES_FILE
 
-
-class RunStore(RunKeeper, Protocol):
-    """A keeper that also resumes a run and takes its last results."""
-
-    @property
-    def problems(self) -> Sequence[str]:
-        """What was found damaged on the way, one sentence each."""
-
-    def next_attempt(self) -> int:
-        """Return a number that no earlier attempt of this run has used, durably."""
-
-    def receipts(self) -> list[Receipt]:
-        """Return the receipts of the rounds kept so far, in order."""
-
-    def results(self) -> list[RoundResult]:
-        """Return the closed rounds kept so far, in order."""
-
-    @property
-    def pieces(self) -> PieceKeeper:
-        """Where finished baselines and studies are kept."""
-
-    def best(self) -> PublishedRound | None:
-        """Return the checkpoint with the best mean score over hospitals, or None where none may show one."""
-
-    def save_record(self, name: str, record: Message) -> None:
-        """Write a record into a JSON file of the run."""
-
-    def resume(self) -> PublishedRound | None:
-        """Return the last good checkpoint, or None for a new run."""
-
-    def save_hospitals(self, infos: Sequence[HospitalInfo], failures: Sequence[ClientFailure]) -> None:
-        """Write who is present, and who is not and why, before the first round."""
-
-    def save_group_sizes(self, sizes: Mapping[str, int], hospitals_per_group: int | None) -> None:
-        """Write into the run's configuration what was measured: patients at once per hospital, hospitals at once."""
-
-    def save_final(
-        self,
-        weights: Vector,
-        layout: Layout,
-        evaluations: Sequence[SiteEvaluation],
-        failures: Sequence[ClientFailure],
-    ) -> None:
-        """Write the final weights and their evaluation at each hospital."""
-
-    def save_baselines(self, document: Mapping[str, object]) -> None:
-        """Write the baselines' figures."""
-
-    def save_ledgers(self, ledgers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write each hospital's ledger export."""
-
-
-@dataclass(frozen=True)
-class RunParts:
-    """What a run is built from; `initial_weights` gets channels in and out and returns layout and weights.
-
-    `select` names who is asked in a round, where that is not drawn as the configuration says; `combine` is a rule over
-    all updates of a round, where the configuration names none of ours. `train_coalitions` trains several federations of
-    fewer hospitals at once, where there is room.
-    """
-
-    run: RunConfig
-    job: str
-    policies: tuple[SitePolicy, ...]
-    pool: ClientPool
-    store: RunStore
-    mirror: LedgerKeeper
-    initial_weights: Callable[[int, int], tuple[Layout, Vector]]
-    emit: Callable[[Event], None]
-    stop: threading.Event
-    open_federation_ledger: Callable[[], Ledger]
-    is_signed: SignatureCheck
-    select: Select | None = None
-    combine: Combine | None = None
-    train_coalitions: TrainCoalitions | None = None
-
-
-@dataclass(frozen=True)
-class RunOutcome:
-    """How a run ended; `absent` are hospitals that could not start, or were asked and never delivered an update."""
-
-    rounds_done: int
-    completed: bool
-    reason: str
-    absent: tuple[str, ...]
-    weights_checksum: str
+__all__ = ["RunOutcome", "RunParts", "RunStore", "run_federation"]
 
 
 def run_federation(parts: RunParts) -> RunOutcome:
@@ -148,8 +52,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
     """
     check_baselines(parts.run, parts.policies)
     check_attack(parts.run, parts.policies)
-    central = plan_central(parts.run, parts.policies)
-    planned = mechanisms(parts.run, parts.policies)
+    central, planned = plan_central(parts.run, parts.policies), mechanisms(parts.run, parts.policies)
     announce(parts)
     infos, absent = gather(parts)
     check_rule(parts.run, len(infos))
@@ -160,30 +63,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
         {info.hospital: info.patient_group_size for info in infos if info.patient_group_size is not None},
         next((info.hospitals_per_group for info in infos if info.hospitals_per_group is not None), None),
     )
-    present = tuple(sorted(info.hospital for info in infos))
-    policies = {policy.hospital: policy for policy in parts.policies}
-    context = RoundContext(
-        run=parts.run,
-        job=parts.job,
-        attempt=parts.store.next_attempt(),
-        layout=layout,
-        strategy=build_strategy(parts.run.aggregation, len(parts.policies)),
-        pool=parts.pool,
-        keeper=parts.store,
-        mirror=parts.mirror,
-        available=present,
-        num_steps={hospital: steps_per_round(parts.run, policies[hospital]) for hospital in present},
-        weight={hospital: aggregation_weight(parts.run, policies[hospital]) for hospital in present},
-        mechanisms={hospital: planned[hospital] for hospital in present if hospital in planned},
-        keys={info.hospital: info.public_key for info in infos if info.public_key is not None},
-        is_signed=parts.is_signed,
-        emit=parts.emit,
-        evaluated=select_evaluated(present, parts.run.federation.eval_hospitals, parts.run.federation.seed),
-        select=parts.select or partial(select_of_run, parts.run),
-        past=Past(Standings()),
-        central=start_central(parts, central, layout.size),
-        combine=parts.combine or rule_of(parts.run),
-    )
+    context = context_of(parts, infos, layout, planned, central)
     resumed = parts.store.resume()
     for receipt in parts.store.receipts():
         context.past.standings.add(receipt)
@@ -204,6 +84,40 @@ def run_federation(parts: RunParts) -> RunOutcome:
         reason=reason,
         absent=tuple(sorted({p.hospital for p in parts.policies} - trained - never_asked(parts, context))),
         weights_checksum=params.checksum(released_weights(state.server_state, state.weights)),
+    )
+
+
+def context_of(
+    parts: RunParts,
+    infos: Sequence[HospitalInfo],
+    layout: Layout,
+    planned: Mapping[str, Mechanism],
+    central: CentralPlan | None,
+) -> RoundContext:
+    """Return what stays the same over the rounds of a run."""
+    present = tuple(sorted(info.hospital for info in infos))
+    policies = {policy.hospital: policy for policy in parts.policies}
+    return RoundContext(
+        run=parts.run,
+        job=parts.job,
+        attempt=parts.store.next_attempt(),
+        layout=layout,
+        strategy=build_strategy(parts.run.aggregation, len(parts.policies)),
+        pool=parts.pool,
+        keeper=parts.store,
+        mirror=parts.mirror,
+        available=present,
+        num_steps={hospital: steps_per_round(parts.run, policies[hospital]) for hospital in present},
+        weight={hospital: aggregation_weight(parts.run, policies[hospital]) for hospital in present},
+        mechanisms={hospital: planned[hospital] for hospital in present if hospital in planned},
+        keys={info.hospital: info.public_key for info in infos if info.public_key is not None},
+        is_signed=parts.is_signed,
+        emit=parts.emit,
+        evaluated=select_evaluated(present, parts.run.federation.eval_hospitals, parts.run.federation.seed),
+        select=parts.select or partial(select_of_run, parts.run),
+        past=Past(Standings()),
+        central=start_central(parts, central, layout.size),
+        combine=parts.combine or rule_of(parts.run),
     )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from medfl_ray.config import ModelConfig
 from medfl_ray.errors import ModelError
 from medfl_ray.models import networks
+from medfl_ray.models.bundle_network import build_bundle_network
 from medfl_ray.models.fitness import check_fit_for_dp, drop_unused, keep_constant_buffers_out, work_out_of_place
 from medfl_ray.models.networks import Request
 from medfl_ray.models.norms import use_norm
@@ -80,7 +81,7 @@ def build_network(
     _check_size(model, entry, spatial_dims, len(features), patch_size)
     request = Request(spatial_dims, in_channels, out_channels, features, model.dropout, patch_size)
     network = entry.build(request)
-    if model.factory is None:
+    if model.factory is None and model.network is None:
         use_norm(network, model.norm, spatial_dims)
     work_out_of_place(network)
     keep_constant_buffers_out(network)
@@ -113,11 +114,15 @@ def smallest_size(model: ModelConfig, spatial_dims: int, patch_size: tuple[int, 
     if has_fixed_size(model):
         return patch_size
     # Instance norm needs more than one voxel per channel at the lowest level.
-    edge = size_divisor(model) * (2 if model.norm == "instance" else 1)
+    edge = size_divisor(model) * (2 if model.norm == "instance" or model.network is not None else 1)
     return (edge,) * spatial_dims
 
 
 def _entry(model: ModelConfig) -> Entry:
+    if model.network is not None:
+        return Entry(
+            partial(build_bundle_network, model.network), lambda levels: model.size_divisor, min_levels=1, max_levels=99
+        )
     if model.factory is not None:
         return Entry(
             partial(build_own_network, model.factory), lambda levels: model.size_divisor, min_levels=1, max_levels=99

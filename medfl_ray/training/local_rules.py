@@ -67,9 +67,13 @@ class Given:
 
     def shortened(self, change: Vector) -> Vector:
         """Return a change of the weights [P], not longer than the configuration allows."""
-        limit = self.config.max_update_norm
-        length = norm(change) if limit is not None else 0.0
-        return change if limit is None or length <= limit else (change * np.float32(limit / length)).astype(np.float32)
+        return shortened(change, self.config.max_update_norm)
+
+
+def shortened(change: Vector, limit: float | None) -> Vector:
+    """Return a change of the weights [P], not longer than a limit; None is no limit."""
+    length = norm(change) if limit is not None else 0.0
+    return change if limit is None or length <= limit else (change * np.float32(limit / length)).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)

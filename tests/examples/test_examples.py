@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SAYS = {
+    "flower_monai": [r"all 2 rounds were published", r"round 2: north Dice 0\.\d+, south Dice 0\.\d+"],
     "own_data": [
         r"round 2: 2 hospitals trained",
         r"north: epsilon \d+\.\d+ \(patient-level, delta=1e-05, add/remove\)",
