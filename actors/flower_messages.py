@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from medfl_ray.errors import FederationError
 from medfl_ray.federation.ports import AlonePlan, AloneResult
@@ -78,6 +78,8 @@ class AloneFields(Message):
     hospital: str
     metrics: dict[str, Metric]
     spent: PrivacySpent | None
+    patient_scores: tuple[float, ...] | None = None
+    curve: dict[int, dict[str, Metric]] = Field(default_factory=dict)
 
 
 class Identity(Message):

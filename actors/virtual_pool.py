@@ -70,6 +70,7 @@ class VirtualPool:
         """
         check_simulation(run, policies)
         check_memories(run, memories)
+        self._memories = memories
         self._run = run
         self._policies = {policy.hospital: policy for policy in policies}
         self._index = {policy.hospital: index for index, policy in enumerate(policies)}
@@ -120,7 +121,10 @@ class VirtualPool:
         return layout, weights
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
-        """Charge the whole cohort in one durable write."""
+        """Charge the whole cohort in one durable write; what an earlier attempt at the round has left is forgotten."""
+        if self._run.aggregation.is_stateful:
+            for name in plan.hospitals:
+                self._memories.forget_from(plan.round, name)
         if not plan.mechanisms:
             return dict.fromkeys(plan.hospitals)
         answers: dict[str, PrivacySpent | ClientFailure | None] = {}
@@ -280,6 +284,12 @@ def check_simulation(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
     """
     if run.federation.baselines:
         raise ConfigError("federation.baselines are not trained with virtual hospitals; use --pool ray or local")
+    private = [policy.hospital for policy in policies if policy.declared == "private"]
+    if run.privacy.enable_dp and private:
+        raise ConfigError(
+            f"hospital {private[0]!r} has private data, of which a simulation would tell more than differential "
+            "privacy covers; use --pool ray or local"
+        )
     real = [policy.hospital for policy in policies if policy.declared != "synthetic"]
     if run.privacy.patient_level and real:
         raise ConfigError(

@@ -48,6 +48,11 @@ class Memories:
         if self.folder is not None and round > 0:
             self._of(self.folder, hospital).save(round, memory)
 
+    def forget_from(self, round: int, hospital: str) -> None:
+        """Forget what an earlier attempt at a round, or at a later one, has left at a hospital."""
+        if self.folder is not None:
+            self._of(self.folder, hospital).forget_from(round)
+
     def _of(self, folder: Path, hospital: str) -> HospitalMemory:
         return HospitalMemory(folder / hospital, self.job, self.keep)
 

@@ -240,7 +240,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _studies_fit(self) -> Self:
-        problem = study_problem(self.evaluation, self.federation, self.privacy, self.data.task)
+        problem = study_problem(
+            self.evaluation, self.federation, self.privacy, self.aggregation, self.attack, self.data.task
+        )
         if problem is not None:
             raise ValueError(problem)
         return self

@@ -82,7 +82,12 @@ def hospital_level_problem(
 
 
 def study_problem(
-    evaluation: EvaluationConfig, federation: FederationConfig, privacy: PrivacyConfig, task: str
+    evaluation: EvaluationConfig,
+    federation: FederationConfig,
+    privacy: PrivacyConfig,
+    aggregation: AggregationConfig,
+    attack: AttackConfig | None,
+    task: str,
 ) -> str | None:
     """Return why a run's evaluation does not go with its other sections, or None where it does."""
     more = [*evaluation.more_metrics, *(["calibration"] if evaluation.calibration else [])]
@@ -97,6 +102,29 @@ def study_problem(
         return (
             "evaluation.cross_site, leave_one_out and contributions train models that hospital-level differential "
             "privacy does not cover; leave them out"
+        )
+    if attack is not None and evaluation.has_studies:
+        return (
+            "evaluation.cross_site, leave_one_out and contributions do not go with attack: the attackers would train "
+            "their models on altered data; leave them out"
+        )
+    return _coalition_problem(evaluation, aggregation)
+
+
+def _coalition_problem(evaluation: EvaluationConfig, aggregation: AggregationConfig) -> str | None:
+    """Return why federations of fewer hospitals cannot be trained by a run's strategy, or None where they can."""
+    if not evaluation.leave_one_out and evaluation.contributions is None:
+        return None
+    strategy = aggregation.strategy
+    if aggregation.is_stateful or strategy in ("flower", "afl"):
+        return (
+            f"evaluation.leave_one_out and contributions do not go with aggregation.strategy {strategy!r}, which "
+            "remembers things of the whole federation that its parts must not see; leave them out"
+        )
+    if aggregation.mode == "robust" and evaluation.contributions == "shapley":
+        return (
+            "evaluation.contributions: shapley does not go with aggregation.mode: robust, whose rules need more "
+            "updates than small federations have; use contributions: leave_one_out"
         )
     return None
 

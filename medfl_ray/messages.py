@@ -287,6 +287,11 @@ class RoundResult(Message):
     duration_s: float
 
     @property
+    def lacks_scores(self) -> bool:
+        """Whether a hospital that was asked to score the weights did not: the mean is then of other hospitals."""
+        return any(failure.stage == "evaluate" for failure in self.receipt.failures)
+
+    @property
     def score(self) -> float | None:
         """Mean over the hospitals of Dice, or of AUC, where every one that was evaluated may show its own; else None.
 

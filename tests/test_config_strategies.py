@@ -10,6 +10,7 @@ SGD = {"training": {"optimizer": "sgd"}}
 PATIENT = {"privacy": {"enable_dp": True, "noise_multiplier": 1.0}}
 HOSPITAL = {"privacy": {"enable_dp": True, "noise_multiplier": 1.0, "unit": "hospital"}}
 KEEP = {"federation": {"deadline_s": 60, "stragglers": "keep"}}
+ATTACK = {"attack": {"kind": "sign_flip", "hospitals": ["hospital-1"]}}
 MORE = {"federation": {"over_selection": 0.5}}
 
 
@@ -34,6 +35,11 @@ REFUSED = [
     ("fednova", {}, {**SGD, **HOSPITAL}, "does not go with privacy.unit: hospital"),
     ("fedbn", {}, HOSPITAL, "does not go with privacy.unit: hospital"),
     ("ditto", {}, HOSPITAL, "does not go with privacy.unit: hospital"),
+    ("ditto", {}, {"federation": {"keep": "best"}}, "keep: best does not go with aggregation.strategy 'ditto'"),
+    ("ditto", {}, {"evaluation": {"leave_one_out": True}}, "remembers things of the whole federation"),
+    ("flower", {}, {"evaluation": {"contributions": "shapley"}}, "remembers things of the whole federation"),
+    ("fedavg", {"mode": "robust"}, {"evaluation": {"contributions": "shapley"}}, "does not go with aggregation.mode"),
+    ("fedavg", {}, {**ATTACK, "evaluation": {"cross_site": True}}, "do not go with attack"),
 ]
 
 

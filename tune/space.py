@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from medfl_ray.config import RunConfig
 from medfl_ray.config_base import Positive, PositiveFloat, Section
+from medfl_ray.config_evaluation import EvaluationConfig
 from medfl_ray.config_files import apply_override, parse_run_config, read_yaml
 from medfl_ray.errors import ConfigError
 
@@ -291,5 +292,6 @@ def trial_run(search: SearchConfig, raw: Mapping[str, Any], parameters: Paramete
             "federation": run.federation.model_copy(update=federation),
             "output": run.output.model_copy(update=output),
             "training": run.training.model_copy(update={"gpus_per_hospital": gpus}),
+            "evaluation": EvaluationConfig(),
         }
     )

@@ -36,7 +36,7 @@ def afl(config: AggregationConfig, num_hospitals: int) -> Strategy:
     arXiv:1902.00146).
 
     Sent is (weights, lambda [N]); an update of hospital i is (N lambda_i change, its loss at place i of [N] zeros),
-    all weighted alike, so that over hospitals drawn at random the mean is that of all hospitals under lambda.
+    all weighted alike. The step is the mean under lambda of those who took part, whose losses say who they are.
     """
     rate, step = np.float32(config.server_learning_rate), config.fairness_rate
 
@@ -45,8 +45,11 @@ def afl(config: AggregationConfig, num_hospitals: int) -> Strategy:
 
     def apply(state: ServerState, weights: Vector, mean_update: Vector) -> Next:
         change, losses = mean_update[:-num_hospitals], mean_update[-num_hospitals:].astype(np.float64)
-        climbed = state[HOSPITAL_WEIGHTS].astype(np.float64) + step * num_hospitals * losses
-        return {HOSPITAL_WEIGHTS: onto_simplex(climbed).astype(np.float32)}, weights + rate * change
+        took_part, before = losses != 0, state[HOSPITAL_WEIGHTS].astype(np.float64)
+        # The mean has N lambda_i / n before every change; lambda_i over their sum is wanted.
+        scale = took_part.sum() / (num_hospitals * max(float(before[took_part].sum()), SMALLEST_SUM))
+        climbed = before + step * num_hospitals * losses
+        return {HOSPITAL_WEIGHTS: onto_simplex(climbed).astype(np.float32)}, weights + np.float32(rate * scale) * change
 
     def send(state: ServerState, weights: Vector) -> Vector:
         return np.concatenate([weights, state[HOSPITAL_WEIGHTS]])

@@ -91,7 +91,9 @@ def study(
             asked["contributions"] = contributions
         evaluation = folder.run.evaluation.model_copy(update=asked)
         wanted = folder.run.model_copy(update={"evaluation": evaluation})
-        problem = study_problem(wanted.evaluation, wanted.federation, wanted.privacy, wanted.data.task)
+        problem = study_problem(
+            evaluation, wanted.federation, wanted.privacy, wanted.aggregation, wanted.attack, wanted.data.task
+        )
         if problem is not None:
             raise ConfigError(problem)
         check_studies(wanted, list_hospitals(wanted))

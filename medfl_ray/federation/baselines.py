@@ -144,10 +144,10 @@ def plan_baselines(run: RunConfig, context: RoundContext, policies: Sequence[Sit
     """Return what each baseline does: the local ones by hospital, and the central one."""
     plans: dict[str, AlonePlan] = {}
     if "local" in run.federation.baselines or run.evaluation.cross_site:
-        returned = run.evaluation.cross_site
+        # With their weights, so that a later study need not train, and charge, them again.
         plans.update(
             {
-                h: _alone(context, h, [context.num_steps[h]], context.mechanisms.get(h), returns_weights=returned)
+                h: _alone(context, h, [context.num_steps[h]], context.mechanisms.get(h), returns_weights=True)
                 for h in context.available
             }
         )

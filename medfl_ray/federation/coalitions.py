@@ -90,6 +90,7 @@ def train_coalition(context: RoundContext, initial: Vector, hospitals: Sequence[
         job=f"{context.job}/{coalition_key(hospitals, rounds)}",
         keeper=NoKeeper(),
         available=tuple(sorted(hospitals)),
+        weight={hospital: context.weight[hospital] for hospital in hospitals},
         evaluated=(),
         emit=lambda event: None,
         select=partial(select_of_run, run),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
@@ -101,7 +102,16 @@ class Hospital:
         )
 
     def reserve(self, plan: RoundPlan) -> PrivacySpent | ClientFailure | None:
-        """Charge the plan's worst case in this hospital's ledger, or say why it cannot take part."""
+        """Charge the plan's worst case in this hospital's ledger, or say why it cannot take part.
+
+        What an earlier attempt at the round has left in the hospital's memory is void.
+        """
+        memory = self._parts.memory
+        if memory is not None:
+            forget = partial(memory.forget_from, plan.round)
+            failure = self._guarded(plan.round, plan.attempt, "reserve", False, forget)
+            if failure is not None:
+                return failure
         return self._reserve(plan, self._parts.run.privacy.epsilon)
 
     def _reserve(self, plan: RoundPlan, run_budget: float | None) -> PrivacySpent | ClientFailure | None:

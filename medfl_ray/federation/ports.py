@@ -131,6 +131,9 @@ class Memory(Protocol):
     def save(self, round: int, memory: Mapping[str, Vector]) -> None:
         """Keep durably what it knows after a round."""
 
+    def forget_from(self, round: int) -> None:
+        """Forget what an earlier attempt at a round, or at a later one, has left."""
+
 
 class LedgerKeeper(Protocol):
     """The coordinator's mirror of the hospitals' ledgers; see medfl_ray/store/run_mirror.py."""

@@ -202,7 +202,8 @@ def apply_updates(context: RoundContext, state: FederationState, total: PartialS
     else:
         mean = weighted_mean(total)
     own_state = {name: value for name, value in state.server_state.items() if not is_beside(name)}
-    share = total.weight / sum(context.weight.values())
+    # Under hospital-level DP how many took part is nobody's business, the strategy's included.
+    share = 1.0 if context.central is not None else total.weight / sum(context.weight.values())
     server_state, weights = context.strategy.step(own_state, state.weights, mean, share)
     return FederationState(state.round + 1, weights, {**server_state, **beside})
 

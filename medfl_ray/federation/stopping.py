@@ -13,7 +13,11 @@ Scores = list[tuple[int, float]]
 
 def scores_of(results: Iterable[RoundResult], last: int) -> Scores:
     """Return (round, mean score over hospitals) of the published rounds up to `last` that may show one, in order."""
-    found = {result.round: result.score for result in results if result.receipt.published and result.round <= last}
+    found = {
+        result.round: result.score
+        for result in results
+        if result.receipt.published and result.round <= last and not result.lacks_scores
+    }
     return [(number, score) for number, score in sorted(found.items()) if score is not None]
 
 

@@ -78,8 +78,9 @@ def cross_site(
 
 
 def _score_everywhere(context: RoundContext, owner: str, weights: Vector) -> dict[str, object]:
-    rounds, found = context.run.federation.rounds, {}
-    for answer in context.pool.evaluate(rounds, context.available, weights, pictures=False, deadline_s=None):
+    found = {}
+    # In round 0 no hospital puts a model of its own in the place of the one that it is to score.
+    for answer in context.pool.evaluate(0, context.available, weights, pictures=False, deadline_s=None):
         if not isinstance(answer, SiteEvaluation):
             raise FederationError(f"{answer.hospital} did not score the model of {owner}: {answer.reason}")
         metric = headline_of(answer.metrics)

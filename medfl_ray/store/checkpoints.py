@@ -102,7 +102,12 @@ def _score_of(path: Path) -> float:
 
 
 def mean_score(result: RoundResult) -> float:
-    """Return the mean Dice, or AUC, over hospitals whose figure may be shown; minus infinity where there is none."""
+    """Return the mean Dice, or AUC, over hospitals whose figure may be shown; minus infinity where there is none.
+
+    Nor is there one where a hospital did not score the weights, for it would be a mean of other hospitals.
+    """
+    if result.lacks_scores:
+        return -math.inf
     for name in HEADLINES:
         values = [metrics[name].value for metrics in result.metrics.values() if name in metrics]
         shown = [value for value in values if value is not None and not math.isnan(value)]

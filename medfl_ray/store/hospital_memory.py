@@ -69,6 +69,12 @@ class HospitalMemory:
         for number in (*void, *(number for number in numbers if number < needed)):
             self._path(number).unlink(missing_ok=True)
 
+    def forget_from(self, round: int) -> None:
+        """Forget a round that is planned anew, and those after it: what came of an earlier attempt is void."""
+        for number in self._rounds():
+            if number >= round:
+                self._path(number).unlink(missing_ok=True)
+
     def _path(self, round: int) -> Path:
         return self._folder / f"round-{round:05d}.safetensors"
 

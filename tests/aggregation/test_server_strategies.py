@@ -102,6 +102,13 @@ def test_afl_moves_weight_to_the_hospital_with_the_higher_loss():
     assert np.allclose(strategy.send(state, weights)[1:], [0.4, 0.6])
 
 
+def test_afl_steps_as_far_when_hospitals_are_absent():
+    strategy = strategy_of("afl", num_hospitals=4)
+    # Of four hospitals two took part, with changes 1 and 3, each times N lambda = 1.
+    _, weights = strategy.apply(strategy.init(1), vector(0), (vector(1, 1, 0, 0, 0) + vector(3, 0, 2, 0, 0)) / 2)
+    assert weights.tolist() == [2.0]
+
+
 @pytest.mark.parametrize(
     ("values", "nearest"),
     [([0.2, 0.8], [0.2, 0.8]), ([2.0, 0.0, 0.0], [1, 0, 0]), ([0.5, 0.5, -3.0], [0.5, 0.5, 0]), ([3, 3], [0.5, 0.5])],

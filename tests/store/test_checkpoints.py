@@ -1,12 +1,13 @@
 """Checkpoints: whole or not there; the last good one is always found."""
 
 import errno
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from medfl_ray.errors import CheckpointError
-from medfl_ray.messages import Metric, Receipt, RoundResult
+from medfl_ray.messages import ClientFailure, Metric, Receipt, RoundResult
 from medfl_ray.store import durable
 from medfl_ray.store.checkpoints import Checkpoint, last_good_checkpoint, load_checkpoint, save_checkpoint
 
@@ -45,6 +46,16 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path):
     assert kept(tmp_path) == [2, 5, 6]
     save_checkpoint(tmp_path, checkpoint(7, 0.95), keep=2)
     assert kept(tmp_path) == [6, 7]
+
+
+def test_a_score_of_fewer_hospitals_is_not_the_best(tmp_path):
+    absent = ClientFailure(hospital="b", round=2, attempt=1, stage="evaluate", reason="not in time", left_host=False)
+    save_checkpoint(tmp_path, checkpoint(1, 0.7), keep=1)
+    partly = checkpoint(2, 0.9)
+    receipt = partly.result.receipt.model_copy(update={"failures": (absent,)})
+    save_checkpoint(tmp_path, replace(partly, result=partly.result.model_copy(update={"receipt": receipt})), keep=1)
+    save_checkpoint(tmp_path, checkpoint(3, 0.5), keep=1)
+    assert kept(tmp_path) == [1, 3]
 
 
 def test_a_round_trained_again_replaces_its_damaged_checkpoint(tmp_path):

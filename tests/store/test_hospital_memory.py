@@ -31,6 +31,14 @@ def test_a_round_starts_from_the_newest_of_an_earlier_one(tmp_path):
     assert value_before(memory, 4) == 33
 
 
+def test_a_round_that_is_planned_anew_finds_nothing_of_its_first_attempt(tmp_path):
+    memory = HospitalMemory(tmp_path, "job", keep=3)
+    for round in (1, 2, 3):
+        memory.save(round, knows(round))
+    memory.forget_from(2)
+    assert [value_before(memory, round) for round in (2, 3, 4)] == [1, 1, 1]
+
+
 def test_two_runs_do_not_mix_and_nobody_else_may_read(tmp_path):
     HospitalMemory(tmp_path, "one", keep=3).save(1, knows(1))
     assert HospitalMemory(tmp_path, "two", keep=3).before(2) == {}
