@@ -205,9 +205,8 @@ def test_what_would_not_work_is_refused_before_anything_is_trained(own_module, n
 
 def test_it_does_not_go_with_hospital_level_noise_or_a_second_rate():
     private = {"enable_dp": True, "unit": "hospital", "noise_multiplier": 1.0, "delta": 1e-3}
-    run = small_run(aggregation={"strategy": "flower", "weighting": "uniform"}, privacy=private)
     with pytest.raises(ConfigError, match=r"privacy\.unit: hospital"):
-        FlowerAggregation(run, print)
+        small_run(aggregation={"strategy": "flower", "weighting": "uniform"}, privacy=private)
     run = small_run(aggregation={"strategy": "flower", "server_learning_rate": 0.5})
     with pytest.raises(ConfigError, match="own rate"):
         FlowerAggregation(run, print)
