@@ -21,6 +21,15 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_passages():
+    """Let every test count the passages of a failpoint from zero."""
+    yield
+    from medfl_ray import failpoints
+
+    failpoints._passages.clear()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def state_of_the_tests(tmp_path_factory):
     """Keep ledgers and finished runs out of the user's own state folder, in the tests' child processes too."""

@@ -14,6 +14,7 @@ privacy:
   epsilon: 8
   delta: 1.0e-6
   num_patients: 60
+  num_cases: 90
   min_noise_multiplier: 1.5
   max_grad_norm: 0.5
   max_steps_per_round: 10
@@ -26,6 +27,7 @@ privacy:
         hospital="north",
         data_set="gliomas",
         num_patients=60,
+        num_cases=90,
         max_epsilon=8.0,
         delta=1e-6,
         min_noise_multiplier=1.5,

@@ -107,11 +107,14 @@ def test_spread_weights_by_hand():
 
 
 def test_a_quantised_convolution_stays_quantised():
-    """The integers are the same, and so is every bit of the result."""
+    """The integers are the same, and so is every bit of the result.
+
+    Weights of seven bits: without VNNI, onnxruntime adds pairs of products in 16 bits, which larger ones overflow.
+    """
     scalar = {
         "xs": np.float32(0.05), "xz": np.uint8(120), "ys": np.float32(0.3), "yz": np.uint8(128),
         "ws": np.full(4, 0.01, np.float32), "wz": np.zeros(4, np.int8),
-        "w": RNG.integers(-127, 127, size=(4, 3, 3, 3, 3)).astype(np.int8),
+        "w": RNG.integers(-63, 63, size=(4, 3, 3, 3, 3)).astype(np.int8),
     }  # fmt: skip
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "xs", "xz"], ["xq"], name="q"),

@@ -43,7 +43,7 @@ def acquire(
       head: [*grid] mask.
     """
     means = intensities(profile, channels, rng)
-    signal = means @ fractions
+    signal = np.stack([of_parts(own, fractions) for own in means])
     signal *= _texture(fractions, head, grid, rng)
     bias = _bias(grid, profile, rng)
     image = np.zeros((len(channels), *grid.shape), dtype=np.float32)
@@ -61,13 +61,22 @@ def acquire(
     return image
 
 
+def of_parts(weights: FloatArray, fractions: FloatArray) -> FloatArray:
+    """Return the weighted sum [N] of fractions [parts, N].
+
+    Not by the linear algebra library, whose last bits depend on its threads on some processors.
+    """
+    total: FloatArray = np.einsum("p,pn->n", weights, fractions)
+    return total
+
+
 def _texture(
     fractions: FloatArray, head: np.ndarray[tuple[int, ...], np.dtype[np.bool_]], grid: Grid, rng: np.random.Generator
 ) -> FloatArray:
     fine = ndimage.gaussian_filter(rng.standard_normal(grid.shape, dtype=np.float32), 0.6, truncate=2.5)[head]
     fine /= max(float(fine.std()), 1e-6)
     patches = SmoothField(rng, 12.0).on(grid)[head]
-    relief = 1 + (TEXTURE_OF_PART @ fractions) * fine + (PATCHINESS_OF_PART @ fractions) * patches
+    relief = 1 + of_parts(TEXTURE_OF_PART, fractions) * fine + of_parts(PATCHINESS_OF_PART, fractions) * patches
     clipped: FloatArray = np.clip(relief, 0.2, 2.0).astype(np.float32)
     return clipped
 
