@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medfl_ray.cli.data_make import make
-from medfl_ray.config_files import parse_model
 from medfl_ray.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -162,6 +161,7 @@ def split(
     from rich.table import Table
 
     from medfl_ray.config import PartitionConfig
+    from medfl_ray.config_files import parse_model
     from medfl_ray.data.layouts import discover_cases
     from medfl_ray.data.partitions import partition_patients
     from medfl_ray.data.write_manifest import deal, write_manifest

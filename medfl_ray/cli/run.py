@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medfl_ray.config_files import load_run_config
 from medfl_ray.errors import ConfigError, MedflError, QuorumLost
 
 SHOWN_NAMES = 10
@@ -61,6 +60,7 @@ def start_folder(config: Path | None, resume: Path | None, overrides: list[str])
     Raises:
       ConfigError: the configuration is wrong, or does not go with --resume.
     """
+    from medfl_ray.config_files import load_run_config
     from medfl_ray.data.sources import list_hospitals
     from medfl_ray.federation.attacks import check_attack
     from medfl_ray.federation.baselines import check_baselines
