@@ -18,6 +18,7 @@ import numpy as np
 from actors.train import drive
 from medfl_ray.config_files import parse_run_config
 from medfl_ray.data.sources import list_hospitals
+from medfl_ray.export.description import read_description
 from medfl_ray.export.onnx_export import export_run
 from medfl_ray.store.run_folder import RunFolder
 from serve.auth import add_token
@@ -54,8 +55,9 @@ if not runs:
 token = add_token(work / "tokens.json", "example")
 settings = ServeSettings(models=runs[0], tokens=work / "tokens.json")
 scan = work / "scan.nii.gz"
-image = np.random.default_rng(0).normal(size=(40, 40, 40)).astype(np.float32)
-nib.save(nib.Nifti1Image(image, np.eye(4)), scan)
+num_channels = read_description(runs[0]).num_channels  # several sequences lie on the last axis
+image = np.random.default_rng(0).normal(size=(40, 40, 40, num_channels)).squeeze(-1 if num_channels == 1 else ())
+nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), scan)
 
 # %%
 with socket.create_server(("127.0.0.1", 0)) as free:
