@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +12,7 @@ from medfl_ray.aggregation.fairness import afl, qfedavg
 from medfl_ray.aggregation.interface import Next, ServerState, Strategy, no_state, of_part
 from medfl_ray.config import AggregationConfig
 from medfl_ray.errors import ConfigError
+from medfl_ray.named_code import named_function
 from medfl_ray.params import Vector
 
 __all__ = ["CATALOGUE", "EMA", "ServerState", "Strategy", "build_strategy", "released_weights"]
@@ -72,14 +72,8 @@ def own_strategy(config: AggregationConfig) -> Strategy:
     Raises:
       ConfigError: the function cannot be imported, or does not return a Strategy.
     """
-    module, _, function = str(config.factory).partition(":")
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"aggregation.factory {config.factory!r} cannot be imported ({type(error).__name__}); put the module on "
-            "the PYTHONPATH of the process that coordinates"
-        ) from None
+    remedy = "put the module on the PYTHONPATH of the process that coordinates"
+    make = named_function(str(config.factory), "aggregation.factory", remedy)
     strategy = make(config)
     if not isinstance(strategy, Strategy):
         raise ConfigError(
@@ -89,7 +83,10 @@ def own_strategy(config: AggregationConfig) -> Strategy:
     return strategy
 
 
+AT_THE_SERVER_FEDAVG = ("fedavg", "fedprox", "fedbn", "silobn", "fedper", "fedrep", "ditto", "apfl", "flower")
+"""Strategies of which hospitals, or a rule over all updates, do what differs."""
 CATALOGUE: dict[str, Callable[[AggregationConfig], Strategy]] = {
+    **dict.fromkeys(AT_THE_SERVER_FEDAVG, fedavg),
     "fedavgm": fedavgm,
     "fedadam": adaptive,
     "fedyogi": adaptive,
@@ -100,7 +97,7 @@ CATALOGUE: dict[str, Callable[[AggregationConfig], Strategy]] = {
     "feddyn": feddyn,
     "custom": own_strategy,
 }
-"""What is not here is fedavg at the server; in what it differs, hospitals do."""
+"""All but afl, which has to know how many hospitals there are."""
 
 
 def build_strategy(config: AggregationConfig, num_hospitals: int = 1) -> Strategy:
@@ -109,7 +106,5 @@ def build_strategy(config: AggregationConfig, num_hospitals: int = 1) -> Strateg
     Args:
       num_hospitals: of the whole run, whether they are there or not; afl gives each a weight.
     """
-    strategy = (
-        afl(config, num_hospitals) if config.strategy == "afl" else CATALOGUE.get(config.strategy, fedavg)(config)
-    )
+    strategy = afl(config, num_hospitals) if config.strategy == "afl" else CATALOGUE[config.strategy](config)
     return with_moving_average(strategy, config.ema_decay) if config.ema_decay else strategy

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-
 from torch import nn
 
 from medfl_ray.errors import ModelError
 from medfl_ray.models.networks import Request
+from medfl_ray.named_code import named_function
 
 
 def build_own_network(factory: str, request: Request) -> nn.Module:
@@ -18,15 +17,10 @@ def build_own_network(factory: str, request: Request) -> nn.Module:
     Raises:
       ModelError: the function cannot be imported, or does not return a network.
     """
-    module, _, function = factory.partition(":")
-    where = f"model.factory {factory!r}"
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(
-            f"{where} cannot be imported ({type(error).__name__}); put the module on PYTHONPATH of every process"
-        ) from None
+    make = named_function(factory, "model.factory", "put the module on PYTHONPATH of every process", ModelError)
     network = make(request.spatial_dims, request.in_channels, request.out_channels)
     if not isinstance(network, nn.Module):
-        raise ModelError(f"{where} returned a {type(network).__name__}; it must return a torch.nn.Module")
+        raise ModelError(
+            f"model.factory {factory!r} returned a {type(network).__name__}; it must return a torch.nn.Module"
+        )
     return network

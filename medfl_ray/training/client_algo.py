@@ -6,7 +6,6 @@ refused, and hospital-level, which clips a whole update, is not.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medfl_ray.errors import ConfigError, ModelError
+from medfl_ray.named_code import named_function
 from medfl_ray.params import Layout, Vector, to_tensors
 
 if TYPE_CHECKING:
@@ -104,14 +104,8 @@ def make_algo(factory: str, hospital: str) -> ClientAlgo:
     """
     from monai.fl.client.client_algo import ClientAlgo
 
-    module, _, function = factory.partition(":")
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"training.client_algo {factory!r} cannot be imported ({type(error).__name__}); put the module on the "
-            "PYTHONPATH of every hospital's process"
-        ) from None
+    remedy = "put the module on the PYTHONPATH of every hospital's process"
+    make = named_function(factory, "training.client_algo", remedy)
     algo = make(hospital)
     if not isinstance(algo, ClientAlgo):
         raise ConfigError(
