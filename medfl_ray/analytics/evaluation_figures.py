@@ -20,11 +20,11 @@ from medfl_ray.analytics.figures import (
     CENTRAL,
     FAINT,
     FEDERATED,
-    GRID,
     INK,
     LOCAL,
     MOST_COMPARED,
     Chart,
+    dress,
     metric_name,
     new_figure,
     svg_text,
@@ -34,6 +34,8 @@ from medfl_ray.messages import ReliabilityBins
 from medfl_ray.study_records import ContributionRecord
 
 LEFT_OUT = "#d1495b"
+FURTHER_SIZE = 10.5
+"""Points of the labels of further axes in one figure."""
 NAMES = ("fairness", "cross_site", "contributions", "reliability", "rounds_to_target")
 MOST_IN_MATRIX, MOST_WITH_NUMBERS, MOST_CLASSES = 40, 14, 4
 BLUES = LinearSegmentedColormap.from_list("scores", ["#f4f8fb", "#8fc1d9", FEDERATED, "#083b54"])
@@ -177,7 +179,7 @@ def fairness(summary: EvaluationSummary) -> Drawing | None:
         figure.clear()
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         for axes in (left, right):
-            _dress(axes)
+            dress(axes, FURTHER_SIZE)
         _draw_gains(right, rows)
     _draw_scores(left, rows, summary)
     name = metric_name(summary.run.metric)
@@ -273,7 +275,7 @@ def reliability(bins: Mapping[str, ReliabilityBins]) -> Drawing | None:
 
 def _draw_reliability(upper: Axes, lower: Axes, name: str, bins: ReliabilityBins) -> None:
     for axes in (upper, lower):
-        _dress(axes)
+        dress(axes, FURTHER_SIZE)
     width = 1 / len(bins.counts)
     rows = zip(bins.counts, bins.sum_probability, bins.num_true, strict=True)
     points = [(given / count, true / count) for count, given, true in rows if count]
@@ -328,20 +330,6 @@ def rounds_to_target(summary: EvaluationSummary) -> Drawing | None:
     ]
     alt = f"Line chart of {name} over rounds; the target {target.value:g} was reached: {', '.join(reached_words)}."
     return Drawing("rounds_to_target", "Rounds to the target", figure, alt)
-
-
-def _dress(axes: Axes) -> None:
-    """Give further axes of a figure the report's dress."""
-    axes.set_facecolor("none")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=10, length=3, color=FAINT)
-    axes.xaxis.label.set(color=INK, size=10.5)
-    axes.yaxis.label.set(color=INK, size=10.5)
-    axes.grid(visible=True, color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 def _or_nan(value: float | None) -> float:

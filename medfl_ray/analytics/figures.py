@@ -161,17 +161,22 @@ def new_figure(width: float = 5.6, height: float = 3.9) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
+    dress(axes)
+    return figure, axes
+
+
+def dress(axes: Axes, size: float = 11) -> None:
+    """Give axes the report's dress; their labels have `size` points, their ticks half a point less."""
     axes.set_facecolor("none")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=10.5, length=3, color=FAINT)
-    axes.xaxis.label.set(color=INK, size=11)
-    axes.yaxis.label.set(color=INK, size=11)
+    axes.tick_params(colors=INK, labelsize=size - 0.5, length=3, color=FAINT)
+    axes.xaxis.label.set(color=INK, size=size)
+    axes.yaxis.label.set(color=INK, size=size)
     axes.grid(visible=True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    return figure, axes
 
 
 def _finish(axes: Axes, columns: int, entries: Sequence[Line2D] | None = None) -> None:
