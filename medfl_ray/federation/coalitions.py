@@ -103,13 +103,19 @@ def train_coalition(context: RoundContext, initial: Vector, hospitals: Sequence[
             why = "; ".join(f"{f.hospital}: {f.reason}" for f in result.receipt.failures) or decision.reason
             raise FederationError(f"the federation of {', '.join(own.available)} ended in round {result.round}: {why}")
     weights = released_weights(state.server_state, state.weights) if hospitals else initial
-    return CoalitionRecord(hospitals=own.available, rounds=rounds, evaluations=_score(context, weights, rounds))
+    evaluations = score_everywhere(context, weights, rounds, "a federation of fewer hospitals")
+    return CoalitionRecord(hospitals=own.available, rounds=rounds, evaluations=evaluations)
 
 
-def _score(context: RoundContext, weights: Vector, rounds: int) -> dict[str, SiteEvaluation]:
+def score_everywhere(context: RoundContext, weights: Vector, round: int, what: str) -> dict[str, SiteEvaluation]:
+    """Score weights at every hospital of the run; `what` they are is for the message.
+
+    Raises:
+      FederationError: a hospital did not score them.
+    """
     found = {}
-    for answer in context.pool.evaluate(rounds, context.available, weights, pictures=False, deadline_s=None):
+    for answer in context.pool.evaluate(round, context.available, weights, pictures=False, deadline_s=None):
         if not isinstance(answer, SiteEvaluation):
-            raise FederationError(f"{answer.hospital} did not score a federation of fewer hospitals: {answer.reason}")
+            raise FederationError(f"{answer.hospital} did not score {what}: {answer.reason}")
         found[answer.hospital] = answer
     return dict(sorted(found.items()))

@@ -9,12 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from medfl_ray.errors import FederationError
-from medfl_ray.federation.coalitions import TrainCoalitions, coalition_key, coalition_run, train_in_turn
+from medfl_ray.federation.coalitions import (
+    TrainCoalitions,
+    coalition_key,
+    coalition_run,
+    score_everywhere,
+    train_in_turn,
+)
 from medfl_ray.federation.events import BaselineProgress, Event, PhaseStarted
 from medfl_ray.federation.ports import PieceKeeper
 from medfl_ray.federation.round_context import RoundContext
 from medfl_ray.federation.shapley import Coalition, shapley_values
-from medfl_ray.messages import HEADLINES, Metric, SiteEvaluation
+from medfl_ray.messages import HEADLINES, Metric
 from medfl_ray.params import Vector
 from medfl_ray.study_records import CoalitionRecord, ContributionRecord, Piece, StudiesRecord
 
@@ -71,22 +77,17 @@ def cross_site(
         name = f"cross-site-{owner}"
         kept = pieces.load(name)
         if kept is None:
-            kept = Piece({"scores": _score_everywhere(context, owner, weights)})
+            kept = Piece({"scores": _headlines(context, owner, weights)})
             pieces.save(name, kept)
         matrix[owner] = {hospital: Metric.model_validate(raw) for hospital, raw in kept.document["scores"].items()}
     return matrix
 
 
-def _score_everywhere(context: RoundContext, owner: str, weights: Vector) -> dict[str, object]:
-    found = {}
+def _headlines(context: RoundContext, owner: str, weights: Vector) -> dict[str, object]:
     # In round 0 no hospital puts a model of its own in the place of the one that it is to score.
-    for answer in context.pool.evaluate(0, context.available, weights, pictures=False, deadline_s=None):
-        if not isinstance(answer, SiteEvaluation):
-            raise FederationError(f"{answer.hospital} did not score the model of {owner}: {answer.reason}")
-        metric = headline_of(answer.metrics)
-        if metric is not None:
-            found[answer.hospital] = metric.model_dump()
-    return dict(sorted(found.items()))
+    evaluations = score_everywhere(context, weights, 0, f"the model of {owner}")
+    scores = {hospital: headline_of(evaluation.metrics) for hospital, evaluation in evaluations.items()}
+    return {hospital: metric.model_dump() for hospital, metric in scores.items() if metric is not None}
 
 
 def headline_of(metrics: Mapping[str, Metric]) -> Metric | None:
