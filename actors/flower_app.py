@@ -174,11 +174,6 @@ def check_flower(run: RunConfig) -> None:
     Raises:
       ConfigError: with what to change.
     """
-    if run.privacy.central:
-        raise ConfigError(
-            "aggregation.strategy 'flower' does not go with privacy.unit: hospital, where only the noised sum of the "
-            "updates may be looked at; use fedavg or a server optimizer"
-        )
     if run.aggregation.server_learning_rate != 1:
         raise ConfigError(
             "aggregation.server_learning_rate does not go with strategy 'flower', whose weights are taken as they are; "

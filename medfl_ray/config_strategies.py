@@ -12,7 +12,7 @@ DRIFT = ("scaffold", "feddyn")
 """Strategies of which server and hospitals remember two sides of one sum."""
 OF_THEIR_ROUND = (*DRIFT, *LOSSES)
 """Strategies whose updates only fit the round that asked for them."""
-HOSPITAL_LEVEL = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox", "custom", "flower")
+HOSPITAL_LEVEL = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox", "custom")
 
 
 def strategy_problem(
