@@ -13,13 +13,14 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 
+import yaml
 from harness import Goal, Options, benchmark, report
 from runs import ROOT, hippocampus_folder, mean_of, run
-from strategies_results import Row, figures_of, page
+from strategies_results import Row, best_central, figures_of, page
 
 SEEDS = (1, 2, 3)
 PHANTOMS, HIPPOCAMPUS = "strategies_phantoms.yaml", "strategies_hippocampus.yaml"
@@ -133,8 +134,6 @@ def overrides_of(cell: Cell, images: Path | None, quick: bool) -> tuple[str, lis
 
 
 def _rate_of(config: str) -> float:
-    import yaml
-
     text = (ROOT / "configs" / config).read_text(encoding="utf-8")
     return float(yaml.safe_load(text)["training"]["learning_rate"])
 
@@ -193,25 +192,21 @@ def measure(options: Options) -> list[Row]:
 
     with ThreadPoolExecutor(options.own.workers) as pool:
         list(pool.map(work, missing))
-    # The rate that central does best at on the first seed, on the other seeds too.
-    best = best_rate(rows)
-    later = (
-        [_central(best, seed) for seed in SEEDS[1 : options.own.seeds]]
-        if best and "central" in options.own.parts
-        else []
-    )
+    later = again_at_its_best(rows, wanted, SEEDS[1 : options.own.seeds])
     with ThreadPoolExecutor(options.own.workers) as pool:
         list(pool.map(work, [cell for cell in later if cell.key not in done]))
     return [row for row in rows if row.key in {cell.key for cell in (*wanted, *later)}]
 
 
-def best_rate(rows: Sequence[Row]) -> float | None:
-    """Return the factor at which central training scores best on the first seed; None before all were tried."""
-    scores = {r.strategy: r.central_mean for r in rows if r.part == "central" and r.central and r.seed == SEEDS[0]}
-    factors = {factor: scores.get(f"central x{factor:g}") for factor in RATES}
-    if any(score is None for score in factors.values()):
-        return None
-    return max(RATES, key=lambda factor: float(factors[factor] or 0.0))
+def again_at_its_best(rows: Sequence[Row], wanted: Sequence[Cell], seeds: Sequence[int]) -> list[Cell]:
+    """Return central training on further seeds, at the rate at which it does best on the first one."""
+    best = {row.strategy for row in best_central(rows)}
+    return [
+        replace(cell, seed=seed)
+        for cell in wanted
+        if cell.baseline == "central" and cell.strategy in best
+        for seed in seeds
+    ]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -68,7 +68,7 @@ class Row:
 def figures_of(rows: Sequence[Row]) -> dict[str, float]:
     """Return the figures of all parts that were measured, and one per strategy and data set."""
     figures: dict[str, float] = {}
-    central = {row.seed: row.central_mean for row in _best_central(rows)}
+    central = {row.seed: row.central_mean for row in best_central(rows)}
     federated = {row.seed: row for row in rows if row.part == "central" and row.strategy == "federated"}
     both = sorted(central.keys() & federated.keys())
     if both:
@@ -90,7 +90,7 @@ def _worst(dice: Mapping[str, float]) -> str:
     return min(dice, key=lambda hospital: dice[hospital])
 
 
-def _best_central(rows: Sequence[Row]) -> list[Row]:
+def best_central(rows: Sequence[Row]) -> list[Row]:
     """Return central training at the rate at which it does best on the first seed, on every seed."""
     tried = [row for row in rows if row.part == "central" and row.central]
     first = min((row.seed for row in tried), default=0)
@@ -174,7 +174,7 @@ def _reaches(row: Row, target: float) -> bool:
 
 def _central_lines(rows: Sequence[Row], figures: Mapping[str, float]) -> list[str]:
     federated = [row for row in rows if row.part == "central" and row.strategy == "federated"]
-    central = _best_central(rows)
+    central = best_central(rows)
     if not federated or not central:
         return []
     gain = figures.get("federated_minus_central_dice", float("nan"))
