@@ -56,8 +56,9 @@ def test_a_killed_hospital_is_a_failure_with_a_reason_and_returns_for_the_next_r
     outcome = run_in_process(run, policies, folder.path, pool, kill_first, threading.Event())
     assert outcome.completed
     first, second = (r.receipt for r in folder.results())
-    assert [f.hospital for f in first.failures if f.stage == "train"] == killed
-    assert "process ended" in first.failures[0].reason
+    failures = [f for f in first.failures if f.stage == "train"]  # one more where the retry came before the restart
+    assert {f.hospital for f in failures} == set(killed)
+    assert all("process ended" in f.reason for f in failures)
     assert len(second.trained) == 3
 
 
