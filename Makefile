@@ -20,11 +20,14 @@ install: $(VENV)/.installed-dev ## Make .venv and install the project with its d
 demo: $(VENV)/.installed-dev ## Run the main job on synthetic data (under 5 minutes on 2 cores) and write a report
 	$(RUN) run configs/demo.yaml
 
+# Two processes, each with tests that lie beside each other, so that what a file prepares is prepared once.
+SIDE_BY_SIDE := -n 2 --dist worksteal
+
 test: $(VENV)/.installed-dev ## Run the tests, slow ones apart, and check the coverage
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term:skip-covered
 
 test-ci: $(VENV)/.installed-dev ## Run the slow tests: kills, planted bugs, real processes
-	$(BIN)/python -m pytest -m ci
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m ci
 
 lint: $(VENV)/.installed-dev ## Check style, types and the directions of import
 	$(BIN)/ruff check .

@@ -78,6 +78,7 @@ def build_hospital(
     load_monai()  # not where the actor is made: until then Ray counts it as not there, and calls fail
     from medfl_ray.data.sources import open_hospital_data
     from medfl_ray.training.local_passes import LocalRules
+    from medfl_ray.training.optimizers import make_optimizer
     from medfl_ray.training.trainer import Trainer
 
     configure_logs()
@@ -103,6 +104,8 @@ def build_hospital(
         patch_size=run.patch_size,
         for_dp=run.privacy.patient_level,
     )
+    # For its first optimizer PyTorch loads its compiler; not in a round, whose deadline would run meanwhile.
+    make_optimizer(trainer.training, trainer.network.parameters(), run.training.learning_rate)
     if run.privacy.patient_level:
         trainer.group_size()  # refuses here, before anything is charged, a network that mixes patients
     _make_state_folder(spec)

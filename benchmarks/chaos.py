@@ -41,6 +41,7 @@ GOALS = {
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the part, and how long the cluster is disturbed."""
     parser.add_argument("--part", choices=(*GOALS, "all"), default="all", help="what to do (default: all)")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="kills at each point (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="minutes of chaos on the cluster")
     parser.add_argument("--node-every", type=float, default=300.0, help="seconds between losses of the node")
 
@@ -53,7 +54,7 @@ def measure(options: Options) -> dict[str, float]:
     figures: dict[str, float] = {}
     part = options.own.part
     if part in ("kills", "all"):
-        points, repeats = (SAMPLE, 1) if options.quick else (FAILPOINTS, REPEATS)
+        points, repeats = (SAMPLE, 1) if options.quick else (FAILPOINTS, options.own.repeats)
         figures |= kill_everywhere(options.out / "kills", repeats, points)
     if part in ("cluster", "all"):
         minutes = min(options.own.minutes, 2.0) if options.quick else options.own.minutes

@@ -32,9 +32,9 @@ SGD = ("training.optimizer=sgd", "training.learning_rate=1.0", "training.momentu
 RATES = (0.5, 1.0, 2.0)
 """Factors on the learning rate among which the central baseline takes its best, on the first seed."""
 OWN_SETTINGS: dict[str, tuple[str, ...]] = {
-    "fedadam": ("aggregation.server_learning_rate=0.01",),
-    "fedyogi": ("aggregation.server_learning_rate=0.01",),
-    "fedadagrad": ("aggregation.server_learning_rate=0.01",),
+    "fedadam": ("aggregation.server_learning_rate=0.03",),
+    "fedyogi": ("aggregation.server_learning_rate=0.03",),
+    "fedadagrad": ("aggregation.server_learning_rate=0.03",),
     "fedavgm": ("aggregation.server_momentum=0.5",),
     # These count how far a unit of gradient has led, which Adam does not say.
     "scaffold": SGD,

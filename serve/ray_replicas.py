@@ -20,7 +20,7 @@ from medfl_ray.export.description import PackageDescription
 from serve.backend import ReplicaLost
 from serve.model_loader import ModelKey
 from serve.refusals import TimedOut, Unavailable
-from serve.replica import SegmentAnswer, TensorAnswer
+from serve.replica import Parcel, SegmentAnswer, TensorAnswer
 
 LOAD_TIMEOUT_S = 120.0
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class RayReplicas:
     async def segment(self, key: ModelKey, volume: Volume) -> AsyncIterator[float | SegmentAnswer]:
         """Segment a volume."""
         with _our_errors():
-            async for word in self._for(key, stream=True).segment.remote(key.text, volume):
+            async for word in self._for(key, stream=True).segment.remote(key.text, Parcel(volume)):
                 yield word
 
     def _for(self, key: ModelKey, stream: bool = False) -> Any:

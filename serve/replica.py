@@ -60,6 +60,25 @@ class WindowBatch:
         return math.prod((len(self.windows), *self.windows.shape[2:]))
 
 
+class Parcel:
+    """A volume on its way to a replica, which takes it out: what called the replica would else hold it to the end."""
+
+    def __init__(self, volume: Volume) -> None:
+        """Pack a volume."""
+        self._volume: Volume | None = volume
+
+    def take(self) -> Volume:
+        """Return the volume, once.
+
+        Raises:
+          InferenceError: it was taken before.
+        """
+        volume, self._volume = self._volume, None
+        if volume is None:
+            raise InferenceError("a volume was sent to a replica and taken twice; send the request again")
+        return volume
+
+
 @dataclass(frozen=True)
 class WorkReport:
     """What a request took: seconds in the replica, windows in each onnxruntime call, shift of its intensities."""
@@ -151,7 +170,7 @@ class ModelReplica:
         description = model.description
         empty = np.zeros((description.num_channels, *description.patch_size), dtype=np.float32)
         if description.task == "segmentation":
-            async for _ in self.segment(model_id, Volume(empty, np.eye(4))):
+            async for _ in self.segment(model_id, Parcel(Volume(empty, np.eye(4)))):
                 continue
         else:
             await self.run_windows(WindowBatch(model, empty[None]))
@@ -170,14 +189,13 @@ class ModelReplica:
         report = WorkReport(time.perf_counter() - started, tuple(sizes))
         return TensorAnswer(model.key, parts[0] if len(parts) == 1 else np.concatenate(parts), report)
 
-    async def segment(self, model_id: str, volume: Volume) -> AsyncIterator[float | SegmentAnswer]:
+    async def segment(self, model_id: str, parcel: Parcel) -> AsyncIterator[float | SegmentAnswer]:
         """Yield the fraction that is done, again and again, and at the end the mask."""
         async with self._volumes:
             started = time.perf_counter()
             model = await self.load(model_id)
             yield 0.0
-            steps = await asyncio.to_thread(model.predictor.start, volume)
-            shifts = await asyncio.to_thread(_shifts, model, volume)
+            steps, shifts = await asyncio.to_thread(_begun, model, parcel)
             sizes: list[int] = []
             told = 0.0
             async for together in self._blended(model, steps):
@@ -258,6 +276,9 @@ def _meanwhile(steps: SegmentationSteps, ready: tuple[Sequence[int], Array] | No
     return steps.windows(following)
 
 
-def _shifts(model: LoadedModel, volume: Volume) -> tuple[float, ...]:
+def _begun(model: LoadedModel, parcel: Parcel) -> tuple[SegmentationSteps, tuple[float, ...]]:
+    """Prepare a volume and compare its intensities with the training's; nothing keeps its voxels as they came."""
+    volume = parcel.take()
     fingerprint = model.description.fingerprint
-    return shift_of(volume, fingerprint) if fingerprint is not None else ()
+    shifts = shift_of(volume, fingerprint) if fingerprint is not None else ()
+    return model.predictor.start(volume), shifts

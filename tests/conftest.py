@@ -16,9 +16,12 @@ import pytest  # noqa: E402
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Keep this process at one computing thread; two on a busy machine collapse."""
+    import gc
+
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # the libraries' objects stay; each collection that a test asks for would else look at all of them
 
 
 @pytest.fixture(autouse=True)

@@ -6,12 +6,21 @@ from medfl_ray.messages import ClientUpdate
 
 
 def small_run(**sections) -> RunConfig:
-    """Return a run of three tiny hospitals that trains in about a second; sections override the defaults."""
+    """Return a run of three tiny hospitals that trains in about a second; sections override the defaults.
+
+    How many patients go through the network at once is given; tests/federation/test_group_sizes.py has it measured.
+    """
     raw = {
         "name": "small",
         "data": {"phantom": {"num_hospitals": 3, "patients_per_hospital": 6, "size_voxels": 16, "seed": 3}},
         "model": {"type": "unet3d", "features": [4, 8]},
-        "training": {"batch_size": 2, "patch_size_voxels": 16, "learning_rate": 0.01, "optimizer": "adam"},
+        "training": {
+            "batch_size": 2,
+            "patch_size_voxels": 16,
+            "learning_rate": 0.01,
+            "optimizer": "adam",
+            "patient_group_size": 2,
+        },
         "federation": {"rounds": 2, "local_steps": 2, "pool": "local", "seed": 5},
         "privacy": {"enable_dp": False},
     }

@@ -50,6 +50,11 @@ class Volume:
         return spacing_of(self.affine, len(self.spatial_shape))
 
 
+def without_voxels(volume: Volume) -> Volume:
+    """Return a volume of the same grid that holds no memory: every voxel is the same zero."""
+    return Volume(np.broadcast_to(np.zeros((), dtype=np.float32), volume.array.shape), volume.affine, volume.notes)
+
+
 def spacing_of(affine: Affine, num_axes: int) -> tuple[float, ...]:
     """Return the voxel spacing in mm along the first axes of an affine."""
     return tuple(float(np.linalg.norm(affine[:3, axis])) for axis in range(num_axes))

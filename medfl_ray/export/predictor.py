@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medfl_ray.data.preprocess import Prepared
-from medfl_ray.data.volume import Volume
+from medfl_ray.data.volume import Volume, without_voxels
 from medfl_ray.errors import InferenceError
 from medfl_ray.export.description import PackageDescription
 from medfl_ray.export.onnx_session import OnnxModel
@@ -64,7 +64,7 @@ class SegmentationSteps:
         """
         self._description, self._version = description, version
         self._prepared: Prepared = description.preprocessing.prepare(volume, max_voxels=max_voxels)
-        self._original = volume
+        self._grid = without_voxels(volume)
         image = self._prepared.image
         settings = description.sliding_window
         self.plan: WindowPlan = plan_windows(image.shape[1:], description.patch_size, settings.overlap)
@@ -96,11 +96,9 @@ class SegmentationSteps:
         """
         if self._blender.num_added < len(self.plan):
             raise InferenceError(f"{self._blender.num_added} of {len(self.plan)} windows were run; add the others")
-        mask = self._description.preprocessing.restore(self._label_image.classes, self._prepared.affine, self._original)
+        mask = self._description.preprocessing.restore(self._label_image.classes, self._prepared.affine, self._grid)
         labels = label_values(self._description)
-        return Segmentation(
-            mask, labels, volumes_ml(mask, labels, self._original), self._description.name, self._version
-        )
+        return Segmentation(mask, labels, volumes_ml(mask, labels, self._grid), self._description.name, self._version)
 
 
 class Predictor:

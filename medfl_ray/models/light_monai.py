@@ -1,4 +1,4 @@
-"""Loading MONAI without the plotting, table and cloud libraries that training never calls.
+"""Loading MONAI without the plotting, table, tracking and cloud libraries that training never calls.
 
 `import monai` loads every library that any of its corners may use, if it is installed: half of its time and a hundred
 megabytes, in each process that trains. MONAI treats them as optional, and so they are left out here.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-UNUSED = ("boto3", "matplotlib", "pandas", "sklearn", "tensorboardX")
+UNUSED = ("boto3", "matplotlib", "mlflow", "optuna", "pandas", "sklearn", "tensorboardX")
 
 
 def load_monai() -> None:

@@ -77,7 +77,8 @@ def test_ray_actors_give_the_same_bits(ray_cluster, in_one_process, tmp_path, nu
     assert dice(folder) == dice(own_folder)
 
 
-@pytest.mark.parametrize("exact", [True, pytest.param(False, marks=pytest.mark.ci)])
+@pytest.mark.ci
+@pytest.mark.parametrize("exact", [True, False])
 def test_a_simulation_gives_the_same_bits_exact_and_the_same_numbers_in_groups(
     ray_cluster, in_one_process, tmp_path, exact
 ):

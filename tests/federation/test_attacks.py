@@ -249,6 +249,7 @@ def test_updates_come_one_by_one_where_a_rule_or_an_attack_needs_them(sections, 
     assert small_run(**sections).needs_every_update == expected
 
 
+@pytest.mark.ci
 @pytest.mark.timeout(300)
 def test_virtual_hospitals_and_one_process_agree_under_attack(ray_cluster, tmp_path):
     from actors.simulate import simulate

@@ -42,6 +42,7 @@ def go_on(folder, until=None):
 
 
 def created(tmp_path, **sections):
+    sections.setdefault("training", {"patient_group_size": None})
     run = small_run(federation={"rounds": 2, "local_steps": 1}, **sections)
     return RunFolder.create(run.model_copy(update={"output": run.output.model_copy(update={"directory": tmp_path})}))
 

@@ -8,7 +8,7 @@ import sys
 from medfl_ray.models.light_monai import UNUSED, load_monai
 load_monai()
 assert not [name for name in UNUSED if name in sys.modules], sys.modules.keys() & set(UNUSED)
-import matplotlib, pandas, sklearn.metrics
+import matplotlib, mlflow, optuna, pandas, sklearn.metrics
 from monai.networks.nets import BasicUNet
 from monai.transforms import Spacing
 import torch

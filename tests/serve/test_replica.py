@@ -13,7 +13,7 @@ from medfl_ray.export.onnx_session import OnnxModel
 from medfl_ray.export.predictor import Predictor
 from serve.model_loader import ModelKey
 from serve.refusals import NotServed
-from serve.replica import ModelReplica, SegmentAnswer, WindowBatch, own_answer
+from serve.replica import ModelReplica, Parcel, SegmentAnswer, WindowBatch, own_answer
 from serve.settings import ServeSettings
 from serve.sources import FolderSource
 
@@ -24,7 +24,7 @@ def replica(models):
 
 
 async def segment(replica, key, volume):
-    words = [word async for word in replica.segment(key, volume)]
+    words = [word async for word in replica.segment(key, Parcel(volume))]
     *progress, answer = words
     assert isinstance(answer, SegmentAnswer)
     return progress, answer

@@ -1,4 +1,4 @@
-"""Ray Serve's own commands on the application: built, run on a Ray behind a token, and ended with Ctrl-C."""
+"""Ray Serve's own commands on the application: built, run until Ctrl-C, and deployed on a cluster behind a token."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from ray_head import ray_head, without_ray
 from tiny_models import json_request, write_model
 
 from actors.cluster import secure_environment
@@ -20,7 +21,8 @@ from serve.auth import add_token
 ROOT = Path(__file__).parents[2]
 SERVE = (sys.executable, "-m", "ray.serve.scripts")
 START_S = 240
-pytestmark = pytest.mark.ci
+OF_THE_APPLICATION = ("MEDFL_MODELS", "MEDFL_SERVE_TOKENS", "MEDFL_STATE_DIR")
+pytestmark = [pytest.mark.ci, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
@@ -47,14 +49,14 @@ def build(environment, into):
     return config
 
 
-def wait_until_ready(url, process):
+def wait_until_ready(url, process=None):
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and (process is None or process.poll() is None):
         with contextlib.suppress(httpx.TransportError):  # it does not listen yet
             if httpx.get(f"{url}/v2/health/ready", timeout=5, trust_env=False).status_code == 200:
                 return
         time.sleep(0.5)
-    raise AssertionError(f"not ready; exit code {process.poll()}")
+    raise AssertionError(f"not ready; exit code {process and process.poll()}")
 
 
 def test_what_serve_build_writes_serve_run_serves_until_ctrl_c(environment, tmp_path):
@@ -79,3 +81,30 @@ def test_what_serve_build_writes_serve_run_serves_until_ctrl_c(environment, tmp_
     finally:
         process.kill()
         process.wait()
+
+
+def test_serve_deploy_takes_the_application_to_a_running_cluster(environment, tmp_path):
+    config = build(environment, tmp_path / "built.yaml")
+    config["applications"][0]["runtime_env"] = {"env_vars": {name: environment[name] for name in OF_THE_APPLICATION}}
+    (tmp_path / "built.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    token = add_token(tmp_path / "tokens.json", "test")
+    url = f"http://127.0.0.1:{config['http_options']['port']}"
+    (tmp_path / "home").mkdir()
+    with ray_head(tmp_path / "home") as head:
+
+        def typed(*words, **own):
+            command = [*SERVE, words[0], "--address", head.dashboard, *words[1:]]
+            return subprocess.run(
+                command, cwd=tmp_path, env=without_ray(RAY_AUTH_MODE="token", **own), capture_output=True, text=True,
+                timeout=START_S, check=False,
+            )  # fmt: skip
+
+        assert typed("deploy", "built.yaml", RAY_AUTH_TOKEN="0" * 64).returncode != 0
+        deployed = typed("deploy", "built.yaml", RAY_AUTH_TOKEN=head.token)
+        assert deployed.returncode == 0, deployed.stderr[-2000:]
+        wait_until_ready(url)
+        ask = {"json": json_request(), "timeout": 60, "trust_env": False}
+        answer = httpx.post(f"{url}/v2/models/tiny/infer", headers={"Authorization": f"Bearer {token}"}, **ask)
+        assert answer.json()["outputs"][1]["data"] == [2] * 64
+        status = yaml.safe_load(typed("status", RAY_AUTH_TOKEN=head.token).stdout)
+        assert [application["status"] for application in status["applications"].values()] == ["RUNNING"]
