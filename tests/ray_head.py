@@ -57,6 +57,7 @@ def ray_head(home: Path) -> Iterator[RayHead]:
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=token,
         RAY_USAGE_STATS_ENABLED="0",
+        RAY_worker_niceness="0",  # as in conftest.py
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # else Ray rewrites the node's address and listens everywhere
         # On a busy machine the dashboard takes its time.
         RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT="180",
