@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input insta
 PACKAGES := medfl_ray actors serve tune
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ci lint orthanc prometheus format ci reference docs wheel lock clean
+.PHONY: help install demo test coverage test-ci lint orthanc prometheus format ci reference docs wheel lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,10 @@ demo: $(VENV)/.installed-dev ## Run the main job on synthetic data (under 5 minu
 # Two processes, each with tests that lie beside each other, so that what a file prepares is prepared once.
 SIDE_BY_SIDE := -n 2 --dist worksteal
 
-test: $(VENV)/.installed-dev ## Run the tests, slow ones apart, and check the coverage
+test: $(VENV)/.installed-dev ## Run the tests, slow ones apart
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+coverage: $(VENV)/.installed-dev ## Run the same tests and check how much of the code they reach
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term:skip-covered
 
 test-ci: $(VENV)/.installed-dev ## Run the slow tests: kills, planted bugs, real processes
@@ -53,7 +56,7 @@ format: $(VENV)/.installed-dev ## Format the code and repair what the linter can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-ci: lint test test-ci ## Everything that must pass: lint, test, test-ci
+ci: lint coverage test-ci ## Everything that must pass: lint, the tests with their coverage, the slow tests
 
 reference: $(VENV)/.installed-dev ## Write docs/reference/ from the configuration's schema and the commands
 	$(BIN)/python docs/gen_reference.py

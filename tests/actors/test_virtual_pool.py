@@ -148,6 +148,7 @@ def test_what_is_late_at_the_deadline_is_named(ray_cluster, tmp_path):
     assert all("deadline_s=15" in f.reason for f in receipt.failures if f.stage == "train")
 
 
+@pytest.mark.ci
 def test_cohorts_can_be_named_and_only_the_hospitals_asked_for_evaluate(ray_cluster, tmp_path):
     names = {1: ["hospital-003", "hospital-001"], 2: ["hospital-005"]}
     events = []

@@ -93,6 +93,7 @@ def test_dicom_folders_with_segmentations(medfl, tmp_path):
     check_model(medfl, run, tmp_path / "data/test")
 
 
+@pytest.mark.ci
 def test_nnunet_folder_dealt_to_hospitals(medfl, tmp_path):
     make(tmp_path / "data/nnunet", 1, layout="nnunet", patients=6)
     run = run_small(medfl, "own_nnunet.yaml")

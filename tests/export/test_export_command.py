@@ -13,6 +13,7 @@ def medfl(monkeypatch, capsys, tmp_path):
     return command_line(monkeypatch, capsys)
 
 
+@pytest.mark.ci
 def test_everything_at_once(medfl, make_run, tmp_path):
     folder = make_run(
         model={"type": "unet2d", "features": [4, 8], "in_channels": 2, "out_channels": 2},

@@ -116,6 +116,7 @@ def test_a_picture_and_a_slice_in_two_dimensions(tmp_path):
     assert thin.volumes_ml["tumour"] == pytest.approx((flat.mask == 1).sum() * 5 / 1000)
 
 
+@pytest.mark.ci
 def test_probabilities_of_a_small_image_are_those_of_training(tmp_path):
     from medfl_ray.training.inference import classify
 

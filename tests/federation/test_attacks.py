@@ -118,6 +118,7 @@ def test_a_receipt_without_attackers_has_the_hash_it_always_had(clean):
     assert receipt_hash(receipts[0].model_copy(update={"attackers": "somebody"})) != receipt_hash(receipts[0])
 
 
+@pytest.mark.ci
 def test_norm_bounding_keeps_the_weights_near_those_without_an_attack(tmp_path):
     robust, once = {"mode": "robust"}, {"rounds": 1}
     _, clean, _ = start(small_run(aggregation=robust, federation=once), tmp_path / "clean")
@@ -129,6 +130,7 @@ def test_norm_bounding_keeps_the_weights_near_those_without_an_attack(tmp_path):
     assert near < 0.1 * far
 
 
+@pytest.mark.ci
 def test_a_server_optimizer_and_the_last_aggregate_survive_a_resumed_run(tmp_path):
     rule = {"rule": "centered_clipping", "iterations": 1}
     aggregation = {"mode": "robust", "strategy": "fedadam", "server_learning_rate": 0.01, "robust": rule}

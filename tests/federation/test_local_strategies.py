@@ -149,7 +149,10 @@ def charges(folder):
     }
 
 
-@pytest.mark.parametrize("strategy", ["scaffold", "fednova", "fedbn", "fedrep", "ditto", "feddyn"])
+SLOW = [pytest.param(strategy, marks=pytest.mark.ci) for strategy in ("fednova", "fedbn", "fedrep", "feddyn")]
+
+
+@pytest.mark.parametrize("strategy", ["scaffold", "ditto", *SLOW])
 def test_under_dp_a_strategy_is_charged_like_fedavg(strategy, tmp_path):
     outcome, folder = started(private(strategy), tmp_path)
     assert outcome.completed

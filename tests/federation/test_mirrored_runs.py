@@ -66,7 +66,10 @@ def move_to_another_node(site, backup):
     shutil.rmtree(site)
 
 
-@pytest.mark.parametrize("hurt", [truncate, delete, restore_backup, move_to_another_node])
+SLOW = [pytest.param(hurt, marks=pytest.mark.ci) for hurt in (restore_backup, move_to_another_node)]
+
+
+@pytest.mark.parametrize("hurt", [truncate, delete, *SLOW])
 def test_a_ledger_that_lost_rows_blocks_until_it_is_recovered(tmp_path, hurt):
     hospital, other = names()
     state = tmp_path / "state"

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
 from medfl_ray.models.light_monai import UNUSED, load_monai
@@ -17,6 +19,7 @@ print(tuple(network(torch.zeros(1, 1, 32, 32)).shape))
 """
 
 
+@pytest.mark.ci
 def test_monai_works_without_them_and_they_work_after_it():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "(1, 2, 32, 32)", done.stderr[-2000:]

@@ -121,6 +121,7 @@ def prv_epsilon(history: list[Segment]) -> float:
         return float(accountant.get_epsilon(DELTA))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "history",
     [

@@ -115,6 +115,7 @@ def test_impossible_confidence_is_refused(confidence):
         epsilon_lower_bound(Guesses(10, 10, 10), DELTA, confidence)
 
 
+@pytest.mark.ci
 def test_bound_is_below_the_claim_on_20_honest_runs():
     used = mechanism(1.0)
     bounds = [lower_bound(used, 5000) for _ in range(20)]

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import serve.lean_worker
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +24,7 @@ print(placed.shape)
 """
 
 
+@pytest.mark.ci
 def test_serve_and_resampling_work_without_pandas():
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ from medfl_ray.training.evaluation import PatientScore
 from medfl_ray.training.intervals import bootstrap_intervals, interval_of_means, intervals_of_means
 
 
+@pytest.mark.ci
 def test_close_to_the_normal_interval() -> None:
     values = np.random.default_rng(1).normal(0.7, 0.1, 100)
     low, high = bootstrap_intervals([PatientScore(dice={"core": float(v)}) for v in values])["dice"]
@@ -17,6 +18,7 @@ def test_close_to_the_normal_interval() -> None:
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.005)
 
 
+@pytest.mark.ci
 def test_an_auc_has_an_interval() -> None:
     scores = [PatientScore(probabilities=(1 - p, p), truth=t) for p, t in [(0.9, 1), (0.7, 1), (0.8, 0), (0.1, 0)]]
     low, high = bootstrap_intervals(scores)["auc"]
