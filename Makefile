@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check --no-input insta
 PACKAGES := medfl_ray actors serve tune
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test coverage test-ci lint orthanc prometheus format ci reference docs wheel lock clean
+.PHONY: help install demo test coverage test-ci test-long lint orthanc prometheus format ci reference docs wheel lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,7 +30,10 @@ coverage: $(VENV)/.installed-dev ## Run the same tests and check how much of the
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term:skip-covered
 
 test-ci: $(VENV)/.installed-dev ## Run the slow tests: kills, planted bugs, real processes
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m ci
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "ci and not long"
+
+test-long: $(VENV)/.installed-dev ## Run the tests of minutes each, before a release: make ci has no time for them
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m long
 
 lint: $(VENV)/.installed-dev ## Check style, types and the directions of import
 	$(BIN)/ruff check .

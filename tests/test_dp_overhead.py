@@ -44,7 +44,7 @@ def test_each_contender_can_be_built():
     assert {*CONTENDERS, NOISE} == BUILDERS.keys()
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_it_runs_and_every_contender_clips_alike(tmp_path):
     """A contender whose clipped sum differs from the others' is recorded as failed, and would be null here."""
     command = [sys.executable, "benchmarks/dp_overhead.py", "--quick", "--json", str(tmp_path / "figures.json")]

@@ -154,6 +154,7 @@ def test_supernodes_over_tls_give_the_weights_of_one_process(tmp_path):
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
 
 
+@pytest.mark.long
 def test_flowers_simulation_gives_the_weights_of_one_process(tmp_path):
     run, file = small(tmp_path, 2)
     env, port, log = environment(tmp_path), free_port(), tmp_path / "superlink.log"

@@ -130,6 +130,7 @@ def test_without_the_token_no_job_is_taken(head, tmp_path):
     assert not (tmp_path / "was-here").exists()
 
 
+@pytest.mark.long
 def test_the_howtos_commands_for_jobs_run_stop_and_resume(head, tmp_path):
     clean = write_run(tmp_path / "clean", enable_dp=True, epsilon=60, max_grad_norm=1.0, sample_rate=0.5)
     export, submit, logs, status, again, stop, resume = commands("job")
@@ -164,6 +165,7 @@ def test_the_howtos_commands_for_jobs_run_stop_and_resume(head, tmp_path):
     assert sorted(path.name for path in clean.iterdir()) == ["run.yaml"]
 
 
+@pytest.mark.long
 def test_the_howtos_commands_for_the_laptop_give_the_same_weights(tmp_path):
     folder = write_run(tmp_path / "work")
     lines = commands("laptop")

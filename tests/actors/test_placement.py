@@ -121,7 +121,7 @@ def test_a_simulations_actors_fit_wherever_ray_puts_them(machines, num_actors, a
         free[node] = (cpus - crew.num_cpus, [left - crew.num_gpus * (gpu == at) for at, left in enumerate(gpus)])
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_on_two_nodes_each_hospital_trains_on_its_own_also_after_its_process_was_killed(tmp_path):
     done = subprocess.run(
         [sys.executable, str(PROCESS), str(tmp_path)], capture_output=True, text=True, timeout=240, check=False

@@ -56,8 +56,11 @@ def run_example(name, tmp_path):
     )
 
 
+LONG = ("search", "serve_model")
+
+
 @pytest.mark.ci
-@pytest.mark.parametrize("name", SAYS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in SAYS])
 def test_an_example_runs_and_says_what_it_found(name, tmp_path):
     done = run_example(name, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -45,8 +45,8 @@ def ended(folder):
     return {trial.number: trial for trial in Journal(folder).trials() if trial.ended}
 
 
-@pytest.mark.ci
-@pytest.mark.timeout(280)
+@pytest.mark.long
+@pytest.mark.timeout(600)
 def test_a_search_that_is_killed_half_way_resumes_without_repeating_a_trial(tmp_path):
     config = write_search(tmp_path, trials=5, max_concurrent=2)
     victim = start([config], tmp_path)
