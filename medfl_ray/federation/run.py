@@ -18,7 +18,7 @@ from medfl_ray.federation.baselines import as_plain, check_baselines, run_baseli
 from medfl_ray.federation.events import HospitalState, Notice, PhaseStarted, RoundClosed
 from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
 from medfl_ray.federation.planning import aggregation_weight, check_rule, mechanisms, steps_per_round
-from medfl_ray.federation.policies import Standings, can_start
+from medfl_ray.federation.policies import Standings, can_start, pause_before
 from medfl_ray.federation.ports import (
     FederationState,
 )
@@ -242,6 +242,9 @@ def repeat_rounds(
             stopped = f"round {state.round + 1} was not published: {decision.reason}"
             return state, f"{stopped}. {why}" if why else stopped, trained
         if decision.verdict == "skip":
+            if any(failure.passing for failure in result.receipt.failures):
+                # Processes that are starting again need longer than a round that nobody answers.
+                parts.stop.wait(pause_before(failed_before + 3))
             context = replace(context, attempt=parts.store.next_attempt())
     return state, reason, trained
 

@@ -20,13 +20,14 @@ class Disturbed:
     """A Ray pool in which named hospitals' processes sleep before they train, or end."""
 
     def __init__(self, pool, slow=None, dropped=()):
-        self._pool, self._slow, self._dropped = pool, slow or {}, dropped
+        self._pool, self._slow, self._dropped, self._restarting = pool, slow or {}, dropped, []
         self.closed_after = []
 
     def __getattr__(self, name):
         return getattr(self._pool, name)
 
     def reserve(self, plan):
+        self._wait_for_restarts()
         self._began = time.monotonic()
         return self._pool.reserve(plan)
 
@@ -40,8 +41,22 @@ class Disturbed:
                 actor.__ray_call__.remote(lambda self, seconds=seconds: time.sleep(seconds))
             if (name, plan.round) in self._dropped:
                 ray.kill(actor, no_restart=False)
+                self._restarting.append(actor)
         yield from self._pool.train(plan, hospitals, weights)
         self.closed_after.append(time.monotonic() - self._began)
+
+    def _wait_for_restarts(self, within_s=120):
+        """Wait until who dropped out of a round is there for the next: rounds here are quicker than processes start."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        ends = time.monotonic() + within_s
+        while self._restarting and time.monotonic() < ends:
+            try:
+                ray.get(self._restarting[0].process_id.remote())
+                self._restarting.pop(0)
+            except RayActorError:
+                time.sleep(0.3)
 
 
 def start(run, tmp_path, slow=None, dropped=(), **options):

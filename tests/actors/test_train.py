@@ -14,7 +14,7 @@ from small_runs import small_run
 
 from medfl_ray.config_files import dump_yaml
 
-pytestmark = pytest.mark.ci
+pytestmark = [pytest.mark.ci, pytest.mark.timeout(600)]
 
 
 def command(arguments, mark):
@@ -49,10 +49,11 @@ def nothing_left(mark, within_s=30):
     return False
 
 
-def write_config(tmp_path, **federation):
-    run = small_run(federation={"pool": "ray", "local_steps": 4, **federation})
+def write_config(tmp_path, with_report=True, **federation):
+    output = {"directory": tmp_path, "report": with_report, "export": with_report}
+    run = small_run(federation={"pool": "ray", "local_steps": 4, **federation}, output=output)
     path = tmp_path / "config.yaml"
-    path.write_text(dump_yaml(run.model_copy(update={"output": run.output.model_copy(update={"directory": tmp_path})})))
+    path.write_text(dump_yaml(run))
     return path
 
 
@@ -78,7 +79,7 @@ def process_called(name, mark, within_s=60):
 
 def test_a_killed_coordinator_is_started_again_and_the_run_ends_as_if_nothing_had_happened(tmp_path):
     mark = uuid.uuid4().hex
-    config = write_config(tmp_path, rounds=6)
+    config = write_config(tmp_path, with_report=False, rounds=6)
     running = command([str(config)], mark)
     seen = []
     for line in iter(running.stdout.readline, ""):
@@ -101,7 +102,7 @@ def test_a_killed_coordinator_is_started_again_and_the_run_ends_as_if_nothing_ha
 
 def test_where_rays_own_processes_end_the_run_says_so_and_is_resumed(tmp_path):
     mark = uuid.uuid4().hex
-    running = command([str(write_config(tmp_path, rounds=40))], mark)
+    running = command([str(write_config(tmp_path, with_report=False, rounds=40))], mark)
     for line in iter(running.stdout.readline, ""):
         if line.startswith("round 2/"):
             os.kill(process_called("raylet/raylet", mark), signal.SIGKILL)
