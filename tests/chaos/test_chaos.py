@@ -19,7 +19,7 @@ def chaos(tmp_path, *arguments):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     ended = subprocess.run(
         [sys.executable, str(BENCHMARK), "--json", str(tmp_path / "figures.json"), *arguments],
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env={**environment, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"},  # as in conftest.py
         capture_output=True,
         text=True,
         check=False,
@@ -48,7 +48,7 @@ def test_killed_at_every_point_nothing_is_lost_or_undercounted(tmp_path):
     check_kills(chaos(tmp_path, "--part", "kills", "--repeats", "1"), len(FAILPOINTS))
 
 
-@pytest.mark.ci
+@pytest.mark.long
 @pytest.mark.timeout(420)
 def test_on_a_cluster_under_fire_no_round_hangs_and_nothing_is_left(tmp_path):
     figures = chaos(tmp_path, "--part", "cluster", "--minutes", "2", "--node-every", "45")
