@@ -42,9 +42,13 @@ class RayHead:
 
 
 def without_ray(**more: str) -> dict[str, str]:
-    """Return the environment without what it says of Ray and of the machine's other clusters; `more` is added."""
+    """Return the environment without what it says of Ray and of the machine's other clusters; `more` is added.
+
+    Workers do not yield to other processes, as in conftest.py.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return {**kept, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", **more}
+    own = {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "RAY_worker_niceness": "0"}
+    return {**kept, **own, **more}
 
 
 @contextmanager
@@ -57,7 +61,6 @@ def ray_head(home: Path) -> Iterator[RayHead]:
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=token,
         RAY_USAGE_STATS_ENABLED="0",
-        RAY_worker_niceness="0",  # as in conftest.py
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # else Ray rewrites the node's address and listens everywhere
         # On a busy machine the dashboard takes its time.
         RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT="180",

@@ -51,8 +51,9 @@ class Volume:
 
 
 def without_voxels(volume: Volume) -> Volume:
-    """Return a volume of the same grid that holds no memory: every voxel is the same zero."""
-    return Volume(np.broadcast_to(np.zeros((), dtype=np.float32), volume.array.shape), volume.affine, volume.notes)
+    """Return a volume of the same grid and one channel that holds no memory: every voxel is the same zero."""
+    zeros = np.broadcast_to(np.zeros((), dtype=np.float32), (1, *volume.spatial_shape))
+    return Volume(zeros, volume.affine, volume.notes)
 
 
 def spacing_of(affine: Affine, num_axes: int) -> tuple[float, ...]:

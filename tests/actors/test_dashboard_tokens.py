@@ -1,7 +1,6 @@
 """A cluster with its dashboard: loopback only, and nothing for whoever has no token."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from ray_head import without_ray
 
 pytestmark = pytest.mark.ci
 
@@ -19,9 +19,8 @@ LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 @pytest.fixture(scope="module")
 def guarded():
     """Where a cluster of our own with a dashboard listens."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with subprocess.Popen(
-        [sys.executable, str(PROCESS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(PROCESS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=without_ray()
     ) as process:
         where = json.loads(process.stdout.readline())
         yield {**where, "process": process.pid}

@@ -1,13 +1,13 @@
 """The coordinator killed at named points, and a cluster under fire, by the benchmark that measures both."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from chaos_kills import FAILPOINTS, NUM_ROUNDS, configure, judge_ledgers, kill_and_resume, lost_rounds, warm_up
+from ray_head import without_ray
 
 from medfl_ray.store.run_folder import RunFolder
 
@@ -16,10 +16,9 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
 def chaos(tmp_path, *arguments):
     """Run the benchmark in a process of its own, which forks, and return its figures."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     ended = subprocess.run(
         [sys.executable, str(BENCHMARK), "--json", str(tmp_path / "figures.json"), *arguments],
-        env={**environment, "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"},  # as in conftest.py
+        env=without_ray(OMP_NUM_THREADS="1"),
         capture_output=True,
         text=True,
         check=False,

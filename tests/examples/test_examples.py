@@ -1,7 +1,6 @@
 """Every example runs to its end and says what it found; the notebooks are the scripts."""
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from ray_head import without_ray
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -37,14 +37,13 @@ def maker():
 def run_example(name, tmp_path):
     """Run an example in a folder of its own that has the checkout's configurations."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {
-        "PYTHONPATH": str(ROOT),
-        "MPLBACKEND": "agg",
-        "TMPDIR": str(tmp_path),
-        "MEDFL_STATE_DIR": str(tmp_path / "state"),
-        "RAY_TMPDIR": "/tmp",
-    }
+    environment = without_ray(
+        PYTHONPATH=str(ROOT),
+        MPLBACKEND="agg",
+        TMPDIR=str(tmp_path),
+        MEDFL_STATE_DIR=str(tmp_path / "state"),
+        RAY_TMPDIR="/tmp",
+    )
     return subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), "--fast"],
         cwd=tmp_path,
