@@ -6,6 +6,7 @@ network where that is faster; what goes back is one sum over all of them and a f
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -85,7 +86,6 @@ class VirtualHospitals:
         self._run = run
         self._open_data = open_data
         self._declared = declared
-        self._checksum: str | None = None
         self._data: OrderedDict[str, Any] = OrderedDict()
         self._opening = threading.Lock()
         self._budget = MemoryBudget(cache_bytes)
@@ -105,6 +105,7 @@ class VirtualHospitals:
         """Build the network that all hospitals have, from the data of one; what is wrong with them, `describe` says."""
         with suppress(MedflError):
             self._trainer_for(self._opened(hospital))
+        gc.freeze()  # a full collection would walk through every library that is loaded, in the middle of a round
 
     def first_weights(self, in_channels: int, out_channels: int) -> tuple[Layout, Vector] | MedflError:
         """Return layout and first weights [P] of the run's network, or why there are none."""
@@ -378,9 +379,7 @@ class VirtualHospitals:
 
     def _layout_checksum(self) -> str:
         assert self._trainer is not None
-        if self._checksum is None:
-            self._checksum = self._trainer.layout.checksum
-        return self._checksum
+        return self._trainer.layout.checksum
 
     def _guarded(self, where: Assignment, turn: Turn, work: Callable[[], Answer]) -> Answer | ClientFailure:
         """Turn whatever goes wrong at one hospital into a failure with a reason."""

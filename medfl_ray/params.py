@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,12 +31,12 @@ class Layout:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Number of elements P of the vector."""
         return sum(math.prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """SHA-256 over names and shapes, in hex."""
         text = ";".join(f"{name}:{shape}" for name, shape in zip(self.names, self.shapes, strict=True))
