@@ -20,7 +20,7 @@ from threading import Lock
 import yaml
 from harness import Goal, Options, benchmark, report
 from runs import ROOT, hippocampus_folder, mean_of, run
-from strategies_results import Row, best_central, figures_of, page
+from strategies_results import Row, best_central, best_federated, figures_of, page
 
 SEEDS = (1, 2, 3)
 PHANTOMS, HIPPOCAMPUS = "strategies_phantoms.yaml", "strategies_hippocampus.yaml"
@@ -33,7 +33,7 @@ CONVERGED = ("federation.rounds=60", "training.lr_schedule=cosine", "federation.
 """What the comparison with central training overrides: after ten rounds nobody has learnt what can be learnt here, and
 who is ahead says who is quicker."""
 RATES = (0.5, 1.0, 2.0)
-"""Factors on the learning rate among which the central baseline takes its best, on the first seed."""
+"""Factors on the learning rate among which the federation and central training take their best, on the first seed."""
 OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "fedadam": ("aggregation.server_learning_rate=0.1",),
     "fedyogi": ("aggregation.server_learning_rate=0.1",),
@@ -102,15 +102,9 @@ def cells(parts: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
 
 
 def _against_central(seed: int, first: int) -> Iterable[Cell]:
-    """The federation beside central and local training, once per factor on central's rate on the first seed."""
-    yield Cell("central", "federated", STRATA, seed, CONVERGED, baseline="local")
+    """Federated, central and local training at every rate, on the first seed; see `again_at_its_best`."""
     for factor in RATES if seed == first else ():
-        yield _central(factor, seed)
-
-
-def _central(factor: float, seed: int) -> Cell:
-    """Central training at a rate of its own: the run around it has that rate too, and is not looked at."""
-    return Cell("central", f"central x{factor:g}", STRATA, seed, CONVERGED, baseline="central", rate=factor)
+        yield Cell("central", f"rate x{factor:g}", STRATA, seed, CONVERGED, baseline="local,central", rate=factor)
 
 
 def _attacks(seed: int) -> Iterable[Cell]:
@@ -159,8 +153,8 @@ def measure_cell(cell: Cell, options: Options, images: Path | None) -> Row:
         dice=finished.federated(),
         pooled=_pooled(patients),
         curve=curve,
-        local=finished.local() if cell.baseline == "local" else {},
-        central=finished.central() if cell.baseline == "central" else {},
+        local=finished.local() if cell.baseline else {},
+        central=finished.central() if cell.baseline else {},
         num_scored={hospital: len(scores) for hospital, scores in patients.items()},
         seconds=round(finished.seconds, 1),
     )
@@ -203,12 +197,13 @@ def measure(options: Options) -> list[Row]:
 
 
 def again_at_its_best(rows: Sequence[Row], wanted: Sequence[Cell], seeds: Sequence[int]) -> list[Cell]:
-    """Return central training on further seeds, at the rate at which it does best on the first one."""
-    best = {row.strategy for row in best_central(rows)}
+    """Return the comparison on further seeds: at the rate that suits the federation best on the first one, and at the
+    one that suits central training best."""
+    best = {row.strategy for row in (*best_central(rows), *best_federated(rows))}
     return [
         replace(cell, seed=seed)
         for cell in wanted
-        if cell.baseline == "central" and cell.strategy in best
+        if cell.part == "central" and cell.strategy in best
         for seed in seeds
     ]
 

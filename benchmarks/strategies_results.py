@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from statistics import mean, stdev
 from typing import Any
@@ -69,7 +69,7 @@ def figures_of(rows: Sequence[Row]) -> dict[str, float]:
     """Return the figures of all parts that were measured, and one per strategy and data set."""
     figures: dict[str, float] = {}
     central = {row.seed: row.central_mean for row in best_central(rows)}
-    federated = {row.seed: row for row in rows if row.part == "central" and row.strategy == "federated"}
+    federated = {row.seed: row for row in best_federated(rows)}
     both = sorted(central.keys() & federated.keys())
     if both:
         figures["federated_minus_central_dice"] = mean(federated[s].pooled - central[s] for s in both)
@@ -91,10 +91,19 @@ def _worst(dice: Mapping[str, float]) -> str:
 
 
 def best_central(rows: Sequence[Row]) -> list[Row]:
-    """Return central training at the rate at which it does best on the first seed, on every seed."""
-    tried = [row for row in rows if row.part == "central" and row.central]
+    """Return the runs with the rate at which central training does best on the first seed, on every seed."""
+    return _at_its_best(rows, lambda row: row.central_mean)
+
+
+def best_federated(rows: Sequence[Row]) -> list[Row]:
+    """Return the runs with the rate at which the federation does best on the first seed, on every seed."""
+    return _at_its_best(rows, lambda row: row.pooled)
+
+
+def _at_its_best(rows: Sequence[Row], score: Callable[[Row], float]) -> list[Row]:
+    tried = [row for row in rows if row.part == "central"]
     first = min((row.seed for row in tried), default=0)
-    best = max((row for row in tried if row.seed == first), key=lambda row: row.central_mean, default=None)
+    best = max((row for row in tried if row.seed == first), key=score, default=None)
     return [] if best is None else [row for row in tried if row.strategy == best.strategy]
 
 
@@ -173,17 +182,17 @@ def _reaches(row: Row, target: float) -> bool:
 
 
 def _central_lines(rows: Sequence[Row], figures: Mapping[str, float]) -> list[str]:
-    federated = [row for row in rows if row.part == "central" and row.strategy == "federated"]
-    central = best_central(rows)
-    if not federated or not central:
+    federated, central = best_federated(rows), best_central(rows)
+    if not federated:
         return []
     gain = figures.get("federated_minus_central_dice", float("nan"))
     return [
         "",
         "Hippocampus, strata, 60 rounds with a cosine schedule and as many steps of central training, all held-out",
-        f"cases pooled: federated {mean(r.pooled for r in federated):.3f}, central "
-        f"{mean(r.central_mean for r in central):.3f} at its best of three learning rates ({central[0].strategy}), "
-        f"difference {gain:+.4f}. The worst hospital gains {figures['worst_hospital_gain']:+.3f} over its own model.",
+        "cases pooled, each at its best of three learning rates on the first seed: federated "
+        f"{mean(r.pooled for r in federated):.3f} ({federated[0].strategy}), central "
+        f"{mean(r.central_mean for r in central):.3f} ({central[0].strategy}), difference {gain:+.4f}.",
+        f"The worst hospital gains {figures['worst_hospital_gain']:+.3f} over its own model.",
     ]
 
 
