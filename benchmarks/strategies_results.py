@@ -133,7 +133,8 @@ def _under_attack(rows: Sequence[Row]) -> dict[str, float]:
 
 def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
+    data = list(dict.fromkeys(row.data for row in rows))
+    for row in sorted(rows, key=lambda row: (data.index(row.data), row.part != "table", row.strategy, row.seed)):
         groups.setdefault((row.data, row.strategy), []).append(row)
     return groups
 
@@ -189,9 +190,9 @@ def _central_lines(rows: Sequence[Row], figures: Mapping[str, float]) -> list[st
     return [
         "",
         "Hippocampus, strata, 60 rounds with a cosine schedule and as many steps of central training, all held-out",
-        "cases pooled, each at its best of three learning rates on the first seed: federated "
-        f"{mean(r.pooled for r in federated):.3f} ({federated[0].strategy}), central "
-        f"{mean(r.central_mean for r in central):.3f} ({central[0].strategy}), difference {gain:+.4f}.",
+        "cases pooled, each at its best of three learning rates on the first seed:",
+        f"federated {mean(r.pooled for r in federated):.3f} ({federated[0].strategy}), "
+        f"central {mean(r.central_mean for r in central):.3f} ({central[0].strategy}), difference {gain:+.4f}.",
         f"The worst hospital gains {figures['worst_hospital_gain']:+.3f} over its own model.",
     ]
 
