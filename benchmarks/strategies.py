@@ -20,7 +20,7 @@ from threading import Lock
 import yaml
 from harness import Goal, Options, benchmark, report
 from runs import ROOT, hippocampus_folder, mean_of, run
-from strategies_results import Row, best_central, best_federated, figures_of, page
+from strategies_results import CONVERGED_ROUNDS, Row, best_central, best_federated, figures_of, page
 
 SEEDS = (1, 2, 3)
 PHANTOMS, HIPPOCAMPUS = "strategies_phantoms.yaml", "strategies_hippocampus.yaml"
@@ -29,7 +29,7 @@ COMPARED = ("fedavg", "fedprox", "fedadam", "scaffold", "fedbn", "ditto")
 OTHERS = ("fedavgm", "fedyogi", "fedadagrad", "fednova", "qfedavg", "afl", "feddyn", "fedper", "fedrep", "apfl")
 ATTACKS = ("label_flip", "sign_flip", "gaussian", "alie", "ipm", "scaled_backdoor")
 SGD = ("training.optimizer=sgd", "training.learning_rate=1.0", "training.momentum=0")
-CONVERGED = ("federation.rounds=60", "training.lr_schedule=cosine", "federation.eval_every=20")
+CONVERGED = (f"federation.rounds={CONVERGED_ROUNDS}", "training.lr_schedule=cosine", "federation.eval_every=20")
 """What the comparison with central training overrides: after ten rounds nobody has learnt what can be learnt here, and
 who is ahead says who is quicker."""
 RATES = (0.5, 1.0, 2.0)

@@ -79,7 +79,7 @@ def _measure(trainer: Trainer) -> GroupChoice:
         if (time.perf_counter() - start) + (1 + TURNS) * min(shortest.values()) * size > MEASURING_S:
             break
         shortest[size] = seconds_each(size)
-    for _ in range(TURNS):
+    for _ in range(TURNS if len(shortest) > 1 else 0):  # hospitals too slow for any group are not timed again
         for size, before in shortest.items():
             shortest[size] = min(before, seconds_each(size))
     alone = shortest.pop(1)

@@ -96,6 +96,7 @@ def test_slow_training_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch)
     tried = pretend(monkeypatch, {1: 2.0, 4: 0.1})
     assert explain_hospitals_per_group(make_trainer()).size == 1
     assert set(tried) == {1}
+    assert len(tried) == 2
 
 
 def work(groups: list[list[int]], sizes: list[tuple[int, int]], batch_size: int) -> int:
