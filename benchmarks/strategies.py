@@ -20,9 +20,10 @@ from threading import Lock
 import yaml
 from harness import Goal, Options, benchmark, report
 from runs import ROOT, hippocampus_folder, mean_of, run
-from strategies_results import CONVERGED_ROUNDS, Row, best_central, best_federated, figures_of, page
+from strategies_results import CONVERGED_ROUNDS, Row, best_central, best_federated, figures_of, pages
 
 SEEDS = (1, 2, 3)
+PARTS = ("table", "others", "central", "attacks")
 PHANTOMS, HIPPOCAMPUS = "strategies_phantoms.yaml", "strategies_hippocampus.yaml"
 COMPARED = ("fedavg", "fedprox", "fedadam", "scaffold", "fedbn", "ditto")
 # silobn is not among them: the networks of the catalogue have no running statistics, so that it is refused.
@@ -210,15 +211,30 @@ def again_at_its_best(rows: Sequence[Row], wanted: Sequence[Cell], seeds: Sequen
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add which parts, how many seeds and how many runs at a time."""
-    parser.add_argument("--parts", default="table,others,central,attacks", help="parts (default: %(default)s)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="parts (default: %(default)s); figures of others stay")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time (default: %(default)s)")
+
+
+def publish(rows: Sequence[Row], file: Path) -> None:
+    """Write the tables of what was measured beside the file of the figures."""
+    for ending, text in pages(rows).items():
+        file.with_name(f"{file.stem}{ending}.md").write_text(text, encoding="utf-8")
+
+
+def kept_figures(options: Options) -> dict[str, float]:
+    """Return the figures of parts that were measured before and not asked for now."""
+    if set(options.own.parts.split(",")) == set(PARTS) or not options.json.is_file():
+        return {}
+    return dict(json.loads(options.json.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     with benchmark(__doc__, add_options=add_options) as options:
         rows = measure(options)
+        figures = figures_of(rows)
         if options.json is not None and options.json.name != "-":
-            options.json.with_suffix(".md").write_text(page(rows), encoding="utf-8")
-        report(options, figures_of(rows), GOALS)
+            publish(rows, options.json)
+            figures = {**kept_figures(options), **figures}
+        report(options, figures, GOALS)

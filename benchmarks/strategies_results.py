@@ -140,14 +140,30 @@ def _grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     return groups
 
 
-def page(rows: Sequence[Row]) -> str:
-    """Return the page of tables."""
+def pages(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the pages of tables by the ending of their names; one whose part has no rows is left out.
+
+    Each names the machine that it was measured on, so that one part may be measured again without the others.
+    """
     figures = figures_of(rows)
+    texts = {
+        "": ("Strategies side by side", _table_lines(rows)),
+        "_central": ("Federated and central training", _central_lines(rows, figures)),
+        "_attacks": ("Robust mode under attack", _attack_lines(figures)),
+    }
+    written = f"Written by `benchmarks/strategies.py`. {describe_machine()}."
+    return {
+        ending: "\n".join([f"# {title}", "", *lines, "", written]) + "\n"
+        for ending, (title, lines) in texts.items()
+        if lines
+    }
+
+
+def _table_lines(rows: Sequence[Row]) -> list[str]:
+    table = _grouped([row for row in rows if row.part in ("table", "others")])
+    if not table:
+        return []
     lines = [
-        "# Strategies side by side",
-        "",
-        f"Written by `benchmarks/strategies.py`. {describe_machine()}.",
-        "",
         "Dice is that of the model that a hospital ends with, on its held-out patients: with fedbn, silobn, fedper,",
         "fedrep, ditto and apfl its own. Mean, worst and spread are over hospitals, averaged over the seeds; +- is the",
         "standard deviation of the mean over seeds. Rounds to target: the first round at which the mean reaches",
@@ -156,12 +172,9 @@ def page(rows: Sequence[Row]) -> str:
         "| data | strategy | seeds | mean Dice | worst hospital | spread | rounds to target |",
         "|---|---|---|---|---|---|---|",
     ]
-    table = _grouped([row for row in rows if row.part in ("table", "others")])
     for (data, strategy), own in table.items():
         lines.append(_line(data, strategy, own, _target(table.get((data, "fedavg"), []))))
-    lines += _central_lines(rows, figures)
-    lines += _attack_lines(figures)
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _target(fedavg: Sequence[Row]) -> float:
@@ -189,7 +202,6 @@ def _central_lines(rows: Sequence[Row], figures: Mapping[str, float]) -> list[st
         return []
     gain = figures.get("federated_minus_central_dice", float("nan"))
     return [
-        "",
         f"Hippocampus, strata, {CONVERGED_ROUNDS} rounds with a cosine schedule and as many steps of central training, "
         "all held-out",
         "cases pooled, each at its best of three learning rates on the first seed:",
@@ -205,7 +217,6 @@ def _attack_lines(figures: Mapping[str, float]) -> list[str]:
         return []
     kinds = [name.partition(", ")[2] for name in losses if name.startswith("robust, ")]
     lines = [
-        "",
         "One hostile hospital of five (hippocampus, Dirichlet 5): loss of the honest hospitals' mean Dice against",
         "plain averaging without an attacker.",
         "",

@@ -7,8 +7,10 @@ and `run_windows`.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -222,22 +224,28 @@ class ModelReplica:
     async def _blended(self, model: LoadedModel, steps: SegmentationSteps) -> AsyncIterator[int]:
         """Run all windows; yield how many ran together.
 
-        While one batch runs, the one before it is blended and the one after it is cut.
+        While one batch runs, the one before it is blended, and the one after it is cut and waits behind it.
         """
-        size = self._windows_at_once(model.description.patch_size)
-        parts = batches(len(steps.plan), size)
-        windows = await asyncio.to_thread(steps.windows, parts[0])
-        ready: tuple[Sequence[int], Array] | None = None
-        for place, numbers in enumerate(parts):
-            running = asyncio.ensure_future(self.run_windows(WindowBatch(model, windows)))
-            try:
-                following = parts[place + 1] if place + 1 < len(parts) else range(0)
+        parts = batches(len(steps.plan), self._windows_at_once(model.description.patch_size))
+        sent: deque[asyncio.Future[Together]] = deque()
+
+        def send(windows: Array) -> None:
+            sent.append(asyncio.ensure_future(self.run_windows(WindowBatch(model, windows))))
+
+        try:
+            send(await asyncio.to_thread(steps.windows, parts[0]))
+            ready: tuple[Sequence[int], Array] | None = None
+            for numbers, following in itertools.zip_longest(parts, parts[1:], fillvalue=range(0)):
                 windows = await asyncio.to_thread(_meanwhile, steps, ready, following)
-                logits, together = await running
-            finally:
-                running.cancel()  # of a request that is gone; nothing where it has ended
-            ready = (numbers, logits)
-            yield together
+                if following:
+                    send(windows)
+                logits, together = await sent[0]
+                sent.popleft()
+                ready = (numbers, logits)
+                yield together
+        finally:
+            for batch in sent:  # of a request that is gone
+                batch.cancel()
         await asyncio.to_thread(_meanwhile, steps, ready, range(0))
 
     def _windows_at_once(self, shape: Sequence[int]) -> int:

@@ -27,8 +27,8 @@ def take_nearest(labels: Labels, matrix: Matrix, offset: Matrix, shape: tuple[in
 def _along_axes(labels: Labels, matrix: Matrix, offset: Matrix, shape: tuple[int, ...]) -> Labels:
     """Take whole planes, where the axes of both grids are parallel."""
     there = [int(axis) for axis in np.abs(matrix).argmax(axis=1)]
-    places = []
+    taken = labels
     for here, axis in enumerate(there):
         nearest = np.floor(matrix[here, axis] * np.arange(shape[axis]) + offset[here] + 0.5).astype(np.intp)
-        places.append(np.clip(nearest, 0, labels.shape[here] - 1))
-    return np.ascontiguousarray(labels[np.ix_(*places)].transpose(np.argsort(there)))
+        taken = taken.take(np.clip(nearest, 0, labels.shape[here] - 1), axis=here)
+    return np.ascontiguousarray(taken.transpose(np.argsort(there)))

@@ -14,6 +14,7 @@ import numpy as np
 from medfl_ray.data.volume import Affine, Array, spacing_of
 from medfl_ray.errors import GeometryError
 
+BLOCK = 2**16
 AXES = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
@@ -105,12 +106,19 @@ def normalise(array: Array, intensity: str, window: tuple[float, float] | None) 
     for channel, target in zip(array, scaled, strict=True):
         if intensity == "zscore":
             np.subtract(channel, np.float32(channel.mean(dtype=np.float64)), out=target)
-            deviation = np.float32(np.sqrt(np.square(target).mean(dtype=np.float64)))
+            deviation = np.float32(math.sqrt(_mean_square(target)))
             target /= deviation if deviation > 0 else np.float32(1)
         else:
             low, high = np.percentile(channel, [1, 99]) if intensity == "percentile" else (window or (0.0, 1.0))
             _between(channel, float(low), float(high), target)
     return scaled
+
+
+def _mean_square(values: Array) -> float:
+    """Return the mean of the squares, by blocks: no second array as large as the image."""
+    flat = values.reshape(-1)
+    blocks = (flat[start : start + BLOCK] for start in range(0, flat.size, BLOCK))
+    return math.fsum(float(np.square(block).sum(dtype=np.float64)) for block in blocks) / flat.size
 
 
 def _between(channel: Array, low: float, high: float, target: Array) -> None:

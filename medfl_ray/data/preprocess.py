@@ -97,7 +97,7 @@ class Preprocessing(BaseModel):
             chain = np.linalg.inv(affine) @ original.affine
             matrix, offset, shape = chain[:3, :3], chain[:3, 3], original.spatial_shape
         restored = take_nearest(classes, matrix, offset, shape)
-        coded: Labels = values[restored] if self.label_values else restored
+        coded: Labels = values.take(restored) if self.label_values else restored
         return coded.reshape(original.spatial_shape)
 
     def _check_channels(self, image: Volume) -> Volume:

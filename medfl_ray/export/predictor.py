@@ -177,8 +177,7 @@ def volumes_ml(mask: Mask, labels: dict[int, str], volume: Volume) -> dict[str, 
     if mask.ndim != 3:
         return {}
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / MM3_PER_ML
-    counts = np.bincount(mask.reshape(-1), minlength=256)
-    return {name: float(counts[value]) * voxel_ml for value, name in labels.items()}
+    return {name: float(np.count_nonzero(mask == value)) * voxel_ml for value, name in labels.items()}
 
 
 def _padded(image: Array, smallest: tuple[int, ...]) -> Array:

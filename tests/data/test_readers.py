@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import nibabel as nib
 import nrrd
 import numpy as np
 import pytest
@@ -24,6 +25,23 @@ def test_fourth_axis_of_nifti_becomes_channels(tmp_path, write_nifti):
     volume = read_volume(write_nifti(tmp_path / "a.nii", np.stack([VOXELS, -VOXELS], axis=-1), AFFINE))
     assert volume.array.shape == (2, 4, 5, 6)
     assert np.array_equal(volume.array[1], -VOXELS)
+
+
+@pytest.mark.parametrize(
+    "shape", [(70, 3, 64, 2), (2, 30, 3, 2), (70, 3, 64)], ids=["planes", "thin planes", "no channels"]
+)
+@pytest.mark.parametrize("slope", [None, 0.5])
+def test_voxels_of_every_layout_are_those_that_nibabel_reads(tmp_path, shape, slope):
+    stored = np.random.default_rng(0).integers(-1000, 1000, shape).astype(np.int16)
+    image = nib.Nifti1Image(stored, AFFINE)
+    if slope is not None:
+        image.header.set_slope_inter(slope, 3.0)
+    nib.save(image, tmp_path / "a.nii")
+    expected = nib.load(tmp_path / "a.nii").get_fdata(dtype=np.float32).reshape(*shape[:3], -1)
+    volume = read_volume(tmp_path / "a.nii")
+    assert volume.array.dtype == np.float32
+    assert volume.array.flags.c_contiguous
+    assert np.array_equal(volume.array, np.moveaxis(expected, 3, 0))
 
 
 @pytest.mark.parametrize(
