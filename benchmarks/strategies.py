@@ -20,7 +20,7 @@ from threading import Lock
 import yaml
 from harness import Goal, Options, benchmark, report
 from runs import ROOT, hippocampus_folder, mean_of, run
-from strategies_results import CONVERGED_ROUNDS, Row, best_central, best_federated, figures_of, pages
+from strategies_results import CONVERGED_EPOCHS, CONVERGED_ROUNDS, Row, best_central, best_federated, figures_of, pages
 
 SEEDS = (1, 2, 3)
 PARTS = ("table", "others", "central", "attacks")
@@ -30,10 +30,15 @@ COMPARED = ("fedavg", "fedprox", "fedadam", "scaffold", "fedbn", "ditto")
 OTHERS = ("fedavgm", "fedyogi", "fedadagrad", "fednova", "qfedavg", "afl", "feddyn", "fedper", "fedrep", "apfl")
 ATTACKS = ("label_flip", "sign_flip", "gaussian", "alie", "ipm", "scaled_backdoor")
 SGD = ("training.optimizer=sgd", "training.learning_rate=1.0", "training.momentum=0")
-CONVERGED = (f"federation.rounds={CONVERGED_ROUNDS}", "training.lr_schedule=cosine", "federation.eval_every=20")
+CONVERGED = (
+    f"federation.rounds={CONVERGED_ROUNDS}",
+    f"federation.local_epochs={CONVERGED_EPOCHS}",
+    "training.lr_schedule=cosine",
+    "federation.eval_every=40",
+)
 """What the comparison with central training overrides: after ten rounds nobody has learnt what can be learnt here, and
 who is ahead says who is quicker."""
-RATES = (0.5, 1.0, 2.0)
+RATES = (1.0, 2.0, 3.0)
 """Factors on the learning rate among which the federation and central training take their best, on the first seed."""
 OWN_SETTINGS: dict[str, tuple[str, ...]] = {
     "fedadam": ("aggregation.server_learning_rate=0.1",),

@@ -9,7 +9,8 @@ from typing import Any
 
 from harness import describe_machine
 
-CONVERGED_ROUNDS = 60
+CONVERGED_ROUNDS = 160
+CONVERGED_EPOCHS = 0.5
 TARGET_SHARE = 0.95
 """The target of a data set, as a share of the best mean Dice that fedavg reaches on it."""
 
@@ -202,9 +203,9 @@ def _central_lines(rows: Sequence[Row], figures: Mapping[str, float]) -> list[st
         return []
     gain = figures.get("federated_minus_central_dice", float("nan"))
     return [
-        f"Hippocampus, strata, {CONVERGED_ROUNDS} rounds with a cosine schedule and as many steps of central training, "
-        "all held-out",
-        "cases pooled, each at its best of three learning rates on the first seed:",
+        f"Hippocampus, strata, {CONVERGED_ROUNDS} rounds of {CONVERGED_EPOCHS:g} epochs with a cosine schedule, and as "
+        "many steps of central training;",
+        "all held-out cases pooled, each at its best of three learning rates on the first seed:",
         f"federated {mean(r.pooled for r in federated):.3f} ({federated[0].strategy}), "
         f"central {mean(r.central_mean for r in central):.3f} ({central[0].strategy}), difference {gain:+.4f}.",
         f"The worst hospital gains {figures['worst_hospital_gain']:+.3f} over its own model.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,8 +34,13 @@ class Checkpoint:
     result: RoundResult
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, keep: int, scores: MutableMapping[Path, float] | None = None
+) -> None:
     """Write a checkpoint durably, then forget all but the newest `keep` and the best, by `mean_score`.
+
+    Args:
+      scores: what earlier calls found, so that a checkpoint of a thousand hospitals is not read again in every round.
 
     Raises:
       CheckpointError: the disk is full or the folder cannot be written; the checkpoints before it are intact.
@@ -62,7 +67,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
         failpoint("checkpoint.manifest")
         _replace_folder(final, temporary)
         failpoint("checkpoint.renamed")
-        _forget_all_but(folder, keep)
+        known = {} if scores is None else scores
+        known[final] = mean_score(checkpoint.result)
+        _forget_all_but(folder, keep, known)
         failpoint("checkpoint.pruned")
     except OSError as error:
         raise CheckpointError(
@@ -82,14 +89,19 @@ def _replace_folder(final: Path, temporary: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _forget_all_but(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep` and the best."""
+def _forget_all_but(folder: Path, keep: int, scores: MutableMapping[Path, float]) -> None:
+    """Remove all checkpoints but the newest `keep` and the best; scores that are not known are read."""
     paths = sorted(folder.glob("round-*"))
-    scores = {path: _score_of(path) for path in paths} if len(paths) > keep else {}
-    best = max(scores, key=lambda path: scores[path], default=None)
+    if len(paths) <= keep:
+        return
+    for path in paths:
+        if path not in scores:
+            scores[path] = _score_of(path)
+    best = max(paths, key=lambda path: scores[path])
     for path in paths[:-keep]:
         if path != best or scores[path] == -math.inf:
             shutil.rmtree(path, ignore_errors=True)
+            del scores[path]
 
 
 def _score_of(path: Path) -> float:

@@ -54,6 +54,7 @@ class RunFolder:
         self._key_path = (key_folder or path / FEDERATION_FOLDER) / KEY_NAME
         self._journal = RoundJournal(path)
         self._last_receipt: str | None = None
+        self._checkpoint_scores: dict[Path, float] = {}
 
     @classmethod
     def create(cls, run: RunConfig) -> RunFolder:
@@ -244,7 +245,8 @@ class RunFolder:
     def save_checkpoint(self, state: Any, result: RoundResult) -> None:
         """Make a round durable, which publishes it; `state` has round, weights and server_state."""
         checkpoint = Checkpoint(state.round, state.weights, state.server_state, result)
-        save_checkpoint(self.path / "checkpoints", checkpoint, self.run.output.keep_checkpoints)
+        keep = self.run.output.keep_checkpoints
+        save_checkpoint(self.path / "checkpoints", checkpoint, keep, self._checkpoint_scores)
 
     def record(self, result: RoundResult) -> None:
         """Append a closed round to metrics.jsonl and, signed, to receipts.jsonl."""

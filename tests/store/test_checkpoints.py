@@ -40,12 +40,22 @@ def kept(folder):
     return [int(path.name[-5:]) for path in sorted(folder.glob("round-*"))]
 
 
-def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path):
+@pytest.mark.parametrize("known", [None, {}], ids=["read again", "remembered"])
+def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path, known):
     for number, dice in enumerate([0.3, 0.9, 0.5, 0.4, 0.6, float("nan")], start=1):
-        save_checkpoint(tmp_path, checkpoint(number, dice), keep=2)
+        save_checkpoint(tmp_path, checkpoint(number, dice), keep=2, scores=known)
     assert kept(tmp_path) == [2, 5, 6]
-    save_checkpoint(tmp_path, checkpoint(7, 0.95), keep=2)
+    if known is not None:  # nothing of what is gone is remembered
+        assert sorted(path.name for path in known) == ["round-00002", "round-00005", "round-00006"]
+    save_checkpoint(tmp_path, checkpoint(7, 0.95), keep=2, scores=known)
     assert kept(tmp_path) == [6, 7]
+
+
+def test_a_process_that_goes_on_reads_the_scores_that_it_does_not_know(tmp_path):
+    for number, dice in enumerate([0.3, 0.9, 0.5], start=1):
+        save_checkpoint(tmp_path, checkpoint(number, dice), keep=2)
+    save_checkpoint(tmp_path, checkpoint(4, 0.6), keep=2, scores={})
+    assert kept(tmp_path) == [2, 3, 4]
 
 
 def test_a_score_of_fewer_hospitals_is_not_the_best(tmp_path):
