@@ -60,7 +60,7 @@ def deployed(ray_cluster, tmp_path_factory) -> Iterator[Deployed]:
     models = folder / "models"
     write_model(models / "tiny" / "1", mark=1)
     write_model(models / "tiny" / "2", mark=2)
-    write_model(models / "slow" / "1", mark=3, name="slow", num_slow=40)
+    write_model(models / "slow" / "1", mark=3, name="slow", num_slow=100)
     promote(models, 1)
     settings = ServeSettings.model_validate(
         {
