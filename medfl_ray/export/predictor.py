@@ -177,7 +177,9 @@ def volumes_ml(mask: Mask, labels: dict[int, str], volume: Volume) -> dict[str, 
     if mask.ndim != 3:
         return {}
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / MM3_PER_ML
-    return {name: float(np.count_nonzero(mask == value)) * voxel_ml for value, name in labels.items()}
+    # One pass for any number of labels; plane by plane, for bincount works on eight bytes a voxel.
+    counts = np.sum([np.bincount(plane.reshape(-1), minlength=256) for plane in mask], axis=0)
+    return {name: float(counts[value]) * voxel_ml for value, name in labels.items()}
 
 
 def _padded(image: Array, smallest: tuple[int, ...]) -> Array:
