@@ -104,6 +104,8 @@ def node_environment(secrets_folder: Path, node_folder: Path) -> dict[str, str]:
         "RAY_TLS_CA_CERT": str(secrets_folder / CA_CERTIFICATE),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # gRPC else ends the process that the client port forks for a client, now and then (ray-project/ray #63202).
+        "GRPC_ENABLE_FORK_SUPPORT": "0",
     }
 
 

@@ -61,6 +61,7 @@ def ray_head(home: Path) -> Iterator[RayHead]:
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=token,
         RAY_USAGE_STATS_ENABLED="0",
+        GRPC_ENABLE_FORK_SUPPORT="0",  # as nodes have it from actors.cluster_secrets: clients else fail now and then
         RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",  # else Ray rewrites the node's address and listens everywhere
         # On a busy machine the dashboard takes its time.
         RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT="180",

@@ -44,6 +44,7 @@ def test_the_environment_switches_token_and_tls_on(made):
     environment = dict(line.split("=", 1) for line in said.stdout.splitlines())
     assert environment["RAY_AUTH_MODE"] == "token"
     assert environment["RAY_USE_TLS"] == "1"
+    assert environment["GRPC_ENABLE_FORK_SUPPORT"] == "0"
     for name in ("RAY_AUTH_TOKEN_PATH", "RAY_TLS_SERVER_CERT", "RAY_TLS_SERVER_KEY", "RAY_TLS_CA_CERT"):
         assert (made / environment[name]).exists()
 

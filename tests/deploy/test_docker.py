@@ -117,6 +117,7 @@ def test_an_image_has_the_projects_python_and_runs_its_command_as_nobody_special
     )
     environment = dict(pair.split("=") for word, rest in said if word == "ENV" for pair in shlex.split(rest))
     assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment["GRPC_ENABLE_FORK_SUPPORT"] == "0"
 
 
 def test_the_two_images_differ_in_the_libraries_alone():
