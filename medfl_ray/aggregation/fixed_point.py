@@ -1,8 +1,9 @@
 """Order-independent sums of update vectors.
 
 Floating-point addition depends on its order, and the order in which hospitals answer is chance. Each
-weighted update is therefore rounded once to a multiple of 2**-FRACTION_BITS and summed in int64,
-which is exact and associative: the same bits whatever the number of actors, whichever came first.
+update is therefore rounded once, downward to a multiple of 2**-FRACTION_BITS, and summed with its whole
+number of a weight in int64, which is exact and associative: the same bits whatever the number of actors,
+whichever came first.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from medfl_ray.aggregation.directed_rounding import rounding_down
 from medfl_ray.errors import UpdateRejected
 from medfl_ray.params import Vector
 
 FRACTION_BITS = 36
 _SCALE = float(2**FRACTION_BITS)
 _LIMIT = float(2**62)
-_QUICK_LIMIT = float(2**51)
-_QUICK_WEIGHT = 2**29  # products of float32 and smaller integers are exact in float64
-_ROUNDER = 1.5 * 2**52
-_ROUNDER_BITS = int(np.float64(_ROUNDER).view(np.int64))
+_GROUND = np.float64(1.5 * 2.0 ** (52 - FRACTION_BITS))
+"""Floats from two to four thirds of it, and no others, have just FRACTION_BITS bits behind the point."""
+_GROUND_BITS = int(_GROUND.view(np.int64))
+_ROOM = 0.99 * 2.0 ** (51 - FRACTION_BITS)
+"""How far from _GROUND a sum may go, less what the norms that say so may be off."""
 BLOCK = 32768
 
 IntVector = npt.NDArray[np.int64]
@@ -55,54 +58,76 @@ def add_update(partial: PartialSum, update: Vector, weight: int) -> PartialSum:
 
 
 def add_updates(partial: PartialSum, updates: Vector, weights: Sequence[int]) -> PartialSum:
-    """Add several weighted updates, [K, P], to the same bits as one by one; quickest for K from 8 to 16.
+    """Add several weighted updates, [K, P], to the same bits as one by one; quickest for 8 to 16 of equal weight.
 
     Raises:
       UpdateRejected: as of `add_update`, for any of them; then none of them is in the sum.
     """
     if updates.shape != (len(weights), partial.total.size):
         raise UpdateRejected(f"the update has shape {updates.shape[1:]}; the round needs {partial.total.shape}")
-    scales = [float(weight * _SCALE) for weight in weights]
-    norms = _add_at_once(partial.total, updates, scales)
-    largest = max(map(operator.mul, norms, scales), default=0.0)
-    magnitude = partial.magnitude + sum(map(operator.mul, norms, scales))
-    sound = math.isfinite(magnitude) and magnitude < _LIMIT
-    if not sound or largest >= _QUICK_LIMIT or max(weights, default=0) >= _QUICK_WEIGHT:
-        _add_at_once(partial.total, updates, scales, take_back=True)  # integers: nothing of it is left
-        if not sound:
-            raise UpdateRejected(
-                "the update holds values that are not finite or too large to be summed; nothing of it was used"
-            )
-        for update, scale in zip(updates, scales, strict=True):
-            np.add(partial.total, np.rint(update.astype(np.float64) * scale).astype(np.int64), out=partial.total)
+    with rounding_down() as can_be_quick:
+        if can_be_quick:
+            norms, fits = _add_at_once(partial.total, updates, weights)
+        else:
+            norms, fits = [float(np.linalg.norm(update)) for update in updates], False
+        magnitude = partial.magnitude + sum(map(operator.mul, norms, weights)) * _SCALE
+        sound = math.isfinite(magnitude) and magnitude < _LIMIT
+        if can_be_quick and not (sound and fits):
+            _add_at_once(partial.total, updates, weights, take_back=True)  # integers: nothing of it is left
+    if not sound:
+        raise UpdateRejected(
+            "the update holds values that are not finite or too large to be summed; nothing of it was used"
+        )
+    if not fits:
+        for update, weight in zip(updates, weights, strict=True):
+            np.add(partial.total, np.floor(update.astype(np.float64) * _SCALE).astype(np.int64) * weight, partial.total)
     return PartialSum(partial.total, partial.weight + sum(weights), partial.num_updates + len(weights), magnitude)
 
 
-def _add_at_once(total: IntVector, updates: Vector, scales: Sequence[float], take_back: bool = False) -> list[float]:
-    """Add rounded scale * update for each of K updates to `total`, and return their Euclidean norms.
+def _add_at_once(
+    total: IntVector, updates: Vector, weights: Sequence[int], take_back: bool = False
+) -> tuple[list[float], bool]:
+    """Add weight * rounded update to `total` for each of K; return their Euclidean norms, and whether it is right.
 
-    A float64 of 2**52 or more has no bits for fractions, so adding _ROUNDER rounds, and leaves the integer in the
-    low bits. Right where each |scale * x| < 2**51 and each product is exact; elsewhere the caller takes it back.
-    Blocks that the processor's cache holds, and no new memory, make most of the speed.
+    Sums start at _GROUND, around which a float64 has bits down to 2**-FRACTION_BITS and none below, so that an
+    addition that rounds downward rounds what is added; the low bits are then the sum as an integer. Right where no
+    sum leaves that range, which the norms bound; elsewhere the caller takes it back. Updates of one weight share their
+    sums. Blocks that the processor's cache holds, and no new memory, make most of the speed.
     """
-    rounded = np.empty(min(BLOCK, total.size))
-    add = np.subtract if take_back else np.add
-    # What the rounders themselves add up to in a 64-bit register.
-    offset = np.int64((len(scales) * _ROUNDER_BITS + 2**63) % 2**64 - 2**63)
-    squares = [0.0] * len(scales)
+    sums = np.empty(min(BLOCK, total.size))
+    order = sorted(range(len(weights)), key=weights.__getitem__)
+    squares, fits = [0.0] * len(weights), True
+    move = np.subtract if take_back else np.add
     with np.errstate(over="ignore", invalid="ignore"):  # the caller refuses what overflows
-        for start in range(0, total.size, BLOCK):
+        for start in range(0, total.size if order else 0, BLOCK):
             part = total[start : start + BLOCK]
-            own = rounded[: part.size]
-            for number, scale in enumerate(scales):
+            own = sums[: part.size]
+            integers = own.view(np.int64)
+            room, weight, grounds = 0.0, 0, 0
+            for number in order:
                 block = updates[number, start : start + BLOCK]
-                squares[number] += float(np.dot(block, block))
-                np.copyto(own, block)
-                np.multiply(own, scale, out=own)
-                np.add(own, _ROUNDER, out=own)
-                add(part, own.view(np.int64), out=part)
+                square = float(np.dot(block, block))
+                squares[number] += square
+                bound = math.sqrt(square) if square >= 0 else math.nan
+                if weights[number] == weight and bound < room:
+                    np.add(own, block, out=own)
+                else:
+                    if grounds:
+                        move(part, np.multiply(integers, weight, out=integers), out=part)
+                    room, weight = _ROOM, weights[number]
+                    grounds += weight
+                    np.add(block, _GROUND, out=own)
+                room -= bound
+                fits = fits and room > 0
+            move(part, np.multiply(integers, weight, out=integers), out=part)
+            offset = _wrapped(grounds * _GROUND_BITS)
             (np.add if take_back else np.subtract)(part, offset, out=part)
-    return [math.sqrt(square) if square >= 0 else math.nan for square in squares]
+    return [math.sqrt(square) if square >= 0 else math.nan for square in squares], fits
+
+
+def _wrapped(integer: int) -> np.int64:
+    """Return what a 64-bit register keeps of an integer."""
+    return np.int64((integer + 2**63) % 2**64 - 2**63)
 
 
 def merge_sums(first: PartialSum, second: PartialSum) -> PartialSum:

@@ -46,7 +46,7 @@ def clip_update(update: Vector, clip_norm: float) -> tuple[Vector, bool]:
     summed never exceeds the clip norm. An update that is not finite is returned as it is, for the sum to refuse.
     """
     norm = float(np.linalg.norm(update.astype(np.float64)))
-    bound = clip_norm * (1 - FLOAT32_MARGIN) - math.sqrt(update.size) * FIXED_POINT_STEP / 2
+    bound = clip_norm * (1 - FLOAT32_MARGIN) - math.sqrt(update.size) * FIXED_POINT_STEP
     if not math.isfinite(norm) or norm <= bound:
         return update, norm <= clip_norm
     clipped: Vector = (update.astype(np.float64) * (max(bound, 0.0) / norm)).astype(np.float32)

@@ -5,6 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medfl_ray.aggregation import directed_rounding
+from medfl_ray.aggregation.directed_rounding import rounding_down
 from medfl_ray.aggregation.fixed_point import BLOCK, add_update, add_updates, empty_sum, merge_sums, weighted_mean
 from medfl_ray.errors import UpdateRejected
 
@@ -73,7 +75,7 @@ def test_every_update_is_rounded_once_whether_it_comes_alone_or_with_others(size
     updates[0, :3] = 2.5 * 2.0**-36, 3.5 * 2.0**-36, -0.5 * 2.0**-36  # halfway between two sums
     weights = [1, 2, 3, 500, 7, 1]
     expected = sum(
-        np.rint(update.astype(np.float64) * (weight * 2.0**36)).astype(np.int64)
+        np.floor(update.astype(np.float64) * 2.0**36).astype(np.int64) * weight
         for update, weight in zip(updates, weights, strict=True)
     )
     together = add_updates(empty_sum(size), updates, weights)
@@ -95,3 +97,41 @@ def test_one_bad_update_of_several_leaves_the_sum_unchanged(bad):
     with pytest.raises(UpdateRejected, match="not finite or too large"):
         add_updates(total, updates, [1, 2, 3])
     assert (total.total == before).all()
+
+
+def test_without_the_processors_mode_sums_have_the_same_bits(monkeypatch):
+    rng = np.random.default_rng(2)
+    updates = (rng.standard_normal((5, BLOCK + 3)) * 10.0 ** rng.integers(-9, 1, (5, BLOCK + 3))).astype(np.float32)
+    weights = [3, 20, 3, 3, 1]
+    quick = add_updates(empty_sum(BLOCK + 3), updates, weights)
+    monkeypatch.setattr(directed_rounding, "_MODE", None)
+    slow = add_updates(empty_sum(BLOCK + 3), updates, weights)
+    assert (quick.total == slow.total).all()
+    assert quick.magnitude == pytest.approx(slow.magnitude, rel=1e-3)
+    with pytest.raises(UpdateRejected, match="not finite or too large"):
+        add_updates(slow, np.full((1, BLOCK + 3), np.nan, np.float32), [1])
+    assert (quick.total == slow.total).all()
+
+
+def test_additions_round_downward_inside_the_block_and_as_before_after_it():
+    def third_and_its_negative():
+        return np.full(9, 1.0) / np.full(9, 3.0), np.full(9, -1.0) / np.full(9, 3.0)
+
+    before = third_and_its_negative()
+    with rounding_down() as rounds_down:
+        inside = third_and_its_negative()
+    assert rounds_down, "this processor's mode is not known: sums are right and slow"
+    assert (inside[1] < before[1]).all()
+    assert np.array_equal(third_and_its_negative(), before)
+
+
+def test_an_error_inside_the_block_leaves_no_mode_behind():
+    with pytest.raises(UpdateRejected):
+        add_updates(empty_sum(3), np.full((1, 3), np.inf, np.float32), [1])
+    assert (np.full(9, 1.0) + np.full(9, 0.75 * 2.0**-52) > 1.0).all()
+
+
+def test_a_mode_that_does_nothing_is_noticed(monkeypatch):
+    monkeypatch.setattr(directed_rounding, "_MODE", (lambda: 0, lambda _: 0, 0x400))
+    with rounding_down() as rounds_down:
+        assert not rounds_down
