@@ -1,6 +1,6 @@
 """Work dealt to a few actors that may die: two pieces at each, the next to whoever is done first.
 
-Towards the end each holds one only, so that nobody waits for an actor that has two.
+Towards the end each of several holds one only, so that nobody waits for an actor that has two.
 
 A piece whose actor died is dealt again where that is free, once that actor or another can take it.
 """
@@ -86,7 +86,7 @@ class Dealer:
         held = Counter(actor for _, _, actor in sent.values())
         present = [actor for actor in self._actors if actor not in self._away.values()]
         first = [actor for actor in present if held[actor] == 0]
-        if num_waiting - len(first) <= len(present):
+        if num_waiting - len(first) <= len(present) and len(self._actors) > 1:
             return first
         return first + [actor for level in range(1, UNDER_WAY) for actor in present if held[actor] <= level]
 

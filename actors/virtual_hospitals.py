@@ -21,6 +21,7 @@ import numpy as np
 import structlog
 
 from actors.hospital import configure_logs, make_pictures
+from actors.shared import Fetched, Shared
 from actors.virtual_work import Assignment, Finished, Memories, OpenData, Scoring, TimedData, Turn, VirtualData
 from medfl_ray.aggregation.fixed_point import PartialSum, add_updates, empty_sum
 from medfl_ray.config import Declared, RunConfig
@@ -94,8 +95,8 @@ class VirtualHospitals:
         self._rules: LocalRules | None = None
         self._memories = memories
         self._many: ManyHospitals | None = None
-        self._group_reason = ""
-        self._seconds = {"data": 0.0, "sum": 0.0, "train": 0.0}
+        self._fetched = Fetched()
+        self._group_reason, self._seconds = "", {"data": 0.0, "sum": 0.0, "train": 0.0}
 
     def process_id(self) -> int:
         """Return the process's id, for tools that watch or end it."""
@@ -143,10 +144,10 @@ class VirtualHospitals:
         """Say how many hospitals are trained at once and why, in a sentence."""
         return self._group_reason
 
-    def train(self, assignment: Assignment, weights: Vector) -> Finished:
+    def train(self, assignment: Assignment, weights: Vector | Shared) -> Finished:
         """Train the groups one after the other from the same weights."""
         self._seconds = dict.fromkeys(self._seconds, 0.0)
-        started = time.perf_counter()
+        started, weights = time.perf_counter(), self._fetched(weights)
         updates: list[ClientUpdate] = []
         failures: list[ClientFailure] = []
         trained: list[TrainedHospital] = []
@@ -166,10 +167,10 @@ class VirtualHospitals:
         self._seconds["train"] = time.perf_counter() - started - self._seconds["data"] - self._seconds["sum"]
         return Finished(summed, tuple(updates), tuple(failures), self._seconds)
 
-    def evaluate(self, scoring: Scoring, weights: Vector) -> list[SiteEvaluation | ClientFailure]:
+    def evaluate(self, scoring: Scoring, weights: Vector | Shared) -> list[SiteEvaluation | ClientFailure]:
         """Score the weights on the held-out patients of hospitals, a few hospitals' images in one pass."""
+        weights, answers = self._fetched(weights), list[SiteEvaluation | ClientFailure]()
         where = Assignment(scoring.round, 0, 0.0, None, False, 1, ())
-        answers: list[SiteEvaluation | ClientFailure] = []
         for start in range(0, len(scoring.hospitals), SCORED_AT_ONCE):
             some = scoring.hospitals[start : start + SCORED_AT_ONCE]
             together = self._score_together(some, weights)

@@ -19,6 +19,7 @@ from actors.cluster import simulation_environment
 from actors.dealing import TRIES, Dealer, Lost
 from actors.names import actor_name
 from actors.placement import place_crew
+from actors.shared import Shared
 from actors.virtual_hospitals import VirtualHospitals
 from actors.virtual_work import Assignment, Finished, Memories, OpenData, Scoring, Turn
 from medfl_ray.config import Declared, RunConfig
@@ -37,9 +38,8 @@ from medfl_ray.messages import (
 from medfl_ray.params import Layout, Vector
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.simulated_ledgers import SimulatedLedgers
-from medfl_ray.training.group_forming import form_groups, group_cost
+from medfl_ray.training.group_forming import cut_into_pieces, form_groups, group_cost
 
-TASKS_PER_ACTOR = 16
 PICTURED_HOSPITALS = 2
 CACHED_SHARE = 0.5
 NOTHING = Memories()
@@ -167,7 +167,7 @@ class VirtualPool:
             hospitals = [name for name in hospitals if name in self._reserved]
             self._accounts().settle({name: self._reserved.pop(name)[0] for name in hospitals})
             spent = self._spent(hospitals, plan.ledger_heads)
-        for finished in self._run_assignments(plan, self._assignments(plan, hospitals), ray.put(weights)):
+        for finished in self._run_assignments(plan, self._assignments(plan, hospitals), Shared(ray.put(weights))):
             for name, seconds in finished.seconds.items():
                 self.seconds[name] += seconds
             yield from finished.failures
@@ -182,7 +182,7 @@ class VirtualPool:
     ) -> Iterator[SiteEvaluation | ClientFailure]:
         """Yield the evaluation of every hospital asked."""
         started = time.perf_counter()
-        shared = ray.put(weights)
+        shared = Shared(ray.put(weights))
         pictured = PICTURED_HOSPITALS if pictures else 0
         pieces = [tuple(hospitals[start::8]) for start in range(min(8, len(hospitals)))]
         scorings = [Scoring(round, piece, 0 if number else pictured) for number, piece in enumerate(pieces)]
@@ -253,13 +253,14 @@ class VirtualPool:
         batch = self._run.training.batch_size
         formed = form_groups(sizes, size, batch)
         formed.sort(key=lambda group: group_cost(sizes[group[-1]], len(group), batch), reverse=True)
+        costs = [group_cost(sizes[group[-1]], len(group), batch) for group in formed]
         groups = [tuple(turns[position] for position in group) for group in formed]
-        per_task = max(1, -(-len(groups) // (TASKS_PER_ACTOR * len(self._actors))))
         streamed = plan.clip_norm is not None or self._run.needs_every_update
+        # Where work may be lost with its process, or late, pieces are small.
+        evenly = streamed or bool(plan.mechanisms) or plan.deadline_s is not None or plan.enough is not None
         common = (plan.round, plan.attempt, plan.learning_rate, plan.clip_norm, streamed, size)
-        return [
-            Assignment(*common, tuple(groups[start : start + per_task])) for start in range(0, len(groups), per_task)
-        ]
+        pieces = cut_into_pieces(costs, len(self._actors), evenly)
+        return [Assignment(*common, tuple(groups[start:end])) for start, end in pieces]
 
     def _run_assignments(self, plan: RoundPlan, assignments: Sequence[Assignment], weights: Any) -> Iterator[Finished]:
         """Have them trained; without noise a second training gives the same bits, with noise nobody paid for it."""

@@ -53,9 +53,7 @@ def save_checkpoint(
         tensors = {"weights": checkpoint.weights, **{_SERVER + k: v for k, v in checkpoint.server_state.items()}}
         files = {
             "weights.safetensors": save(tensors),
-            "state.json": json.dumps(
-                {"round": checkpoint.round, "result": checkpoint.result.model_dump(mode="json")}
-            ).encode(),
+            "state.json": f'{{"round": {checkpoint.round}, "result": {checkpoint.result.model_dump_json()}}}'.encode(),
         }
         failpoint("checkpoint.begin")
         for name, content in files.items():

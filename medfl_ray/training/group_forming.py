@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 GROUP_SIZES = (1, 2, 4, 8, 12, 16)
+PIECES_PER_ACTOR = 16
+MOST_GROUPS = 16
+"""In one piece of work, so that a round of ten thousand hospitals is heard of while it lasts."""
 STEP_COST = 8
 """Calls of one step take about as long as this many samples of 32 x 32 voxels; larger samples leave less to gain."""
 
@@ -41,6 +44,30 @@ def form_groups(sizes: Sequence[tuple[int, int]], group_size: int, batch_size: i
         groups.append(order[cuts[end] : end])
         end = cuts[end]
     return groups[::-1]
+
+
+def cut_into_pieces(costs: Sequence[float], num_actors: int, evenly: bool) -> list[tuple[int, int]]:
+    """Cut groups, the costliest first, into pieces of work: (first, last + 1) of each.
+
+    A piece costs messages and the storage of a sum, and the last pieces say how long one actor waits for another. So
+    the first are large, and of what is left each of several actors takes two thirds of its share, down to one group.
+
+    Args:
+      evenly: pieces of as many groups each instead, a sixteenth of an actor's share.
+    """
+    if evenly:
+        count = max(1, -(-len(costs) // (PIECES_PER_ACTOR * num_actors)))
+        return [(start, min(start + count, len(costs))) for start in range(0, len(costs), count)]
+    pieces, start, left = [], 0, sum(costs)
+    while start < len(costs):
+        taken, end = costs[start], start + 1
+        most = left if num_actors == 1 else left * 2 / (3 * num_actors)
+        while end < min(start + MOST_GROUPS, len(costs)) and taken + costs[end] <= most:
+            taken += costs[end]
+            end += 1
+        pieces.append((start, end))
+        start, left = end, left - taken
+    return pieces
 
 
 def group_cost(longest: tuple[int, int], count: int, batch_size: int) -> float:

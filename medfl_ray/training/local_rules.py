@@ -288,7 +288,10 @@ def _sent_in_part(given: Given, outcome: LocalOutcome, start: Vector, change: Ve
 
 def _sent(given: Given, outcome: LocalOutcome, change: Vector, memory: Memory, extra: object = ()) -> Done:
     """Put together what is sent: the change [P], shortened to the longest that is allowed, and what goes behind it."""
-    update = np.concatenate([given.shortened(change), np.asarray(extra, dtype=np.float32)]).astype(np.float32)
-    if not np.isfinite(update).all():
+    update, behind = given.shortened(change).astype(np.float32, copy=False), np.asarray(extra, dtype=np.float32)
+    if behind.size:
+        update = np.concatenate([update, behind])
+    # The sum of squares is quickly had, and finite for all but the largest numbers.
+    if not np.isfinite(np.dot(update, update)) and not np.isfinite(update).all():
         raise UpdateRejected("the update holds values that are not finite; lower training.learning_rate")
     return Done(replace(outcome, delta=update), memory)

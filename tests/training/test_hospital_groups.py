@@ -5,11 +5,18 @@ from __future__ import annotations
 import itertools
 import time
 
+import numpy as np
 import pytest
 
 from medfl_ray.config import ModelConfig, TrainingConfig
 from medfl_ray.training import hospital_groups
-from medfl_ray.training.group_forming import STEP_COST, form_groups
+from medfl_ray.training.group_forming import (
+    MOST_GROUPS,
+    PIECES_PER_ACTOR,
+    STEP_COST,
+    cut_into_pieces,
+    form_groups,
+)
 from medfl_ray.training.hospital_groups import choose_hospitals_per_group, explain_hospitals_per_group
 from medfl_ray.training.trainer import Trainer
 
@@ -132,3 +139,24 @@ def test_no_cut_of_the_sorted_hospitals_is_better() -> None:
 
 def test_nobody_forms_no_group() -> None:
     assert form_groups([], 8, 4) == []
+
+
+@pytest.mark.parametrize("num_actors", [1, 2, 4])
+@pytest.mark.parametrize("count", [0, 1, 9, 84, 900])
+def test_pieces_hold_every_group_once_and_the_last_ones_are_small(count, num_actors):
+    costs = sorted(np.random.default_rng(count).uniform(1, 4, count), reverse=True)
+    pieces = cut_into_pieces(costs, num_actors, evenly=False)
+    assert [group for start, end in pieces for group in range(start, end)] == list(range(count))
+    assert all(0 < end - start <= MOST_GROUPS for start, end in pieces)
+    if num_actors > 1 and count > num_actors:
+        assert [end - start for start, end in pieces[-num_actors:]] == [1] * num_actors
+        assert sum(costs[slice(*pieces[0])]) <= max(costs[0], sum(costs) * 2 / (3 * num_actors))
+    even = cut_into_pieces(costs, num_actors, evenly=True)
+    assert [group for start, end in even for group in range(start, end)] == list(range(count))
+    assert len(even) <= PIECES_PER_ACTOR * num_actors
+    assert len({end - start for start, end in even[:-1]}) <= 1
+
+
+def test_one_actor_that_waits_for_nobody_has_few_pieces():
+    assert cut_into_pieces([1.0] * 15, 1, evenly=False) == [(0, 15)]
+    assert cut_into_pieces([1.0] * 20, 1, evenly=False) == [(0, 16), (16, 20)]
