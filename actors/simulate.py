@@ -131,12 +131,18 @@ class Simulation:
         Raises:
           MedflError: as of `run_federation`.
         """
+        from threadpoolctl import threadpool_limits
+
         from actors.cluster_metrics import ClusterMetrics, both
         from actors.coordinator import open_federation_ledger, run_mirror, with_flower
 
         root, own = state_root(self._run), (self._run, self._policies, self._folder)
         store = RunFolder(self._folder, self._run, federation_folder(self._policies, self._folder, root))
-        with closing(store), ClusterMetrics(self._run, self._folder.name, self._policies) as metrics:
+        with (
+            closing(store),
+            ClusterMetrics(self._run, self._folder.name, self._policies) as metrics,
+            threadpool_limits(1, "blas"),  # a second thread would wait for work on a core that an actor needs
+        ):
             first_weights, combine = with_flower(self._run, self._first_weights, self._emit)
             return run_federation(
                 RunParts(

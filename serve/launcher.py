@@ -32,8 +32,6 @@ def served(
       ClusterError: the port is taken, Ray does not start, or no model could be loaded.
     """
     _check_port(host, port)
-    # Somebody waits for an answer; at Ray's niceness of 15 any other process would have the cores first.
-    os.environ.setdefault("RAY_worker_niceness", "0")
     cluster = connect(address)
     try:
         from ray import serve as ray_serve
