@@ -44,8 +44,8 @@ def rounding_down() -> Iterator[bool]:
         return
     current, switch, downward = _MODE
     former = current()
-    switch(downward)
     try:
+        switch(downward)
         yield bool((np.add(_PROBED, _ADDED) == _PROBED).all())
     finally:
         switch(former)
