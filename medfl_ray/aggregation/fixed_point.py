@@ -69,7 +69,7 @@ def add_updates(partial: PartialSum, updates: Vector, weights: Sequence[int]) ->
         if can_be_quick:
             norms, fits = _add_at_once(partial.total, updates, weights)
         else:
-            norms, fits = [float(np.linalg.norm(update)) for update in updates], False
+            norms, fits = [float(np.linalg.norm(update.astype(np.float64))) for update in updates], False
         magnitude = partial.magnitude + sum(map(operator.mul, norms, weights)) * _SCALE
         sound = math.isfinite(magnitude) and magnitude < _LIMIT
         if can_be_quick and not (sound and fits):
@@ -110,13 +110,13 @@ def _add_at_once(
                 squares[number] += square
                 bound = math.sqrt(square) if square >= 0 else math.nan
                 if weights[number] == weight and bound < room:
-                    np.add(own, block, out=own)
+                    np.add(own, block, out=own, dtype=np.float64)
                 else:
                     if grounds:
                         move(part, np.multiply(integers, weight, out=integers), out=part)
                     room, weight = _ROOM, weights[number]
                     grounds += weight
-                    np.add(block, _GROUND, out=own)
+                    np.add(block, _GROUND, out=own, dtype=np.float64)
                 room -= bound
                 fits = fits and room > 0
             move(part, np.multiply(integers, weight, out=integers), out=part)

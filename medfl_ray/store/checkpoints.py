@@ -53,7 +53,9 @@ def save_checkpoint(
         tensors = {"weights": checkpoint.weights, **{_SERVER + k: v for k, v in checkpoint.server_state.items()}}
         files = {
             "weights.safetensors": save(tensors),
-            "state.json": f'{{"round": {checkpoint.round}, "result": {checkpoint.result.model_dump_json()}}}'.encode(),
+            "state.json": json.dumps(
+                {"round": checkpoint.round, "result": checkpoint.result.model_dump(mode="json")}
+            ).encode(),
         }
         failpoint("checkpoint.begin")
         for name, content in files.items():

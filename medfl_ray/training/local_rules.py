@@ -292,6 +292,8 @@ def _sent(given: Given, outcome: LocalOutcome, change: Vector, memory: Memory, e
     if behind.size:
         update = np.concatenate([update, behind])
     # The sum of squares is quickly had, and finite for all but the largest numbers.
-    if not np.isfinite(np.dot(update, update)) and not np.isfinite(update).all():
+    with np.errstate(over="ignore", invalid="ignore"):
+        plainly_finite = np.isfinite(np.dot(update, update))
+    if not plainly_finite and not np.isfinite(update).all():
         raise UpdateRejected("the update holds values that are not finite; lower training.learning_rate")
     return Done(replace(outcome, delta=update), memory)
