@@ -251,15 +251,17 @@ class VirtualPool:
         size = self._group_size
         sizes = [(turn.num_steps, self._policies[turn.hospital].num_patients) for turn in turns]
         batch = self._run.training.batch_size
-        formed = form_groups(sizes, size, batch)
-        formed.sort(key=lambda group: group_cost(sizes[group[-1]], len(group), batch), reverse=True)
-        costs = [group_cost(sizes[group[-1]], len(group), batch) for group in formed]
+
+        def cost(group: Sequence[int]) -> float:
+            return group_cost(sizes[group[-1]], len(group), batch)
+
+        formed = sorted(form_groups(sizes, size, batch), key=cost, reverse=True)
         groups = [tuple(turns[position] for position in group) for group in formed]
         streamed = plan.clip_norm is not None or self._run.needs_every_update
         # Where work may be lost with its process, or late, pieces are small.
         evenly = streamed or bool(plan.mechanisms) or plan.deadline_s is not None or plan.enough is not None
         common = (plan.round, plan.attempt, plan.learning_rate, plan.clip_norm, streamed, size)
-        pieces = cut_into_pieces(costs, len(self._actors), evenly)
+        pieces = cut_into_pieces([cost(group) for group in formed], len(self._actors), evenly)
         return [Assignment(*common, tuple(groups[start:end])) for start, end in pieces]
 
     def _run_assignments(self, plan: RoundPlan, assignments: Sequence[Assignment], weights: Any) -> Iterator[Finished]:

@@ -102,6 +102,13 @@ def norm(vector: Vector) -> float:
     return float(np.sqrt(wide @ wide))
 
 
+def is_finite(vector: Vector) -> bool:
+    """Whether no element is infinite or NaN; the sum of squares tells at once for all but the largest numbers."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = np.dot(vector, vector)
+    return bool(np.isfinite(square) or np.isfinite(vector).all())
+
+
 def to_tensors(vector: Vector, layout: Layout) -> dict[str, Vector]:
     """Split a vector into named arrays (views), for saving as safetensors."""
     tensors: dict[str, Vector] = {}

@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Ray's workers would yield to the other half of the tests, and miss the deadlines that some of them are about.
-os.environ.setdefault("RAY_worker_niceness", "0")
 
 from actors.cluster import secure_environment
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from medfl_ray.aggregation.directed_rounding import rounding_down
 from medfl_ray.errors import UpdateRejected
-from medfl_ray.params import Vector
+from medfl_ray.params import Vector, norm
 
 FRACTION_BITS = 36
 _SCALE = float(2**FRACTION_BITS)
@@ -69,7 +69,7 @@ def add_updates(partial: PartialSum, updates: Vector, weights: Sequence[int]) ->
         if can_be_quick:
             norms, fits = _add_at_once(partial.total, updates, weights)
         else:
-            norms, fits = [float(np.linalg.norm(update.astype(np.float64))) for update in updates], False
+            norms, fits = [norm(update) for update in updates], False
         magnitude = partial.magnitude + sum(map(operator.mul, norms, weights)) * _SCALE
         sound = math.isfinite(magnitude) and magnitude < _LIMIT
         if can_be_quick and not (sound and fits):
@@ -108,7 +108,7 @@ def _add_at_once(
                 block = updates[number, start : start + BLOCK]
                 square = float(np.dot(block, block))
                 squares[number] += square
-                bound = math.sqrt(square) if square >= 0 else math.nan
+                bound = math.sqrt(square)
                 if weights[number] == weight and bound < room:
                     np.add(own, block, out=own, dtype=np.float64)
                 else:
@@ -122,7 +122,7 @@ def _add_at_once(
             move(part, np.multiply(integers, weight, out=integers), out=part)
             offset = _wrapped(grounds * _GROUND_BITS)
             (np.add if take_back else np.subtract)(part, offset, out=part)
-    return [math.sqrt(square) if square >= 0 else math.nan for square in squares], fits
+    return [math.sqrt(square) for square in squares], fits
 
 
 def _wrapped(integer: int) -> np.int64:

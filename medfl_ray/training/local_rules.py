@@ -14,7 +14,7 @@ import numpy as np
 
 from medfl_ray.config import AggregationConfig, TrainingConfig
 from medfl_ray.errors import UpdateRejected
-from medfl_ray.params import Vector, norm
+from medfl_ray.params import Vector, is_finite, norm
 from medfl_ray.training.kept_parameters import Kept
 from medfl_ray.training.local_job import LocalJob, LocalOutcome, Pull
 
@@ -291,9 +291,6 @@ def _sent(given: Given, outcome: LocalOutcome, change: Vector, memory: Memory, e
     update, behind = given.shortened(change).astype(np.float32, copy=False), np.asarray(extra, dtype=np.float32)
     if behind.size:
         update = np.concatenate([update, behind])
-    # The sum of squares is quickly had, and finite for all but the largest numbers.
-    with np.errstate(over="ignore", invalid="ignore"):
-        plainly_finite = np.isfinite(np.dot(update, update))
-    if not plainly_finite and not np.isfinite(update).all():
+    if not is_finite(update):
         raise UpdateRejected("the update holds values that are not finite; lower training.learning_rate")
     return Done(replace(outcome, delta=update), memory)

@@ -23,7 +23,7 @@ from medfl_ray.config import TrainingConfig
 from medfl_ray.errors import ModelError
 from medfl_ray.models.grouped import group, repeat_weights, why_not_grouped
 from medfl_ray.models.quick_layers import quicken
-from medfl_ray.params import Vector, load_into
+from medfl_ray.params import Vector, is_finite, load_into
 from medfl_ray.training.batches import patient_batches
 from medfl_ray.training.group_forming import form_groups
 from medfl_ray.training.local_data import LocalData
@@ -208,7 +208,7 @@ def _batches(training: TrainingConfig, data: LocalData, rng: np.random.Generator
 
 def _outcome(row: Vector, start: Vector, task: HospitalTask, losses: Sequence[float]) -> LocalOutcome:
     delta = row - start
-    if not np.isfinite(delta).all():
+    if not is_finite(delta):
         raise ModelError("training diverged: the weights are no longer finite; lower training.learning_rate")
     return LocalOutcome(delta, task.job.num_steps, float(np.mean(losses)) if losses else float("nan"))
 

@@ -23,7 +23,7 @@ from medfl_ray.errors import LabelError, ModelError, NotFitForDP
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.models.channels_last import quick_twin
-from medfl_ray.params import Layout, Vector, flatten, layout_of, load_into, tensors_of
+from medfl_ray.params import Layout, Vector, flatten, is_finite, layout_of, load_into, tensors_of
 from medfl_ray.privacy.dpsgd import private_steps
 from medfl_ray.training.batches import patient_batches
 from medfl_ray.training.coupling import check_patients_apart
@@ -115,7 +115,7 @@ class Trainer:
                 optimizer.step()
         self._drop_gradients()
         delta = flatten(self._tensors) - np.asarray(weights, dtype=np.float32)
-        if not np.isfinite(delta).all():
+        if not is_finite(delta):
             raise ModelError("training diverged: the weights are no longer finite; lower training.learning_rate")
         return LocalOutcome(delta, job.num_steps, float(np.mean(losses)) if losses else float("nan"))
 
