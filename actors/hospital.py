@@ -103,6 +103,7 @@ def build_hospital(
         out_channels=run.model.out_channels or max(data.labels, default=1) + 1,
         patch_size=run.patch_size,
         for_dp=run.privacy.patient_level,
+        exact=run.federation.exact,
     )
     # For its first optimizer PyTorch loads its compiler; not in a round, whose deadline would run meanwhile.
     make_optimizer(trainer.training, trainer.network.parameters(), run.training.learning_rate)

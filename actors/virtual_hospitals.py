@@ -79,7 +79,6 @@ class VirtualHospitals:
         from medfl_ray.models.light_monai import load_monai
 
         load_monai()
-
         torch.set_num_threads(1)
         configure_logs()
         if 0 < gpu_share < 1 and torch.cuda.is_available():
@@ -358,6 +357,7 @@ class VirtualHospitals:
                 out_channels=run.model.out_channels or max(data.labels, default=1) + 1,
                 patch_size=run.patch_size,
                 for_dp=run.privacy.patient_level,
+                exact=run.federation.exact,
             )
             self._rules = LocalRules(trainer, run.aggregation)
             self._trainer = trainer

@@ -63,7 +63,9 @@ class FederationConfig(Section):
         "ray", description="A Ray actor per hospital, all in one process, or virtual hospitals that share few actors."
     )
     exact: bool = Field(
-        False, description="With virtual hospitals: each trains alone, as it would outside of a simulation."
+        False,
+        description="Each hospital trains with PyTorch's own operations in their own order, virtual ones alone: the "
+        "same bits with every pool, and those of a plain loop. Slower, above all for volumes.",
     )
     eval_hospitals: Positive | None = Field(
         None, description="With virtual hospitals: how many evaluate, drawn once; all of them when absent."

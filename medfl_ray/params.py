@@ -83,12 +83,57 @@ def load_into(network: torch.nn.Module | Sequence[torch.Tensor], vector: Vector)
 
     tensors = tensors_of(network) if isinstance(network, torch.nn.Module) else network
     sizes = [tensor.numel() for tensor in tensors]
-    if vector.shape != (sum(sizes),):
-        raise UpdateRejected(f"the weights have shape {vector.shape}; this network needs ({sum(sizes)},)")
+    check_shape(vector, sum(sizes))
     parts = torch.from_numpy(np.array(vector, dtype=np.float32)).split_with_sizes(sizes)
     with torch.no_grad():
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view(tensor.shape))
+
+
+class FlatWeights:
+    """A network's tensors beside one buffer of their size: `load_into` and `flatten` for who does both all the time."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Take a network's `tensors_of`, whose memory has to stay where it is."""
+        import torch
+
+        self._tensors = [tensor.detach() for tensor in tensors]
+        sizes = [tensor.numel() for tensor in tensors]
+        buffer = torch.zeros(sum(sizes))
+        self._vector: Vector = buffer.numpy()
+        parts = buffer.split_with_sizes(sizes)
+        self._parts = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def load(self, vector: Vector) -> None:
+        """Copy a vector of shape [P] into the network, in place.
+
+        Raises:
+          UpdateRejected: the vector's length is not the network's.
+        """
+        import torch
+
+        check_shape(vector, self._vector.size)
+        self._vector[:] = vector
+        with torch.no_grad():
+            torch._foreach_copy_(self._tensors, self._parts)
+
+    def change_from(self, vector: Vector) -> Vector:
+        """Return the network's weights minus a vector [P], as a new vector [P]."""
+        import torch
+
+        with torch.no_grad():
+            torch._foreach_copy_(self._parts, self._tensors)
+        return self._vector - np.asarray(vector, dtype=np.float32)
+
+
+def check_shape(vector: Vector, size: int) -> None:
+    """Refuse a vector that is not of shape [P].
+
+    Raises:
+      UpdateRejected: with both shapes.
+    """
+    if vector.shape != (size,):
+        raise UpdateRejected(f"the weights have shape {vector.shape}; this network needs ({size},)")
 
 
 def checksum(vector: Vector) -> str:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from medfl_ray.models.networks import replace_submodule
 
 MAX_POOLS = {nn.MaxPool2d: 2, nn.MaxPool3d: 3}
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 LINEAR_MODES = ("linear", "bilinear", "trilinear")
 FEW_VOXELS = 64  # So small an image is interpolated by one matrix instead of one per axis.
 
@@ -29,7 +30,18 @@ def quicken(network: nn.Module) -> nn.Module:
             replace_submodule(network, name, HalvingMaxPool(MAX_POOLS[kind]))
         elif name and kind is nn.Upsample and module.mode in LINEAR_MODES and module.size is None:
             replace_submodule(network, name, LinearUpsample(module))
-        elif kind.__name__ == "UpCat" and kind.__module__.startswith("monai."):
+    return leave_out_idle(network)
+
+
+def leave_out_idle(network: nn.Module) -> nn.Module:
+    """Leave out what changes no bit, dropout of probability 0 and padding by nothing, in place; return the network."""
+    for module in list(network.modules()):
+        for name, layer in list(module.named_children()):
+            if _is_idle(layer) and _is_monais(module, "ADN"):  # a sequence that nobody indexes
+                delattr(module, name)
+            elif _is_idle(layer):
+                setattr(module, name, nn.Identity())
+        if _is_monais(module, "UpCat"):
             _skip_empty_padding(module)
     return network
 
@@ -161,6 +173,14 @@ def _halves(pool: Any) -> bool:
 
     plain = is_all(pool.padding, 0) and is_all(pool.dilation, 1) and not pool.ceil_mode and not pool.return_indices
     return plain and is_all(pool.kernel_size, 2) and is_all(pool.stride, 2)
+
+
+def _is_idle(layer: Any) -> bool:
+    return type(layer) in DROPOUTS and layer.p == 0.0
+
+
+def _is_monais(module: nn.Module, name: str) -> bool:
+    return type(module).__name__ == name and type(module).__module__.startswith("monai.")
 
 
 def _size(shape: Sequence[int]) -> int:

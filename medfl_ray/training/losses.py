@@ -32,6 +32,13 @@ def loss_of_each(loss: PatientLoss) -> PatientLoss:
     return EACH[loss]
 
 
+def mean_loss(loss: PatientLoss, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean over M patients with K patches each: logits [M * K, L, *S], targets [M, K, *S]."""
+    if loss is cross_entropy:  # one operation instead of three, which a small network's step would feel
+        return functional.cross_entropy(logits, targets.flatten(0, 1))
+    return EACH[loss](logits.reshape(*targets.shape[:2], *logits.shape[1:]), targets).mean()
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the patient's own voxels, unweighted: a class weight would be fitted over patients."""
     return functional.cross_entropy(logits, targets)

@@ -23,7 +23,7 @@ from medfl_ray.config import TrainingConfig
 from medfl_ray.errors import ModelError
 from medfl_ray.models.grouped import group, repeat_weights, why_not_grouped
 from medfl_ray.models.quick_layers import quicken
-from medfl_ray.params import Vector, is_finite, load_into
+from medfl_ray.params import Vector, is_finite
 from medfl_ray.training.batches import patient_batches
 from medfl_ray.training.group_forming import form_groups
 from medfl_ray.training.local_data import LocalData
@@ -96,7 +96,7 @@ class ManyHospitals:
 
     def _train_group(self, weights: Vector, tasks: Sequence[HospitalTask]) -> list[LocalOutcome]:
         trainer = self._trainer
-        load_into(trainer.network, weights)
+        trainer.flat_weights.load(weights)
         steps = [task.job.num_steps for task in tasks]
         starts = [weights if task.start is None else task.start for task in tasks]
         final = np.empty((len(tasks), trainer.layout.size), dtype=np.float32)

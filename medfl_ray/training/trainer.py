@@ -23,7 +23,7 @@ from medfl_ray.errors import LabelError, ModelError, NotFitForDP
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.models.channels_last import quick_twin
-from medfl_ray.params import Layout, Vector, flatten, is_finite, layout_of, load_into, tensors_of
+from medfl_ray.params import FlatWeights, Layout, Vector, flatten, is_finite, layout_of, tensors_of
 from medfl_ray.privacy.dpsgd import private_steps
 from medfl_ray.training.batches import patient_batches
 from medfl_ray.training.coupling import check_patients_apart
@@ -33,7 +33,7 @@ from medfl_ray.training.evaluation import PatientScore, average_cases, dice_per_
 from medfl_ray.training.inference import batches_of_one_size, classify, segment
 from medfl_ray.training.local_data import LocalData
 from medfl_ray.training.local_job import LocalJob, LocalOutcome
-from medfl_ray.training.losses import loss_of_each, make_loss
+from medfl_ray.training.losses import loss_of_each, make_loss, mean_loss
 from medfl_ray.training.memory import give_back_memory, is_out_of_memory
 from medfl_ray.training.optimizers import make_optimizer
 from medfl_ray.training.patient_gradients import Gradient, GradientEngine, Patient, forward
@@ -58,7 +58,15 @@ class Trainer:
         out_channels: int,
         patch_size: tuple[int, ...],
         for_dp: bool,
+        exact: bool = False,
     ) -> None:
+        """Build the network.
+
+        Args:
+          out_channels: labels with the background, or classes.
+          for_dp: check the network for patient-level DP.
+          exact: train with PyTorch's own operations in their own order, without DP, as a plain loop would.
+        """
         self.device = choose_device(training.device)
         self.training, self._task, self._patch_size, self._for_dp = training, task, patch_size, for_dp
         self._in_channels, self._out_channels = in_channels, out_channels
@@ -71,12 +79,13 @@ class Trainer:
             self.network, training.trainable, training.low_rank, self.make_up_patient()[0][:1]
         )
         # Has the network's own parameters; what is not plain training uses the network itself.
-        self._twin = quick_twin(self.network, on_cpu=self.device.type == "cpu")
+        self._twin = quick_twin(self.network, on_cpu=self.device.type == "cpu", same_bits=exact)
         self._sees_the_batch = any(isinstance(module, _BatchNorm) for module in self.network.modules())
         self.loss = make_loss(training.loss, task)
         self.layout: Layout = layout_of(self.network)
-        # Walking through a network's modules takes longer than a small hospital can afford at every step.
+        # To walk through a network's modules takes longer than a small hospital can afford at every step.
         self._tensors = tensors_of(self.network)
+        self.flat_weights = FlatWeights(self._tensors)
 
     def initial_weights(self, seed: int) -> Vector:
         """Return fresh weights [P], the same for the same seed on every machine of a kind."""
@@ -93,7 +102,7 @@ class Trainer:
           ModelError: training diverged.
         """
         self.refuse_unfit(job)
-        load_into(self._tensors, weights)
+        self.flat_weights.load(weights)
         self._be_training(True)
         optimizer = make_optimizer(self.training, self._space.parameters, job.learning_rate)
         nudge = nudge_of(job.pull, weights, self._tensors)
@@ -114,7 +123,7 @@ class Trainer:
                     tensor.grad = None
                 optimizer.step()
         self._drop_gradients()
-        delta = flatten(self._tensors) - np.asarray(weights, dtype=np.float32)
+        delta = self.flat_weights.change_from(weights)
         if not is_finite(delta):
             raise ModelError("training diverged: the weights are no longer finite; lower training.learning_rate")
         return LocalOutcome(delta, job.num_steps, float(np.mean(losses)) if losses else float("nan"))
@@ -206,7 +215,7 @@ class Trainer:
     def _accumulate(self, patients: Sequence[Patient], at_once: int) -> float:
         """Add up the gradients of passes over so many patients each; return the mean loss."""
         if at_once == len(patients):
-            loss = self._patient_losses(self._twin, patients).mean()
+            loss = self._mean_loss(patients)
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.item()
         mean = 0.0
@@ -268,16 +277,24 @@ class Trainer:
         shape = (self.training.patches_per_patient, self._in_channels, *self._patch_size)
         return make_patient_like(shape, self._out_channels, self._task == "classification", self.device)
 
+    def _mean_loss(self, patients: Sequence[Patient]) -> Tensor:
+        """Return the mean loss of the patients, from one forward pass of the quick twin over all their patches."""
+        if len({len(images) for images, _ in patients}) > 1:
+            return self._patient_losses(self._twin, patients).mean()
+        return mean_loss(self.loss, self._logits(self._twin, patients), torch.stack([own for _, own in patients]))
+
     def _patient_losses(self, network: nn.Module, patients: Sequence[Patient]) -> Tensor:
         """Return the loss of each patient, [N], from one forward pass over all their patches."""
-        images = torch.cat([images for images, _ in patients])
-        logits = forward(network, images, self.training.mixed_precision)
+        logits = self._logits(network, patients)
         counts = [len(images) for images, _ in patients]
         if len(set(counts)) == 1:
             targets = torch.stack([targets for _, targets in patients])
             return loss_of_each(self.loss)(logits.reshape(len(patients), -1, *logits.shape[1:]), targets)
         own_logits = torch.split(logits, counts)
         return torch.stack([self.loss(own, targets) for own, (_, targets) in zip(own_logits, patients, strict=True)])
+
+    def _logits(self, network: nn.Module, patients: Sequence[Patient]) -> Tensor:
+        return forward(network, torch.cat([images for images, _ in patients]), self.training.mixed_precision)
 
     def _draw(self, data: LocalData, index: int, rng: np.random.Generator) -> Patient:
         images, targets = data.train_patches(index, self.training.patches_per_patient, rng)
@@ -344,7 +361,7 @@ class Trainer:
         return self._put(torch.from_numpy(np.stack([case.image for case in cases])))
 
     def _load_for_inference(self, weights: Vector) -> None:
-        load_into(self._tensors, weights)
+        self.flat_weights.load(weights)
         self._be_training(False)
 
     def _be_training(self, mode: bool) -> None:

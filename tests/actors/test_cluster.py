@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -13,12 +14,11 @@ from medfl_ray.errors import ClusterError
 
 
 def test_every_port_of_our_cluster_is_on_loopback(ray_cluster):
-    listening = [
-        connection.laddr.ip
-        for process in psutil.Process().children(recursive=True)
-        for connection in process.net_connections(kind="tcp")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    connections = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # a worker that ended since
+            connections += process.net_connections(kind="tcp")
+    listening = [connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN]
     assert listening
     assert set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, sorted(set(listening))
 

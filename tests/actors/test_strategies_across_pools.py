@@ -83,6 +83,8 @@ def test_a_simulation_gives_the_same_bits_exact_and_the_same_numbers_in_groups(
     ray_cluster, in_one_process, tmp_path, exact
 ):
     strategy, expected, folder = in_one_process
+    if exact:
+        expected, folder = on_pool(run_of(strategy, exact=True), tmp_path / "one_process")
     found, own_folder = simulated(run_of(strategy, exact=exact), tmp_path)
     assert found.completed
     if exact:

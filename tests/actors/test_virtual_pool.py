@@ -42,7 +42,7 @@ def final_weights(folder):
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     """Each hospital on its own, in one process: what a simulation has to give."""
-    run = balls(federation={"pool": "local"})
+    run = balls(federation={"pool": "local", "exact": True})
     policies, folder = tuple(list_hospitals(run)), folder_of(run, tmp_path_factory.mktemp("local"))
     pool = local_pool(hospital_specs(run, policies, folder.path))
     outcome = run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event())

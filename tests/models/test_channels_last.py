@@ -51,12 +51,25 @@ def test_the_twin_computes_what_the_network_does(name, spatial_dims):
     assert relative(again, expected) < 5e-4
 
 
-@pytest.mark.parametrize(("spatial_dims", "kind"), [(2, torch.nn.GroupNorm), (3, ChannelsLastGroupNorm)])
-def test_convolutional_networks_have_their_channels_side_by_side(spatial_dims, kind):
+@pytest.mark.parametrize(
+    ("name", "spatial_dims"), [(name, dims) for name, entry in CATALOGUE.items() for dims in entry.spatial_dims]
+)
+def test_an_exact_twin_computes_the_same_bits(name, spatial_dims):
+    network = make_network(name, spatial_dims)
+    images = torch.randn(2, 1, *(32,) * spatial_dims)
+    parameters = list(network.parameters())
+    expected, logits = gradients(network, images, parameters)
+    found, twin_logits = gradients(quick_twin(network, on_cpu=True, same_bits=True), images, parameters)
+    assert torch.equal(twin_logits, logits)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_convolutional_networks_have_their_channels_side_by_side(spatial_dims):
     twin = quick_twin(make_network("basic_unet", spatial_dims), on_cpu=True)
     norms = [module for module in twin.modules() if "GroupNorm" in type(module).__name__]
     assert norms
-    assert {type(norm) for norm in norms} == {kind}
+    assert {type(norm) for norm in norms} == {ChannelsLastGroupNorm}
     seen = []
     for norm in norms:
         norm.register_forward_hook(
@@ -90,12 +103,42 @@ def test_on_a_gpu_the_network_is_its_own_twin():
     assert quick_twin(network, on_cpu=False) is network
 
 
+@pytest.mark.parametrize("shape", [(2, 16, 48, 48, 48), (3, 8, 96, 80), (1, 6, 20, 20, 20)])
+@pytest.mark.parametrize("mean", [0.0, 50.0])
+def test_group_norm_over_many_voxels_is_as_exact_as_float32(shape, mean):
+    layer = torch.nn.GroupNorm(2, shape[1])
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 2.0)
+        layer.bias.uniform_(-1.0, 1.0)
+    images = (mean + torch.randn(shape)).contiguous(memory_format=ORDERS[len(shape)]).requires_grad_()
+    change = torch.randn(shape)
+    parameters = [images, layer.weight, layer.bias]
+    out = ChannelsLastGroupNorm(layer)(images)
+    wide = [value.detach().double().requires_grad_() for value in parameters]
+    exact = torch.nn.functional.group_norm(wide[0], 2, *wide[1:], layer.eps)
+    usual = torch.nn.functional.group_norm(images.contiguous(), 2, *parameters[1:], layer.eps)
+    found, expected = (
+        torch.autograd.grad(one, given, change.to(one)) for one, given in ((out, parameters), (exact, wide))
+    )
+    common = torch.autograd.grad(usual, parameters, change)
+    assert (out - exact).abs().max() <= 4 * (usual - exact).abs().max()
+    for own, other, truth in zip(found, common, expected, strict=True):
+        assert relative(own, truth) <= 4 * relative(other, truth) + 1e-7
+
+
+def test_group_norm_over_few_voxels_and_of_vectors_is_pytorchs_own():
+    layer = torch.nn.GroupNorm(2, 4)
+    for shape in ((3, 4), (3, 4, 5000), (3, 4, 8, 8)):
+        images = torch.randn(shape)
+        assert torch.equal(ChannelsLastGroupNorm(layer)(images), layer(images))
+
+
 def test_group_norm_in_bfloat16_is_near_the_one_in_float32():
     layer = torch.nn.GroupNorm(4, 16)
     with torch.no_grad():
         layer.weight.uniform_(0.5, 2.0)
     quick = ChannelsLastGroupNorm(layer)
-    images = (3 + torch.randn(2, 16, 6, 5, 4)).contiguous(memory_format=torch.channels_last_3d)
+    images = (3 + torch.randn(2, 16, 18, 17, 16)).contiguous(memory_format=torch.channels_last_3d)
     change = torch.randn_like(images)
     answers = []
     for norm, kind in ((layer, torch.float32), (quick, torch.float32), (quick, torch.bfloat16)):

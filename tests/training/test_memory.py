@@ -97,15 +97,15 @@ def trainer_of(run):
 def train(run, limit=None, norm_seen=None):
     trainer = trainer_of(run)
     data = open_hospital_data(run, (list_hospitals(run)[0].hospital,))
-    sizes, whole = [], trainer._patient_losses
+    sizes, whole = [], trainer._logits
 
-    def losses(network, some):
+    def logits(network, some):
         sizes.append(len(some))
         if limit is not None and len(some) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(network, some)
 
-    trainer._patient_losses = losses
+    trainer._logits = logits
     if norm_seen is not None:
         trainer._sees_the_batch = norm_seen
     weights = trainer.initial_weights(3)

@@ -44,6 +44,18 @@ class DiscPatients:
         return torch.from_numpy(images), torch.from_numpy(targets.astype(np.int64))
 
 
+class WholeImages:
+    """The same patients, each with the whole image [1, 1, 32, 32] as its one patch."""
+
+    def __init__(self, patients: DiscPatients) -> None:
+        self._cases, self.labels, self.holdout = patients._train, patients.labels, patients.holdout
+        self.num_train_patients = patients.num_train_patients
+
+    def train_patches(self, patient_index: int, num_patches: int, rng: object) -> tuple[torch.Tensor, torch.Tensor]:
+        case = self._cases[patient_index]
+        return torch.from_numpy(case.image)[None], torch.from_numpy(case.label.astype(np.int64))[None]  # type: ignore[union-attr]
+
+
 def _disc(rng: Generator, index: int, task: str) -> PreparedCase:
     y, x = np.mgrid[:32, :32]
     centre = rng.uniform(10, 22, 2)
@@ -107,6 +119,33 @@ def test_same_seed_gives_the_same_bits(optimizer: str) -> None:
         results.append(trainer.train(trainer.initial_weights(0), data, plain(3, seed)).delta)
     assert np.array_equal(results[0], results[1])
     assert not np.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_exact_training_has_the_bits_of_a_plain_loop(momentum: float) -> None:
+    settings = TrainingConfig(
+        batch_size=4, momentum=momentum, optimizer="sgd", device="cpu", loss="cross_entropy", patient_order="listed"
+    )
+    model = ModelConfig(type="basic_unet", features=(8, 8, 16, 16, 16))
+    data, edge = DiscPatients(), (32, 32)
+    trainer = Trainer(model, settings, "segmentation", 2, 1, 2, edge, False, exact=True)
+    usual = Trainer(model, settings, "segmentation", 2, 1, 2, edge, False)
+    whole = WholeImages(data)
+    start = trainer.initial_weights(0)
+    found, quick = (one.train(start, whole, plain(4)).delta for one in (trainer, usual))
+
+    network = build_network(model, 2, 1, 2, False, edge).train()
+    load_into(network, start)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=momentum)
+    for step in range(4):
+        images, targets = zip(*(whole.train_patches(4 * (step % 2) + i, 1, None) for i in range(4)), strict=True)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(torch.cat(images)), torch.cat(targets)).backward()
+        optimizer.step()
+    expected = flatten(network) - start
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(quick, expected)
+    assert np.linalg.norm(quick - expected) < 1e-4 * np.linalg.norm(expected)
 
 
 def test_dropout_follows_the_seed_and_leaves_torch_alone() -> None:
