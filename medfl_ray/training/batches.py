@@ -8,6 +8,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from medfl_ray.config import TrainingConfig
+from medfl_ray.training.local_data import LocalData
+from medfl_ray.training.patient_gradients import Patient
+
 
 def patient_batches(
     num_patients: int, batch_size: int, rng: np.random.Generator, order: Literal["shuffled", "listed"] = "shuffled"
@@ -26,3 +30,9 @@ def patient_batches(
             queue = np.concatenate([queue, rng.permutation(num_patients)])
         yield queue[:size]
         queue = queue[size:]
+
+
+def drawn_batches(training: TrainingConfig, data: LocalData, rng: np.random.Generator) -> Iterator[list[Patient]]:
+    """Yield the patients of one step after another, without end, their patches drawn as each comes."""
+    for batch in patient_batches(data.num_train_patients, training.batch_size, rng, training.patient_order):
+        yield [data.train_patches(int(index), training.patches_per_patient, rng) for index in batch]

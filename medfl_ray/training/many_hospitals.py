@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from medfl_ray.config import TrainingConfig
 from medfl_ray.errors import ModelError
 from medfl_ray.models.grouped import group, repeat_weights, why_not_grouped
 from medfl_ray.models.quick_layers import quicken
 from medfl_ray.params import Vector, is_finite
-from medfl_ray.training.batches import patient_batches
+from medfl_ray.training.batches import drawn_batches
 from medfl_ray.training.group_forming import form_groups
 from medfl_ray.training.local_data import LocalData
 from medfl_ray.training.local_job import LocalJob, LocalOutcome
@@ -125,7 +124,7 @@ class ManyHospitals:
         ]
 
     def _plain_group(self, tasks: Sequence[HospitalTask], rngs: Sequence[np.random.Generator]) -> PlainHospitals:
-        draws = [_batches(self._trainer.training, task.data, rng) for task, rng in zip(tasks, rngs, strict=True)]
+        draws = [drawn_batches(self._trainer.training, task.data, rng) for task, rng in zip(tasks, rngs, strict=True)]
         return PlainHospitals(self._trainer, self._load_members(len(tasks)), draws)
 
     def _private_group(self, tasks: Sequence[HospitalTask], rngs: Sequence[np.random.Generator]) -> PrivateHospitals:
@@ -198,12 +197,6 @@ def load_rows(parameters: Sequence[nn.Parameter], rows: Sequence[Vector]) -> Non
     with torch.no_grad():
         for parameter, own in zip(parameters, cut_rows(rows, parameters), strict=True):
             parameter.copy_(own)
-
-
-def _batches(training: TrainingConfig, data: LocalData, rng: np.random.Generator) -> Iterator[list[Patient]]:
-    """Yield the patients of one step after another, drawn as the trainer would draw them."""
-    for batch in patient_batches(data.num_train_patients, training.batch_size, rng, training.patient_order):
-        yield [data.train_patches(int(index), training.patches_per_patient, rng) for index in batch]
 
 
 def _outcome(row: Vector, start: Vector, task: HospitalTask, losses: Sequence[float]) -> LocalOutcome:

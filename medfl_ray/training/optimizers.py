@@ -30,7 +30,7 @@ class PlainSGD:
 
     def step(self) -> None:
         """Subtract learning rate times gradient."""
-        pairs = [(one, one.grad) for one in self._parameters if one.grad is not None]
+        pairs = [(one, gradient) for one in self._parameters if (gradient := one.grad) is not None]
         if pairs:
             parameters, gradients = zip(*pairs, strict=True)
             with torch.no_grad():

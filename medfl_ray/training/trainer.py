@@ -5,6 +5,7 @@ Shapes: N patients of a step, K patches of a patient, C channels, S voxels per a
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from medfl_ray.models.catalogue import build_network
 from medfl_ray.models.channels_last import quick_twin
 from medfl_ray.params import FlatWeights, Layout, Vector, flatten, is_finite, layout_of, tensors_of
 from medfl_ray.privacy.dpsgd import private_steps
-from medfl_ray.training.batches import patient_batches
+from medfl_ray.training.batches import drawn_batches
 from medfl_ray.training.coupling import check_patients_apart
 from medfl_ray.training.devices import choose_device
 from medfl_ray.training.engine_choice import choose_group_size, engine_of, make_patient_like
@@ -171,10 +172,7 @@ class Trainer:
         """Return the loss of each patient's patches under given weights; nothing is trained."""
         self._load_for_inference(weights)
         with torch.inference_mode():
-            return [
-                self._patient_losses(self.network, [(self._put(images), self._put(targets))]).item()
-                for images, targets in patients
-            ]
+            return [self._patient_losses(self.network, [patient]).item() for patient in patients]
 
     def predict(self, weights: Vector, case: PreparedCase) -> npt.NDArray[np.uint8]:
         """Return the predicted labels [*S] of one case, or its class [] for classification."""
@@ -183,7 +181,7 @@ class Trainer:
 
     def _plain_steps(self, data: LocalData, losses: list[float], rng: np.random.Generator) -> Iterator[None]:
         """Leave in .grad, step by step, the gradient of the mean loss over a batch of patients."""
-        for patients in self.batches(data, rng):
+        for patients in drawn_batches(self.training, data, rng):
             loss = self._mean_gradient(patients)
             self._space.restrict_gradients()
             losses.append(self._finite(loss))
@@ -224,12 +222,6 @@ class Trainer:
             part.backward()  # type: ignore[no-untyped-call]
             mean += part.item()
         return mean
-
-    def batches(self, data: LocalData, rng: np.random.Generator) -> Iterator[list[Patient]]:
-        """Yield the patients of one step after another, without end; of training without DP."""
-        training = self.training
-        for batch in patient_batches(data.num_train_patients, training.batch_size, rng, training.patient_order):
-            yield [self._draw(data, int(index), rng) for index in batch]
 
     def _private_steps(
         self, data: LocalData, mechanism: Mechanism, losses: list[float], rng: np.random.Generator
@@ -281,20 +273,27 @@ class Trainer:
         """Return the mean loss of the patients, from one forward pass of the quick twin over all their patches."""
         if len({len(images) for images, _ in patients}) > 1:
             return self._patient_losses(self._twin, patients).mean()
-        return mean_loss(self.loss, self._logits(self._twin, patients), torch.stack([own for _, own in patients]))
+        return mean_loss(self.loss, self._logits(self._twin, patients), self._targets(patients))
 
     def _patient_losses(self, network: nn.Module, patients: Sequence[Patient]) -> Tensor:
         """Return the loss of each patient, [N], from one forward pass over all their patches."""
         logits = self._logits(network, patients)
         counts = [len(images) for images, _ in patients]
         if len(set(counts)) == 1:
-            targets = torch.stack([targets for _, targets in patients])
-            return loss_of_each(self.loss)(logits.reshape(len(patients), -1, *logits.shape[1:]), targets)
-        own_logits = torch.split(logits, counts)
-        return torch.stack([self.loss(own, targets) for own, (_, targets) in zip(own_logits, patients, strict=True)])
+            own_logits = logits.reshape(len(patients), -1, *logits.shape[1:])
+            return loss_of_each(self.loss)(own_logits, self._targets(patients))
+        apart = zip(torch.split(logits, counts), patients, strict=True)
+        return torch.stack([self.loss(own, self._targets([patient])[0]) for own, patient in apart])
 
     def _logits(self, network: nn.Module, patients: Sequence[Patient]) -> Tensor:
-        return forward(network, torch.cat([images for images, _ in patients]), self.training.mixed_precision)
+        images = self._put(torch.cat([images for images, _ in patients]))
+        return forward(network, images, self.training.mixed_precision)
+
+    def _targets(self, patients: Sequence[Patient]) -> Tensor:
+        """Return the targets [N, K, *S] of patients with as many patches each, on the device."""
+        targets = torch.stack([targets for _, targets in patients])
+        self.check_labels(targets)
+        return self._put(targets)
 
     def _draw(self, data: LocalData, index: int, rng: np.random.Generator) -> Patient:
         images, targets = data.train_patches(index, self.training.patches_per_patient, rng)
@@ -395,6 +394,6 @@ class Trainer:
 
     @staticmethod
     def _finite(loss: float) -> float:
-        if not np.isfinite(loss):
+        if not math.isfinite(loss):
             raise ModelError("training diverged: the loss is no longer finite; lower training.learning_rate")
         return loss
