@@ -2,14 +2,15 @@
 
 Towards the end each of several holds one only, so that nobody waits for an actor that has two.
 
-A piece whose actor died is dealt again where that is free, once that actor or another can take it.
+A piece whose actor died is dealt again where that is free, in parts, once that actor or another can take it. What the
+actor had not begun is not counted as tried: it did not end the process.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -43,17 +44,26 @@ class Dealer:
         """Questions, each to an actor that died, whose answer says that it is back."""
 
     def deal(
-        self, method: str, pieces: Iterable[Piece], *common: Any, tries: int = TRIES, timeout_s: float | None = None
+        self,
+        method: str,
+        pieces: Iterable[Piece],
+        *common: Any,
+        tries: int = TRIES,
+        timeout_s: float | None = None,
+        apart: Callable[[Piece], Sequence[Piece]] = lambda piece: [piece],
     ) -> Iterator[tuple[Piece, Any]]:
-        """Yield (piece, what `method(piece, *common)` returned, or `Lost`) as they are done, every piece once.
+        """Yield (piece, what `method(piece, *common)` returned, or `Lost`) as they are done, every piece or part once.
 
         Args:
-          tries: how often a piece is dealt at most; 1 where doing it again is not free.
+          tries: how often a piece is begun at most; 1 where doing it again is not free.
+          apart: cuts a piece that was lost with its actor into those that are dealt instead.
           timeout_s: seconds after which what has not come is lost; its actors are started again.
         """
         ends = None if timeout_s is None else time.monotonic() + timeout_s
         waiting = deque((piece, 0) for piece in pieces)
         sent: dict[Any, tuple[Piece, int, int]] = {}
+        behind: set[Any] = set()
+        """What an actor held when it died over an older piece."""
         try:
             while sent or (waiting and self._actors):
                 for actor in self._free(sent, len(waiting)):
@@ -67,10 +77,16 @@ class Dealer:
                 if ready[0] in self._away:
                     self._welcome(ready[0])
                     continue
-                piece, tried, actor = sent.pop(ready[0])
+                piece, tried, actor = sent[ready[0]]
+                held = [ref for ref, (_, _, holder) in sent.items() if holder == actor]
+                del sent[ready[0]]
                 result = self._result(ready[0], actor)
+                if result is GONE and tries > 1:
+                    begun = held[0] == ready[0] and ready[0] not in behind
+                    behind.update(held[1:])
+                    tried -= not begun
                 if result is GONE and tried < tries:
-                    waiting.append((piece, tried))
+                    waiting.extend((part, tried) for part in apart(piece))
                 else:
                     yield piece, result
         finally:  # also where whoever asked has had enough: the next round must not wait for what is late

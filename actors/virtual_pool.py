@@ -268,7 +268,7 @@ class VirtualPool:
         """Have them trained; without noise a second training gives the same bits, with noise nobody paid for it."""
         tries = 1 if plan.mechanisms else TRIES
         for assignment, result in self._dealer.deal(
-            "train", assignments, weights, tries=tries, timeout_s=plan.deadline_s
+            "train", assignments, weights, tries=tries, timeout_s=plan.deadline_s, apart=Assignment.apart
         ):
             if not isinstance(result, Lost):
                 yield result

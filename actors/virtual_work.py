@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,6 +87,10 @@ class Assignment:
     def hospitals(self) -> tuple[str, ...]:
         """Names of all hospitals of the groups."""
         return tuple(turn.hospital for group in self.groups for turn in group)
+
+    def apart(self) -> list[Assignment]:
+        """Return one assignment for each group."""
+        return [replace(self, groups=(group,)) for group in self.groups]
 
 
 @dataclass(frozen=True)

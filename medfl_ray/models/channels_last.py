@@ -50,7 +50,8 @@ def quick_twin(network: nn.Module, on_cpu: bool, same_bits: bool = False) -> nn.
             if parameter.ndim in ORDERS:  # weights that lie as the images do need not be turned for each pass
                 parameter.data = parameter.data.contiguous(memory_format=ORDERS[parameter.ndim])
     twin.register_forward_pre_hook(_put_channels_last)
-    return leave_out_idle(twin)
+    # To concatenate interpolated volumes is quicker from the copy that padding makes of them (6 % of a U-Net's step).
+    return leave_out_idle(twin, padding=False)
 
 
 def keeps_order(network: nn.Module) -> bool:

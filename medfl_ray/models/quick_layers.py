@@ -33,15 +33,18 @@ def quicken(network: nn.Module) -> nn.Module:
     return leave_out_idle(network)
 
 
-def leave_out_idle(network: nn.Module) -> nn.Module:
-    """Leave out what changes no bit, dropout of probability 0 and padding by nothing, in place; return the network."""
+def leave_out_idle(network: nn.Module, padding: bool = True) -> nn.Module:
+    """Leave out what changes no bit, in place, and return the network.
+
+    Dropout of probability 0, and padding by nothing unless the copies that it makes are wanted.
+    """
     for module in list(network.modules()):
         for name, layer in list(module.named_children()):
             if _is_idle(layer) and _is_monais(module, "ADN"):  # a sequence that nobody indexes
                 delattr(module, name)
             elif _is_idle(layer):
                 setattr(module, name, nn.Identity())
-        if _is_monais(module, "UpCat"):
+        if padding and _is_monais(module, "UpCat"):
             _skip_empty_padding(module)
     return network
 
