@@ -62,8 +62,6 @@ class Dealer:
         ends = None if timeout_s is None else time.monotonic() + timeout_s
         waiting = deque((piece, 0) for piece in pieces)
         sent: dict[Any, tuple[Piece, int, int]] = {}
-        behind: set[Any] = set()
-        """What an actor held when it died over an older piece."""
         try:
             while sent or (waiting and self._actors):
                 for actor in self._free(sent, len(waiting)):
@@ -77,14 +75,11 @@ class Dealer:
                 if ready[0] in self._away:
                     self._welcome(ready[0])
                     continue
-                piece, tried, actor = sent[ready[0]]
-                held = [ref for ref, (_, _, holder) in sent.items() if holder == actor]
-                del sent[ready[0]]
+                actor = sent[ready[0]][2]
                 result = self._result(ready[0], actor)
                 if result is GONE and tries > 1:
-                    begun = held[0] == ready[0] and ready[0] not in behind
-                    behind.update(held[1:])
-                    tried -= not begun
+                    _count_the_oldest_only(sent, actor, ready[0])
+                piece, tried, _ = sent.pop(ready[0])
                 if result is GONE and tried < tries:
                     waiting.extend((part, tried) for part in apart(piece))
                 else:
@@ -128,3 +123,11 @@ class Dealer:
             ray.get(answer)
         except RayError:
             del self._actors[actor]
+
+
+def _count_the_oldest_only(sent: dict[Any, tuple[Piece, int, int]], actor: int, gone: Any) -> None:
+    """Take back the try of what a dead actor had not begun: of the pieces behind the one that is gone, or of itself."""
+    held = [answer for answer, (_, _, holder) in sent.items() if holder == actor]
+    for answer in held[1:] if held[0] == gone else [gone]:
+        piece, tried, _ = sent[answer]
+        sent[answer] = piece, tried - 1, actor

@@ -84,7 +84,7 @@ class Trainer:
         self._sees_the_batch = any(isinstance(module, _BatchNorm) for module in self.network.modules())
         self.loss = make_loss(training.loss, task)
         self.layout: Layout = layout_of(self.network)
-        # To walk through a network's modules takes longer than a small hospital can afford at every step.
+        # Walking through a network's modules takes longer than a small hospital can afford at every step.
         self._tensors = tensors_of(self.network)
         self.flat_weights = FlatWeights(self._tensors)
 
