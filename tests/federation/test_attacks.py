@@ -260,7 +260,7 @@ def test_virtual_hospitals_and_one_process_agree_under_attack(ray_cluster, tmp_p
         "aggregation": {"mode": "robust", "robust": {"rule": "norm_bound"}},
         "attack": {"kind": "alie", "hospitals": ["hospital-001"]},
     }
-    run = balls(**changes, federation={"pool": "local"})
+    run = balls(**changes, federation={"pool": "local", "exact": True})
     expected, _, _ = start(run, tmp_path / "local")
     found = []
     for num_actors in (1, 2):
