@@ -5,11 +5,12 @@ A run like any other, with checkpoints, receipts and report; only the hospitals 
 
 from __future__ import annotations
 
+import gc
 import runpy
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -142,6 +143,7 @@ class Simulation:
             closing(store),
             ClusterMetrics(self._run, self._folder.name, self._policies) as metrics,
             threadpool_limits(1, "blas"),  # a second thread would wait for work on a core that an actor needs
+            undisturbed(),
         ):
             first_weights, combine = with_flower(self._run, self._first_weights, self._emit)
             return run_federation(
@@ -185,6 +187,19 @@ class Simulation:
             seconds = where_time_went(self.pool, result.duration_s)
             asked = len(result.receipt.asked)
             emit(RoundTimed(round=result.round, num_hospitals=asked, duration_s=result.duration_s, seconds=seconds))
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave what is there out of collections of garbage, which would walk through all libraries between two rounds."""
+    if gc.get_freeze_count():  # whoever froze something has done this already, and counts on it
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _named(select: Select, round: int, able: Sequence[str]) -> tuple[str, ...]:

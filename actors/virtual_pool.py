@@ -26,7 +26,7 @@ from medfl_ray.config import Declared, RunConfig
 from medfl_ray.errors import ConfigError, FederationError, MedflError, PrivacyError
 from medfl_ray.federation.local_pool import deadline_failure, start_failure
 from medfl_ray.federation.planning import aggregation_weight, check_limits, check_terms
-from medfl_ray.federation.ports import AlonePlan, AloneResult, Answer
+from medfl_ray.federation.ports import AlonePlan, AloneResult, Answer, SummedUpdates
 from medfl_ray.messages import (
     ClientFailure,
     HospitalInfo,
@@ -173,8 +173,7 @@ class VirtualPool:
             yield from finished.failures
             yield from (replace(update, spent=spent.get(update.hospital)) for update in finished.updates)
             if finished.total is not None:
-                trained = tuple(replace(one, spent=spent.get(one.hospital)) for one in finished.total.trained)
-                yield replace(finished.total, trained=trained) if spent else finished.total
+                yield with_spent(finished.total, spent) if spent else finished.total
         self.seconds["wall"] = time.perf_counter() - started
 
     def evaluate(
@@ -351,6 +350,11 @@ def cache_of_each(run: RunConfig, num_actors: int, memory_bytes: float | None) -
     if run.data.cache_mb is not None:
         return run.data.cache_mb * 2**20
     return None if memory_bytes is None else int(memory_bytes * CACHED_SHARE / num_actors)
+
+
+def with_spent(total: SummedUpdates, spent: Mapping[str, PrivacySpent]) -> SummedUpdates:
+    """Return a sum that says what each of its hospitals has spent."""
+    return replace(total, trained=tuple(replace(one, spent=spent.get(one.hospital)) for one in total.trained))
 
 
 def _public(policy: SitePolicy) -> dict[str, Any]:

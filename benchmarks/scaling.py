@@ -10,20 +10,17 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import scaling_hospitals as hospitals
 from harness import STANDARD_OUTPUT, Goal, Options, benchmark, describe_machine, report
+from scaling_overhead import compare
+from scaling_runs import SMALL, configure, num_parameters, simulate
 
 from actors.cluster import connect, disconnect, simulation_environment
 from actors.simulate import Simulation
-from medfl_ray.config import RunConfig
-from medfl_ray.federation.events import Event, PhaseStarted, RoundClosed, RoundTimed
-from medfl_ray.store.run_folder import RunFolder
 
 GOALS = (
     Goal("hospitals_exponent", at_least=0.97, at_most=1.03),
@@ -31,7 +28,6 @@ GOALS = (
     Goal("aggregate_vs_readonly", at_most=4.0),
     Goal("rss_slope_mb_per_round", at_most=0.5),
 )
-SMALL = (12, 24, 48, 96)
 WIDTHS = {"0.1M": SMALL, "1M": (40, 80, 160, 320), "10M": (124, 248, 496, 992), "30M": (216, 432, 864, 1728)}
 COUNTS = (10, 100, 300, 1000, 3000, 10_000)
 FIT_FROM = 100
@@ -49,78 +45,6 @@ class Point:
     num_parameters: int
     num_actors: int
     round_s: float
-
-
-def configure(
-    count: int, rounds: int, directory: Path, features: Sequence[int] = SMALL, **federation: Any
-) -> RunConfig:
-    """Return a run in which all of `count` hospitals train in every round."""
-    return RunConfig.model_validate(
-        {
-            "name": "scaling",
-            "data": {"phantom": {"num_hospitals": count}, "spatial_dims": 2},
-            "model": {"type": "unet2d", "features": list(features)},
-            "training": {
-                "batch_size": 8,
-                "learning_rate": 0.01,
-                "optimizer": "sgd",
-                "momentum": 0.0,
-                "loss": "cross_entropy",
-                "patch_size_voxels": hospitals.SIZE,
-                "augment": False,
-                "device": "cpu",
-            },
-            "federation": {
-                "pool": "virtual",
-                "rounds": rounds,
-                "local_epochs": 1,
-                "eval_every": rounds,
-                "eval_hospitals": 1,
-                **federation,
-            },
-            "privacy": {"enable_dp": False},
-            "output": {"directory": str(directory), "report": False, "export": False},
-        }
-    )
-
-
-def simulate(run: RunConfig, after_round: Callable[[Simulation, int], None] | None = None) -> list[float]:
-    """Return the seconds of each round, from its plan to its receipt on the disk, evaluation left out; warm before."""
-    seconds: list[float] = []
-    began = 0.0
-    policies = hospitals.policies(run.data.phantom.num_hospitals if run.data.phantom else 0)
-
-    def follow(event: Event) -> None:
-        nonlocal began
-        if isinstance(event, PhaseStarted) and event.name == "federated":
-            began = time.perf_counter()
-        if isinstance(event, RoundClosed):
-            seconds.append(time.perf_counter() - began)
-            assert not event.result.receipt.failures, event.result.receipt.failures[0]
-            if after_round is not None:
-                after_round(simulation, event.result.round)
-        if isinstance(event, RoundTimed):
-            seconds[-1] -= event.seconds["evaluate"]
-            began = time.perf_counter()
-
-    with Simulation(run, policies, RunFolder.create(run).path, follow, open_data=hospitals.open_data) as simulation:
-        simulation.warm_up([policy.hospital for policy in policies[:64]])
-        outcome = simulation.run()
-    assert outcome.completed, outcome.reason
-    return seconds
-
-
-def num_parameters(features: Sequence[int]) -> int:
-    """Count the parameters of the network."""
-    return sum(parameter.numel() for parameter in make_trainer(features).network.parameters())
-
-
-def make_trainer(features: Sequence[int]) -> Any:
-    """Return the trainer of such a network, as an actor makes it."""
-    from medfl_ray.training.trainer import Trainer
-
-    run = configure(1, 1, Path("unused"), features)
-    return Trainer(run.model, run.training, run.data.task, 2, 1, 2, run.patch_size, False)
 
 
 def measure_growth(quick: bool, directory: Path) -> Iterator[Point]:
@@ -147,61 +71,6 @@ def exponent_of(points: Sequence[Point]) -> float:
         np.log([point.num_hospitals for point in fitted]), np.log([point.round_s for point in fitted]), 1
     )
     return float(slope)
-
-
-def overhead_ratio(quick: bool, directory: Path) -> float:
-    """Compare a round on one actor with the same engine in a bare loop here, in turns."""
-    count, rounds = (60, 4) if quick else (200, 25)
-    bare_s: list[float] = []
-    loop: list[BareLoop] = []
-
-    def bare(simulation: Simulation, number: int) -> None:
-        if not loop:
-            group_size = int(simulation.pool.describe()[0].hospitals_per_group or 1)  # type: ignore[union-attr]
-            loop.append(BareLoop(count, group_size))
-            loop[0].round()
-        started = time.perf_counter()
-        loop[0].round()
-        bare_s.append(time.perf_counter() - started)
-
-    run = configure(count, rounds, directory, num_actors=1)
-    round_s = simulate(run, bare)
-    # A round beside the loop before it and the one after it, which are as near in time as can be.
-    return statistics.median(
-        ours / ((before + after) / 2)
-        for ours, before, after in zip(round_s[1:-1], bare_s[:-1], bare_s[1:], strict=False)
-    )
-
-
-class BareLoop:
-    """The training engine and the sums, without rounds, receipts, Ray or a second process."""
-
-    def __init__(self, count: int, group_size: int) -> None:
-        """Open the data of `count` hospitals."""
-        from medfl_ray.training.group_forming import form_groups
-        from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals
-        from medfl_ray.training.trainer import LocalJob
-
-        self._trainer = make_trainer(SMALL)
-        self._many = ManyHospitals(self._trainer, group_size)
-        self._weights = self._trainer.initial_weights(1)
-        data = [hospitals.RandomHospital(number) for number in range(count)]
-        sizes = [(-(-one.num_train_patients // 8), one.num_train_patients) for one in data]
-        self._groups = [
-            [HospitalTask(data[i], LocalJob(sizes[i][0], 0.01, None, (1, 1, i))) for i in group]
-            for group in form_groups(sizes, group_size, 8)[::-1]
-        ]
-
-    def round(self) -> None:
-        """Train everybody once and take the mean."""
-        from medfl_ray.aggregation.fixed_point import add_updates, empty_sum, weighted_mean
-
-        total = empty_sum(self._weights.size)
-        for group in self._groups:
-            outcomes = list(self._many.train(self._weights, group))
-            deltas = np.stack([outcome.delta for _, outcome in outcomes])
-            total = add_updates(total, deltas, [group[i].data.num_train_patients for i, _ in outcomes])
-        self._weights = self._weights + weighted_mean(total)
 
 
 def aggregate_vs_readonly(quick: bool) -> float:
@@ -244,11 +113,12 @@ def rss_slope(quick: bool, directory: Path) -> float:
     return float(np.polyfit(range(len(settled)), settled, 1)[0])
 
 
-def page(points: Sequence[Point], figures: dict[str, float]) -> str:
+def page(points: Sequence[Point], figures: dict[str, float], overheads: Sequence[tuple[float, float]]) -> str:
     """Return the tables."""
     lines = ["# How the cost of a simulation grows", "", describe_machine() + ".", ""]
     lines += ["| figure | value | goal |", "| --- | --- | --- |"]
-    lines += [f"| `{goal.figure}` | {figures.get(goal.figure, float('nan')):.3g} | {goal} |" for goal in GOALS]
+    lines += [f"| `{goal.figure}` | {figures.get(goal.figure, float('nan')):.4g} | {goal} |" for goal in GOALS]
+    lines += [f"| `overhead_in_one_process` | {figures['overhead_in_one_process']:.4g} | |"]
     lines += ["", "| over | hospitals | parameters | actors | s a round | ms a hospital |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     lines += [
@@ -256,6 +126,9 @@ def page(points: Sequence[Point], figures: dict[str, float]) -> str:
         f"| {point.round_s:.3f} | {1e3 * point.round_s / point.num_hospitals:.2f} |"
         for point in points
     ]
+    lines += ["", "| pair of processes | over a bare loop in a fresh process | over one in the actor's own process |"]
+    lines += ["| --- | --- | --- |"]
+    lines += [f"| {number} | {plain:.4f} | {own:.4f} |" for number, (plain, own) in enumerate(overheads, 1)]
     return "\n".join(lines) + "\n"
 
 
@@ -282,7 +155,11 @@ def measure(options: Options) -> dict[str, float]:
     connect()
     try:
         runs = options.out / "runs"
-        figures = {"overhead_ratio": overhead_ratio(options.quick, runs)}
+        overheads = compare(options.quick, runs)
+        figures = {
+            "overhead_ratio": statistics.median(plain for plain, _ in overheads),
+            "overhead_in_one_process": statistics.median(own for _, own in overheads),
+        }
         figures["rss_slope_mb_per_round"] = rss_slope(options.quick, runs)
         points = list(measure_growth(options.quick, runs))
     finally:
@@ -290,7 +167,7 @@ def measure(options: Options) -> dict[str, float]:
     figures["hospitals_exponent"] = exponent_of(points)
     figures["aggregate_vs_readonly"] = aggregate_vs_readonly(options.quick)
     beside = options.out if options.json in (None, STANDARD_OUTPUT) else Path(str(options.json)).parent
-    (beside / "scaling.md").write_text(page(points, figures), encoding="utf-8")
+    (beside / "scaling.md").write_text(page(points, figures, overheads), encoding="utf-8")
     draw(points, beside / "scaling.png")
     return figures
 

@@ -62,7 +62,11 @@ def add_updates(partial: PartialSum, updates: Vector, weights: Sequence[int]) ->
 
     Raises:
       UpdateRejected: as of `add_update`, for any of them; then none of them is in the sum.
+      ValueError, TypeError: a weight is negative, or no whole number.
     """
+    weights = [operator.index(weight) for weight in weights]  # of any size: sums of NumPy's integers would wrap around
+    if min(weights, default=0) < 0:
+        raise ValueError(f"an update weighs {min(weights)}; a weight counts patients, from 0 on")
     if updates.shape != (len(weights), partial.total.size):
         raise UpdateRejected(f"the update has shape {updates.shape[1:]}; the round needs {partial.total.shape}")
     with rounding_down() as can_be_quick:

@@ -169,12 +169,13 @@ def screen_and_add(
     if is_attacker(context, update.hospital):
         tally.held[update.hospital] = update
         return total
+    total = add(context, total, update, tally)
     if is_late:
         note_late(context, expected.plan, update, checksum, tally)
     else:
         note_trained(context, expected.plan, [update], tally)
         tally.update_hashes[update.hospital] = checksum
-    return add(context, total, update, tally)
+    return total
 
 
 def add(context: RoundContext, total: PartialSum, update: ClientUpdate, tally: Tally) -> PartialSum:
@@ -231,8 +232,9 @@ def add_sum(
         raise UpdateRejected("the updates came as a sum; a robust rule needs each of them")
     if not set(hospitals) <= plan.num_steps.keys() - tally.trained or len(set(hospitals)) < len(hospitals):
         raise UpdateRejected("the sum holds a hospital that was not asked or has delivered already")
+    total = merge_sums(total, answer.total)
     note_trained(context, plan, answer.trained, tally)
-    return merge_sums(total, answer.total)
+    return total
 
 
 def note_trained(

@@ -17,11 +17,12 @@ FIRST = "0" * 64
 _CONTEXT = "medfl-ray receipt v1"
 
 
-def sign_receipt(receipt: Receipt, previous: str, key: SigningKey) -> SignedReceipt:
-    """Chain a receipt to the hash of the one before, `FIRST` for none, and sign it."""
+def sign_receipt(receipt: Receipt, previous: str, key: SigningKey) -> tuple[SignedReceipt, str]:
+    """Chain a receipt to the hash of the one before, `FIRST` for none, and sign it; return it and its own hash."""
     fields = receipt.model_dump()
     unsigned = SignedReceipt(**fields, previous=previous, public_key=key.public_key, signature="")
-    return unsigned.model_copy(update={"signature": key.sign(receipt_hash(unsigned))})
+    digest = receipt_hash(unsigned)
+    return unsigned.model_copy(update={"signature": key.sign(digest)}), digest
 
 
 def receipt_hash(receipt: SignedReceipt) -> str:

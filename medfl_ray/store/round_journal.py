@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, select, update
+from sqlalchemy import Connection, Engine, bindparam, create_engine, event, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from medfl_ray.errors import CheckpointError
@@ -30,6 +30,17 @@ NEXT = {
     "aggregated": ("published", "abandoned"),
 }
 LOCK_TIMEOUT_S = 30.0
+
+# Put together once: this takes longer than running them, and a round of a simulation is short.
+_OPEN = insert(round_attempts)
+_CLOSE = (
+    update(round_attempts)
+    .where(*(round_attempts.c[name] == bindparam(f"its_{name}") for name in ("job", "round", "attempt")))
+    .where(round_attempts.c.state.in_(bindparam("before", expanding=True)))
+    .values(state=bindparam("next_state"))
+)
+_MOVE = _CLOSE.values(weights_after=bindparam("weights_after"))
+_DELIVER = "INSERT INTO round_deliveries (job, round, attempt, hospital) VALUES (?, ?, ?, ?)"
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class RoundJournal:
             self._made = True
         row = {**_key(plan), "state": "open", "plan": plan.model_dump_json(), "opened_at": _now()}
         with self._writing() as connection:
-            connection.execute(insert(round_attempts).values(row))
+            connection.execute(_OPEN, row)
 
     def move(self, plan: RoundPlan, state: str, weights_after: str | None = None) -> None:
         """Take an attempt to its next state.
@@ -81,9 +92,8 @@ class RoundJournal:
           CheckpointError: the attempt is in a state that this one does not follow, or the disk is full.
         """
         before = [name for name, following in NEXT.items() if state in following]
-        chosen = update(round_attempts).where(_is(round_attempts, plan), round_attempts.c.state.in_(before))
         with self._writing() as connection:
-            moved = connection.execute(chosen.values(state=state, weights_after=weights_after)).rowcount
+            moved = connection.execute(_MOVE, _moved(plan, before, state) | {"weights_after": weights_after}).rowcount
         if moved != 1:
             raise CheckpointError(
                 f"round {plan.round}, attempt {plan.attempt} cannot become {state}: it is not {' or '.join(before)}. "
@@ -99,8 +109,10 @@ class RoundJournal:
         Raises:
           CheckpointError: one of them had delivered before, or the disk is full.
         """
-        with self._writing(flushed=False) as connection:
-            connection.execute(insert(round_deliveries), [{**_key(plan), "hospital": name} for name in hospitals])
+        rows = [(plan.job, plan.round, plan.attempt, name) for name in hospitals]
+        if rows:
+            with self._writing(flushed=False) as connection:
+                connection.exec_driver_sql(_DELIVER, rows)
 
     def close(self, receipt: Receipt) -> None:
         """Take the attempt of a receipt to its end; nothing happens where it was never opened or is closed.
@@ -110,9 +122,8 @@ class RoundJournal:
         """
         if not self._path.exists():
             return
-        chosen = update(round_attempts).where(_is(round_attempts, receipt), round_attempts.c.state.in_(NEXT))
         with self._writing() as connection:
-            connection.execute(chosen.values(state="published" if receipt.published else "abandoned"))
+            connection.execute(_CLOSE, _moved(receipt, list(NEXT), "published" if receipt.published else "abandoned"))
 
     def unfinished(self) -> list[OpenAttempt]:
         """Return the attempts that are neither published nor abandoned, oldest first."""
@@ -153,6 +164,11 @@ def _attempt(connection: Connection, plan_json: str, state: str) -> OpenAttempt:
 
 def _key(plan: RoundPlan) -> dict[str, Any]:
     return {"job": plan.job, "round": plan.round, "attempt": plan.attempt}
+
+
+def _moved(plan: RoundPlan | Receipt, before: list[str], state: str) -> dict[str, Any]:
+    its = {"its_job": plan.job, "its_round": plan.round, "its_attempt": plan.attempt}
+    return {**its, "before": before, "next_state": state}
 
 
 def _is(table: Any, plan: RoundPlan | Receipt) -> Any:

@@ -54,6 +54,7 @@ class RunFolder:
         self._key_path = (key_folder or path / FEDERATION_FOLDER) / KEY_NAME
         self._journal = RoundJournal(path)
         self._last_receipt: str | None = None
+        self._signs: SigningKey | None = None
         self._checkpoint_scores: dict[Path, float] = {}
 
     @classmethod
@@ -259,15 +260,18 @@ class RunFolder:
         if self._last_receipt is None:
             earlier, _ = read_receipts(self.path / RECEIPTS)
             self._last_receipt = receipt_hash(earlier[-1]) if earlier else FIRST
-        signed = sign_receipt(receipt, self._last_receipt, self._key())
+        signed, digest = sign_receipt(receipt, self._last_receipt, self._key())
         append_line(self.path / RECEIPTS, signed.model_dump_json())
-        self._last_receipt = receipt_hash(signed)
+        self._last_receipt = digest
 
     def _key(self) -> SigningKey:
-        if self._key_path.exists():
-            return load_key(self._key_path)
-        self._key_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return create_key(self._key_path)
+        if self._signs is None:
+            if self._key_path.exists():
+                self._signs = load_key(self._key_path)
+            else:
+                self._key_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._signs = create_key(self._key_path)
+        return self._signs
 
     def save_hospitals(self, infos: Sequence[HospitalInfo], failures: Sequence[ClientFailure]) -> None:
         """Write hospitals.json and, where a hospital could not start, failures.json."""

@@ -29,16 +29,13 @@ def form_groups(sizes: Sequence[tuple[int, int]], group_size: int, batch_size: i
     Returns: positions in `sizes`, every one once.
     """
     order = sorted(range(len(sizes)), key=lambda position: sizes[position])
+    allowed = sorted({size for size in GROUP_SIZES if size < group_size} | {group_size})
     least, cuts = [0.0], [0]
     for end in range(1, len(order) + 1):
-        longest = sizes[order[end - 1]]
-        starts = [end - size for size in GROUP_SIZES if size <= min(end, group_size)]
-        if group_size <= end and group_size not in GROUP_SIZES:
-            starts.append(end - group_size)
-        costs = [least[start] + group_cost(longest, end - start, batch_size) for start in starts]
-        best = min(range(len(costs)), key=costs.__getitem__)
-        least.append(costs[best])
-        cuts.append(starts[best])
+        fixed, each = _costs(sizes[order[end - 1]], batch_size)
+        cost, size = min((least[end - size] + float(fixed + each * size), size) for size in allowed if size <= end)
+        least.append(cost)
+        cuts.append(end - size)
     groups, end = [], len(order)
     while end:
         groups.append(order[cuts[end] : end])
@@ -72,11 +69,12 @@ def cut_into_pieces(costs: Sequence[float], num_actors: int, evenly: bool) -> li
 
 def group_cost(longest: tuple[int, int], count: int, batch_size: int) -> float:
     """Return what a group costs, in samples: of `count` hospitals, the longest with these steps and patients."""
+    fixed, each = _costs(longest, batch_size)
+    return float(fixed + each * count)
+
+
+def _costs(longest: tuple[int, int], batch_size: int) -> tuple[int, int]:
+    """Return what a group costs however few it has, and what each hospital adds: how many patients it sees at most."""
     steps, patients = longest
-    return float(STEP_COST * steps + _samples(steps, patients, batch_size) * count)
-
-
-def _samples(steps: int, patients: int, batch_size: int) -> int:
-    """Return how many patients a hospital sees at most; the last batch of a pass may be short."""
-    passes, rest = divmod(steps, max(1, -(-patients // batch_size)))
-    return min(steps * batch_size, passes * patients + rest * batch_size)
+    passes, rest = divmod(steps, max(1, -(-patients // batch_size)))  # the last batch of a pass may be short
+    return STEP_COST * steps, min(steps * batch_size, passes * patients + rest * batch_size)

@@ -67,6 +67,20 @@ def test_wrong_shape_and_empty_sum_are_refused():
         merge_sums(empty_sum(3), empty_sum(4))
 
 
+@pytest.mark.parametrize(("weight", "error"), [(-1, ValueError), (1.5, TypeError)])
+def test_a_weight_that_counts_nobody_is_refused(weight, error):
+    total = add_update(empty_sum(3), np.ones(3, np.float32), 2)
+    with pytest.raises(error):
+        add_updates(total, np.ones((2, 3), np.float32), [1, weight])
+    assert np.array_equal(weighted_mean(total), [1, 1, 1])
+
+
+def test_weights_may_be_numpys_integers_of_any_width():
+    total = add_updates(empty_sum(3), np.ones((2, 3), np.float32), np.array([200, 100], np.uint8))
+    assert (total.weight, total.num_updates) == (300, 2)
+    assert np.array_equal(weighted_mean(total), [1, 1, 1])
+
+
 @pytest.mark.parametrize("largest", [1e-9, 1.0, 3e4, 1e5])
 @pytest.mark.parametrize("size", [5, BLOCK + 17])
 def test_every_update_is_rounded_once_whether_it_comes_alone_or_with_others(size, largest):

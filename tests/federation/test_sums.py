@@ -8,10 +8,12 @@ import pytest
 
 from medfl_ray.aggregation.fixed_point import add_updates, empty_sum, weighted_mean
 from medfl_ray.errors import UpdateRejected
-from medfl_ray.federation.collecting import add_sum
+from medfl_ray.federation.collecting import add_sum, screen_and_add
 from medfl_ray.federation.ports import SummedUpdates, TrainedHospital
 from medfl_ray.federation.round_context import Tally
-from medfl_ray.messages import Metric, RoundPlan
+from medfl_ray.federation.screening import Expected
+from medfl_ray.messages import ClientUpdate, Metric, RoundPlan
+from medfl_ray.params import Layout
 
 
 class Journal:
@@ -68,6 +70,7 @@ def test_sums_of_a_round_become_its_mean():
         (sum_of("a", "stranger"), "not asked"),
         (sum_of("a", "a"), "not asked or has delivered"),
         (sum_of("a", "c"), "delivered already"),
+        (sum_of("a", total=replace(sum_of("a").total, magnitude=2.0**62)), "too large"),
     ],
 )
 def test_a_sum_that_does_not_belong_here_is_refused_whole(bad, word):
@@ -80,3 +83,17 @@ def test_a_sum_that_does_not_belong_here_is_refused_whole(bad, word):
     assert round.keeper.delivered == ["c"]
     assert set(tally.metrics) == {"c"}
     assert np.array_equal(weighted_mean(total), before)
+
+
+def test_an_update_that_does_not_fit_into_the_sum_is_not_taken_down_as_delivered():
+    tally, round = Tally(), context()
+    round.run = SimpleNamespace(attack=None, federation=SimpleNamespace(stragglers="drop"))
+    round.past, round.keys, round.central = SimpleNamespace(owed={}), {}, None
+    expected = Expected(PLAN, Layout(("w",), ((4,),)), {"a": 2, "b": 2, "c": 2}, 1.0)
+    update = ClientUpdate("a", 3, 2, np.ones(4, np.float32), expected.layout.checksum, 2, 1, None, {})
+    full = replace(sum_of("c").total, magnitude=2.0**62 - 1)
+    with pytest.raises(UpdateRejected, match="too large"):
+        screen_and_add(round, full, update, expected, tally)
+    assert (tally.trained, tally.metrics, round.keeper.delivered) == (set(), {}, [])
+    screen_and_add(round, sum_of("c").total, update, expected, tally)
+    assert (tally.trained, round.keeper.delivered) == ({"a"}, ["a"])
