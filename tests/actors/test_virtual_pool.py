@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 from small_runs import balls
 
 from actors.coordinator import hospital_specs, local_pool, run_in_process
-from actors.simulate import Simulation, open_ledgers, simulate, where_time_went
+from actors.simulate import Simulation, open_ledgers, simulate, undisturbed, where_time_went
 from actors.virtual_pool import VirtualPool
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import ConfigError, DataError
@@ -246,3 +247,13 @@ def test_the_parts_of_a_round_add_up():
     parts = where_time_went(SimpleNamespace(num_actors=2, seconds=seconds), 7.0)
     assert parts == {"train": 3.0, "data": 1.0, "wait": 0.75, "aggregate": 1.25, "evaluate": 1.0}
     assert sum(parts.values()) == 7.0
+
+
+def test_a_run_leaves_the_collection_of_garbage_as_it_was():
+    before = gc.get_freeze_count()
+    with undisturbed():
+        assert gc.get_freeze_count() > 0
+        with undisturbed():
+            assert gc.get_freeze_count() > 0
+        assert gc.get_freeze_count() > 0, "the inner run has let go of what the outer one counts on"
+    assert gc.get_freeze_count() == before
