@@ -50,13 +50,15 @@ class Dealer:
         *common: Any,
         tries: int = TRIES,
         timeout_s: float | None = None,
-        apart: Callable[[Piece], Sequence[Piece]] = lambda piece: [piece],
+        apart: Callable[[Piece, bool], Sequence[Piece]] = lambda piece, last: [piece],
     ) -> Iterator[tuple[Piece, Any]]:
         """Yield (piece, what `method(piece, *common)` returned, or `Lost`) as they are done, every piece or part once.
 
         Args:
-          tries: how often a piece is begun at most; 1 where doing it again is not free.
-          apart: cuts a piece that was lost with its actor into those that are dealt instead.
+          tries: how often a piece is begun at most; 1 where doing it again is not free. Above 1 it may be one more, for
+            a piece behind the one that ended the process.
+          apart: cuts a piece that was lost with its actor into those that are dealt instead; the second argument says
+            whether it is for the last time.
           timeout_s: seconds after which what has not come is lost; its actors are started again.
         """
         ends = None if timeout_s is None else time.monotonic() + timeout_s
@@ -81,7 +83,7 @@ class Dealer:
                     _count_the_oldest_only(sent, actor, ready[0])
                 piece, tried, _ = sent.pop(ready[0])
                 if result is GONE and tried < tries:
-                    waiting.extend((part, tried) for part in apart(piece))
+                    waiting.extend((part, tried) for part in apart(piece, tried + 1 >= tries))
                 else:
                     yield piece, result
         finally:  # also where whoever asked has had enough: the next round must not wait for what is late

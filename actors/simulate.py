@@ -195,16 +195,12 @@ def undisturbed() -> Iterator[None]:
     if gc.get_freeze_count():  # whoever froze something has done this already, and counts on it
         yield
         return
+    gc.collect()  # what an earlier run has left would else stay until the end of this one
     gc.freeze()
     try:
         yield
     finally:
         gc.unfreeze()
-
-
-def _named(select: Select, round: int, able: Sequence[str]) -> tuple[str, ...]:
-    """Return the cohort that the caller names, without those who sit out for their failures."""
-    return tuple(sorted(set(select(round)).intersection(able)))
 
 
 def where_time_went(pool: VirtualPool, duration_s: float) -> dict[str, float]:

@@ -48,7 +48,8 @@ def drive(
     with stop_on_interrupt(emit) as stop:
         if run.federation.pool == "local":
             pool = local_pool(hospital_specs(run, policies, folder))
-            return run_in_process(run, policies, folder, pool, emit, stop)
+            with one_thread(run.federation.exact):
+                return run_in_process(run, policies, folder, pool, emit, stop)
         from actors.cluster import connect, disconnect
 
         cluster = connect(address, dashboard=dashboard)
@@ -166,6 +167,22 @@ def on_the_head(resources: Mapping[str, float]) -> dict[str, float] | None:
 
 def _num_published(folder: Path, run: RunConfig) -> int:
     return sum(receipt.published for receipt in RunFolder(folder, run).receipts())
+
+
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Compute on one thread, as every actor does: how many threads share a convolution changes its last bits."""
+    if not wanted:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

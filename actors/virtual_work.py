@@ -88,9 +88,10 @@ class Assignment:
         """Names of all hospitals of the groups."""
         return tuple(turn.hospital for group in self.groups for turn in group)
 
-    def apart(self) -> list[Assignment]:
-        """Return one assignment for each group."""
-        return [replace(self, groups=(group,)) for group in self.groups]
+    def apart(self, singly: bool) -> list[Assignment]:
+        """Return one assignment for each group, or for each hospital; alone it trains to other last bits."""
+        groups = [(turn,) for group in self.groups for turn in group] if singly else self.groups
+        return [replace(self, groups=(group,)) for group in groups]
 
 
 @dataclass(frozen=True)

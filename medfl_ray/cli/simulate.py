@@ -22,7 +22,7 @@ def simulate(
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder of a simulation to continue.")] = None,
     exact: Annotated[
-        bool, typer.Option(help="Train every hospital alone, as it would outside of a simulation.")
+        bool, typer.Option(help="Train every hospital alone, with PyTorch's own operations: federation.exact.")
     ] = False,
     actors: Annotated[
         int | None, typer.Option(help="Processes that share the hospitals; one per core if absent.")

@@ -18,6 +18,7 @@ from medfl_ray.models.networks import replace_submodule
 
 MAX_POOLS = {nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+LIBRARIES = ("monai.", "torch.nn.", "medfl_ray.")
 LINEAR_MODES = ("linear", "bilinear", "trilinear")
 FEW_VOXELS = 64  # So small an image is interpolated by one matrix instead of one per axis.
 
@@ -36,10 +37,12 @@ def quicken(network: nn.Module) -> nn.Module:
 def leave_out_idle(network: nn.Module, padding: bool = True) -> nn.Module:
     """Leave out what changes no bit, in place, and return the network.
 
-    Dropout of probability 0, and padding by nothing unless the copies that it makes are wanted.
+    Dropout of probability 0, and padding by nothing unless the copies that it makes are wanted. A network that has a
+    class of its user's keeps its dropout, whose probability that class may read or change.
     """
+    well_known = all(type(module).__module__.startswith(LIBRARIES) for module in network.modules())
     for module in list(network.modules()):
-        for name, layer in list(module.named_children()):
+        for name, layer in list(module.named_children()) if well_known else ():
             if _is_idle(layer) and _is_monais(module, "ADN"):  # a sequence that nobody indexes
                 delattr(module, name)
             elif _is_idle(layer):

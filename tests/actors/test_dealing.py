@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 
@@ -19,6 +20,7 @@ class Worker:
 
     def work(self, piece, suffix):
         if "killer" in piece:
+            time.sleep(0.5)  # so that what is dealt beside it has arrived
             os._exit(1)
         return tuple(name + suffix for name in piece)
 
@@ -31,17 +33,23 @@ def dealer(num_actors):
     return Dealer(actors), actors
 
 
-def one_by_one(piece):
+def one_by_one(piece, last):
     return [(name,) for name in piece]
 
 
+def halved_then_singly(piece, last):
+    middle = len(piece) // 2
+    return one_by_one(piece, last) if last else [piece[:middle], piece[middle:]]
+
+
+@pytest.mark.parametrize("apart", [one_by_one, halved_then_singly])
 @pytest.mark.parametrize("num_actors", [1, 2])
-def test_a_piece_that_ends_its_process_takes_no_other_with_it(ray_cluster, num_actors):
+def test_a_piece_that_ends_its_process_takes_no_other_with_it(ray_cluster, num_actors, apart):
     import ray
 
     dealt, actors = dealer(num_actors)
     pieces = [("a", "b", "killer", "c"), ("d", "e"), ("f",), ("g",)]
-    found = list(dealt.deal("work", pieces, "!", tries=3, apart=one_by_one))
+    found = list(dealt.deal("work", pieces, "!", tries=3, apart=apart))
     lost = [piece for piece, result in found if result is GONE]
     done = sorted(name for _, result in found if result is not GONE for name in result)
     for actor in actors:

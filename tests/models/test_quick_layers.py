@@ -7,7 +7,7 @@ import torch
 from monai.networks.nets.basic_unet import BasicUNet, UpCat
 from torch import nn
 
-from medfl_ray.models.quick_layers import HalvingMaxPool, LinearUpsample, quicken
+from medfl_ray.models.quick_layers import HalvingMaxPool, LinearUpsample, leave_out_idle, quicken
 
 SHAPES = [(3, 4, 9, 8), (2, 3, 8, 7, 6), (1, 2, 2, 3)]
 
@@ -75,3 +75,25 @@ def test_other_pools_are_left_alone() -> None:
     )
     before = list(network)
     assert list(quicken(network)) == before
+
+
+class RampsUp(nn.Module):
+    """A user's network that reads and raises the probability of its dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Dropout(0.0), nn.Conv2d(4, 2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = min(0.9, module.p + 0.9)
+        out: torch.Tensor = self.layers(x)
+        return out
+
+
+def test_dropout_stays_where_a_users_class_may_change_it() -> None:
+    network = leave_out_idle(RampsUp().train())
+    x = torch.ones(1, 1, 8, 8)
+    assert not torch.equal(network(x), network(x))
+    assert not any(isinstance(module, nn.Dropout) for module in leave_out_idle(RampsUp().layers).modules())
