@@ -75,7 +75,10 @@ def test_what_serve_build_writes_serve_run_serves_until_ctrl_c(environment, tmp_
         answer = httpx.post(f"{url}/v2/models/tiny/infer", headers={"Authorization": f"Bearer {token}"}, **ask)
         assert answer.json()["outputs"][1]["data"] == [2] * 64
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=120)
+        try:
+            process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"serve run went on after Ctrl-C: {(tmp_path / 'log').read_text(errors='replace')[-3000:]}")
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/v2/health/live", timeout=5, trust_env=False)
     finally:
