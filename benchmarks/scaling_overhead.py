@@ -12,8 +12,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -105,22 +106,19 @@ def compare_once(count: int, rounds: int, directory: Path) -> tuple[float, float
 
     plain_s: list[float] = []
     own_s: list[float] = []
-    plain: list[PlainProcess] = []
+    turns: list[tuple[list[float], Callable[[], float]]] = []
 
     with ExitStack() as stack:
 
         def bare(simulation: Simulation, number: int) -> None:
-            size = int(simulation.pool.describe()[0].hospitals_per_group or 1)  # type: ignore[union-attr]
-            ask = simulation.pool._actors[0].__ray_call__.remote
-            if not plain:
-                plain.append(stack.enter_context(PlainProcess(count, size)))
-                ray.get(ask(round_in_the_actor, count, size))
-            turns = [
-                lambda: plain_s.append(plain[0].timed_round()),
-                lambda: own_s.append(ray.get(ask(round_in_the_actor, count, size))),
-            ]
-            for turn in turns if number % 2 else turns[::-1]:
-                turn()
+            if not turns:
+                size = int(simulation.pool.describe()[0].hospitals_per_group or 1)  # type: ignore[union-attr]
+                ask = partial(simulation.pool._actors[0].__ray_call__.remote, round_in_the_actor, count, size)
+                ray.get(ask())  # warms it up, as `PlainProcess` is when it has started
+                plain = stack.enter_context(PlainProcess(count, size))
+                turns.extend([(plain_s, plain.timed_round), (own_s, lambda: ray.get(ask()))])
+            for seconds, timed_round in turns if number % 2 else turns[::-1]:
+                seconds.append(timed_round())
 
         round_s = simulate(configure(count, rounds, directory, num_actors=1), bare)
     return ratio(round_s, plain_s), ratio(round_s, own_s)

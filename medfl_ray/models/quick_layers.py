@@ -40,13 +40,10 @@ def leave_out_idle(network: nn.Module, padding: bool = True) -> nn.Module:
     Dropout of probability 0, and padding by nothing unless the copies that it makes are wanted. A network that has a
     class of its user's keeps its dropout, whose probability that class may read or change.
     """
-    well_known = all(type(module).__module__.startswith(LIBRARIES) for module in network.modules())
-    for module in list(network.modules()):
-        for name, layer in list(module.named_children()) if well_known else ():
-            if _is_idle(layer) and _is_monais(module, "ADN"):  # a sequence that nobody indexes
-                delattr(module, name)
-            elif _is_idle(layer):
-                setattr(module, name, nn.Identity())
+    if all(type(module).__module__.startswith(LIBRARIES) for module in network.modules()):
+        for module in list(network.modules()):
+            _leave_out_dropout(module)
+    for module in network.modules():
         if padding and _is_monais(module, "UpCat"):
             _skip_empty_padding(module)
     return network
@@ -179,6 +176,14 @@ def _halves(pool: Any) -> bool:
 
     plain = is_all(pool.padding, 0) and is_all(pool.dilation, 1) and not pool.ceil_mode and not pool.return_indices
     return plain and is_all(pool.kernel_size, 2) and is_all(pool.stride, 2)
+
+
+def _leave_out_dropout(module: nn.Module) -> None:
+    for name, layer in list(module.named_children()):
+        if _is_idle(layer) and _is_monais(module, "ADN"):  # a sequence that nobody indexes
+            delattr(module, name)
+        elif _is_idle(layer):
+            setattr(module, name, nn.Identity())
 
 
 def _is_idle(layer: Any) -> bool:

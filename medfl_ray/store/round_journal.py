@@ -109,7 +109,7 @@ class RoundJournal:
         Raises:
           CheckpointError: one of them had delivered before, or the disk is full.
         """
-        rows = [(plan.job, plan.round, plan.attempt, name) for name in hospitals]
+        rows = [(*_key(plan).values(), name) for name in hospitals]
         if rows:
             with self._writing(flushed=False) as connection:
                 connection.exec_driver_sql(_DELIVER, rows)
@@ -162,12 +162,12 @@ def _attempt(connection: Connection, plan_json: str, state: str) -> OpenAttempt:
     return OpenAttempt(plan, state, tuple(sorted(connection.execute(names).scalars())))
 
 
-def _key(plan: RoundPlan) -> dict[str, Any]:
+def _key(plan: RoundPlan | Receipt) -> dict[str, Any]:
     return {"job": plan.job, "round": plan.round, "attempt": plan.attempt}
 
 
 def _moved(plan: RoundPlan | Receipt, before: list[str], state: str) -> dict[str, Any]:
-    its = {"its_job": plan.job, "its_round": plan.round, "its_attempt": plan.attempt}
+    its = {f"its_{name}": value for name, value in _key(plan).items()}
     return {**its, "before": before, "next_state": state}
 
 

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,6 @@ class RunFolder:
         self._key_path = (key_folder or path / FEDERATION_FOLDER) / KEY_NAME
         self._journal = RoundJournal(path)
         self._last_receipt: str | None = None
-        self._signs: SigningKey | None = None
         self._checkpoint_scores: dict[Path, float] = {}
 
     @classmethod
@@ -260,18 +260,16 @@ class RunFolder:
         if self._last_receipt is None:
             earlier, _ = read_receipts(self.path / RECEIPTS)
             self._last_receipt = receipt_hash(earlier[-1]) if earlier else FIRST
-        signed, digest = sign_receipt(receipt, self._last_receipt, self._key())
+        signed, digest = sign_receipt(receipt, self._last_receipt, self._key)
         append_line(self.path / RECEIPTS, signed.model_dump_json())
         self._last_receipt = digest
 
+    @cached_property
     def _key(self) -> SigningKey:
-        if self._signs is None:
-            if self._key_path.exists():
-                self._signs = load_key(self._key_path)
-            else:
-                self._key_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                self._signs = create_key(self._key_path)
-        return self._signs
+        if self._key_path.exists():
+            return load_key(self._key_path)
+        self._key_path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return create_key(self._key_path)
 
     def save_hospitals(self, infos: Sequence[HospitalInfo], failures: Sequence[ClientFailure]) -> None:
         """Write hospitals.json and, where a hospital could not start, failures.json."""
