@@ -2,12 +2,15 @@
 
 The same loop takes one process a few per cent longer than another, by the chance of where their memory lies. So the
 round is compared with loops of several fresh processes, and once more in the process in which it is trained itself.
+Neighbours on a shared machine slow one core more than another: both train on the same core, in turns, and another pair
+takes the next core. All that trains nothing (coordinator, Ray) runs where the system puts it.
 
-    scaling_overhead.py HOSPITALS GROUP    trains everybody once for each line of its input and writes the seconds
+    scaling_overhead.py HOSPITALS GROUP CORE    trains everybody once for each line of its input, writes the seconds
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -68,9 +71,9 @@ class BareLoop:
 class PlainProcess:
     """A bare loop in a fresh process that has neither Ray nor rounds."""
 
-    def __init__(self, count: int, group_size: int) -> None:
-        """Start it; its first round, in which it warms up, is over when this returns."""
-        command = [sys.executable, __file__, str(count), str(group_size)]
+    def __init__(self, count: int, group_size: int, core: int) -> None:
+        """Start it on `core`; its first round, in which it warms up, is over when this returns."""
+        command = [sys.executable, __file__, str(count), str(group_size), str(core)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.timed_round()
 
@@ -92,6 +95,11 @@ class PlainProcess:
         self._process.wait(60)
 
 
+def stay_on(_actor: Any, core: int) -> None:
+    """Have the thread in which an actor trains stay on one core."""
+    os.sched_setaffinity(0, {core})
+
+
 def round_in_the_actor(actor: Any, count: int, group_size: int) -> float:
     """Return the seconds of a bare round in the process of an actor, which keeps the loop."""
     if not hasattr(actor, "bare_loop"):
@@ -100,7 +108,7 @@ def round_in_the_actor(actor: Any, count: int, group_size: int) -> float:
     return seconds
 
 
-def compare_once(count: int, rounds: int, directory: Path) -> tuple[float, float]:
+def compare_once(count: int, rounds: int, core: int, directory: Path) -> tuple[float, float]:
     """Compare rounds on a fresh actor with bare loops in turns: in a fresh process, and in the actor's own."""
     import ray
 
@@ -113,9 +121,11 @@ def compare_once(count: int, rounds: int, directory: Path) -> tuple[float, float
         def bare(simulation: Simulation, number: int) -> None:
             if not turns:
                 size = int(simulation.pool.describe()[0].hospitals_per_group or 1)  # type: ignore[union-attr]
-                ask = partial(simulation.pool._actors[0].__ray_call__.remote, round_in_the_actor, count, size)
+                call = simulation.pool._actors[0].__ray_call__.remote
+                ray.get(call(stay_on, core))
+                ask = partial(call, round_in_the_actor, count, size)
                 ray.get(ask())  # warms it up, as `PlainProcess` is when it has started
-                plain = stack.enter_context(PlainProcess(count, size))
+                plain = stack.enter_context(PlainProcess(count, size, core))
                 turns.extend([(plain_s, plain.timed_round), (own_s, lambda: ray.get(ask()))])
             for seconds, timed_round in turns if number % 2 else turns[::-1]:
                 seconds.append(timed_round())
@@ -135,10 +145,12 @@ def ratio(round_s: Sequence[float], bare_s: Sequence[float]) -> float:
 def compare(quick: bool, directory: Path) -> list[tuple[float, float]]:
     """Return what each pair of processes gave: a round over a plain process's loop, and over the actor's own."""
     count, rounds, pairs = (60, 4, 2) if quick else (HOSPITALS, ROUNDS, PAIRS)
-    return [compare_once(count, rounds, directory) for _ in range(pairs)]
+    cores = sorted(os.sched_getaffinity(0))
+    return [compare_once(count, rounds, cores[pair % len(cores)], directory) for pair in range(pairs)]
 
 
 if __name__ == "__main__":
+    os.sched_setaffinity(0, {int(sys.argv[3])})
     loop = BareLoop(int(sys.argv[1]), int(sys.argv[2]))
     for _ in sys.stdin:
         print(loop.timed_round(), flush=True)
