@@ -45,6 +45,8 @@ def quick_twin(network: nn.Module, on_cpu: bool, same_bits: bool = False) -> nn.
     for name, module in list(twin.named_modules()):
         if type(module) is nn.GroupNorm and module.affine:
             replace_submodule(twin, name, ChannelsLastGroupNorm(module))
+        elif type(module) in CONVOLUTIONS and _is_pointwise(module):
+            replace_submodule(twin, name, PointwiseConvolution(module))
     with torch.no_grad():
         for parameter in twin.parameters():
             if parameter.ndim in ORDERS:  # weights that lie as the images do need not be turned for each pass
@@ -78,6 +80,21 @@ class ChannelsLastGroupNorm(nn.Module):
             return nn.functional.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         out: Tensor = _GroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)  # type: ignore[no-untyped-call]
         return out
+
+
+class PointwiseConvolution(nn.Module):
+    """Convolution with kernels of one voxel, as a product of the rows of channels with a matrix.
+
+    In one thread PyTorch takes a path for it that copies images with channels side by side into the usual order.
+    """
+
+    def __init__(self, original: nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__()
+        self.weight, self.bias = original.weight, original.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C, *S] to [N, C', *S]."""
+        return nn.functional.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -121,6 +138,11 @@ def _moments(rows: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]
     for part in torch.split(rows, max(1, CACHED_VALUES // (num_samples * num_channels)), dim=1):
         squares += (part - centre).square_().sum(1, keepdim=True)
     return mean, (_per_group(squares, num_groups) / size + eps).rsqrt().float()
+
+
+def _is_pointwise(layer: nn.Conv2d | nn.Conv3d) -> bool:
+    ones = {*layer.kernel_size, *layer.stride, layer.groups} == {1}
+    return ones and isinstance(layer.padding, tuple) and not any(layer.padding)
 
 
 def _per_group(value: Tensor, num_groups: int) -> Tensor:

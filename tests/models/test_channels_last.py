@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from medfl_ray.config import ModelConfig
 from medfl_ray.models.catalogue import CATALOGUE, build_network
-from medfl_ray.models.channels_last import ORDERS, ChannelsLastGroupNorm, keeps_order, quick_twin
+from medfl_ray.models.channels_last import (
+    ORDERS,
+    ChannelsLastGroupNorm,
+    PointwiseConvolution,
+    keeps_order,
+    quick_twin,
+)
 from medfl_ray.models.grouped import group
 
 FEATURES = {"segresnet": (8, 16), "swin_unetr": (12,), "densenet": (8, 16), "unetr": (8, 16)}
@@ -126,6 +134,34 @@ def test_group_norm_over_many_voxels_is_as_exact_as_float32(shape, mean):
         assert relative(own, truth) <= 4 * relative(other, truth) + 1e-7
 
 
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_of_single_voxels_is_a_product_of_matrices_without_a_copy(spatial_dims, bias):
+    kind = (torch.nn.Conv2d, torch.nn.Conv3d)[spatial_dims - 2]
+    network = torch.nn.Sequential(kind(1, 6, 3, padding=1), kind(6, 3, 1, bias=bias))
+    twin = quick_twin(network, on_cpu=True)
+    assert type(twin[1]) is PointwiseConvolution
+    images = torch.randn(2, 1, *(12,) * spatial_dims)
+    parameters = list(network.parameters())
+    found, twin_logits = gradients(twin, images, parameters)
+    wide = copy.deepcopy(network).double()
+    expected, logits = gradients(wide, images.double(), list(wide.parameters()))
+    assert twin_logits.is_contiguous(memory_format=ORDERS[spatial_dims + 2])
+    assert relative(twin_logits, logits) < 1e-5
+    assert relative(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "other", [{"stride": 2}, {"padding": 1}, {"groups": 2}, {"padding": "same"}, {"kernel_size": (1, 3)}]
+)
+def test_other_convolutions_stay_pytorchs(other):
+    layer = torch.nn.Conv2d(4, 6, **({"kernel_size": 1} | other))
+    twin = quick_twin(torch.nn.Sequential(layer), on_cpu=True)
+    assert type(twin[0]) is torch.nn.Conv2d
+    images = torch.randn(2, 4, 9, 9)
+    np.testing.assert_allclose(twin(images).detach(), layer(images).detach(), rtol=1e-5, atol=1e-5)
+
+
 def test_group_norm_over_few_voxels_and_of_vectors_is_pytorchs_own():
     layer = torch.nn.GroupNorm(2, 4)
     for shape in ((3, 4), (3, 4, 5000), (3, 4, 8, 8)):
@@ -137,13 +173,13 @@ def test_group_norm_in_bfloat16_is_near_the_one_in_float32():
     layer = torch.nn.GroupNorm(4, 16)
     with torch.no_grad():
         layer.weight.uniform_(0.5, 2.0)
-    quick = ChannelsLastGroupNorm(layer)
+    quick, exact = ChannelsLastGroupNorm(layer), copy.deepcopy(layer).double()
     images = (3 + torch.randn(2, 16, 18, 17, 16)).contiguous(memory_format=torch.channels_last_3d)
     change = torch.randn_like(images)
     answers = []
-    for norm, kind in ((layer, torch.float32), (quick, torch.float32), (quick, torch.bfloat16)):
+    for norm, kind in ((exact, torch.float64), (quick, torch.float32), (quick, torch.bfloat16)):
         x = images.to(kind, copy=True).requires_grad_()
-        answers.append(torch.autograd.grad(norm(x), [x, layer.weight, layer.bias], change.to(kind)))
+        answers.append(torch.autograd.grad(norm(x), [x, norm.weight, norm.bias], change.to(kind)))
     for expected, found, rough in zip(*answers, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-        assert relative(rough.float(), expected) < 2e-2
+        assert relative(rough.double(), expected) < 2e-2
