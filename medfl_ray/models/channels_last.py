@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medfl_ray.models.grouped import is_pointwise
 from medfl_ray.models.networks import replace_submodule
 from medfl_ray.models.quick_layers import leave_out_idle, quicken
 
@@ -45,7 +46,7 @@ def quick_twin(network: nn.Module, on_cpu: bool, same_bits: bool = False) -> nn.
     for name, module in list(twin.named_modules()):
         if type(module) is nn.GroupNorm and module.affine:
             replace_submodule(twin, name, ChannelsLastGroupNorm(module))
-        elif type(module) in CONVOLUTIONS and _is_pointwise(module):
+        elif is_pointwise(module):
             replace_submodule(twin, name, PointwiseConvolution(module))
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -138,11 +139,6 @@ def _moments(rows: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]
     for part in torch.split(rows, max(1, CACHED_VALUES // (num_samples * num_channels)), dim=1):
         squares += (part - centre).square_().sum(1, keepdim=True)
     return mean, (_per_group(squares, num_groups) / size + eps).rsqrt().float()
-
-
-def _is_pointwise(layer: nn.Conv2d | nn.Conv3d) -> bool:
-    ones = {*layer.kernel_size, *layer.stride, layer.groups} == {1}
-    return ones and isinstance(layer.padding, tuple) and not any(layer.padding)
 
 
 def _per_group(value: Tensor, num_groups: int) -> Tensor:

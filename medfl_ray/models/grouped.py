@@ -70,7 +70,7 @@ class GroupedConv(Grouped):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve [K * N, C, *S]."""
         layer, kind = self.original, type(self.original)
-        if _is_pointwise(layer):
+        if is_pointwise(layer):
             return self._mix_channels(x)
         samples = x.reshape(len(x) // self.num_members, -1, *x.shape[2:])
         weight = self.weight.flatten(0, 1)
@@ -184,7 +184,7 @@ def unstack(outputs: Tensor, num_members: int) -> tuple[Tensor, ...]:
     return torch.unbind(outputs.reshape(-1, num_members, *outputs.shape[1:]), dim=1)
 
 
-def _is_pointwise(layer: Any) -> bool:
+def is_pointwise(layer: Any) -> bool:
     """Whether a layer is a plain convolution that sees one voxel at a time."""
 
     def is_all(values: tuple[int, ...] | str, number: int) -> bool:
