@@ -7,10 +7,11 @@ hospital is a `Metric` with a label that says what it costs to show it.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -36,9 +37,9 @@ Stage = Literal["select", "start", "reserve", "train", "late", "surplus", "scree
 
 
 class Message(BaseModel):
-    """A frozen, JSON-serialisable message."""
+    """A frozen, JSON-serialisable message; in JSON text an infinite figure is the string "Infinity"."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Metric(Message):
@@ -57,12 +58,12 @@ class Mechanism(Message):
     num_steps rounds, noise_multiplier per node.
     """
 
-    noise_multiplier: float
-    sample_rate: float
-    max_grad_norm: float
-    num_steps: int
-    num_patients: int
-    delta: float
+    noise_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    sample_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    num_steps: Annotated[int, Field(gt=0)]
+    num_patients: Annotated[int, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
     unit: Unit = "patient"
     adjacency: Adjacency = "add_remove"
 
@@ -112,10 +113,15 @@ class RoundPlan(Message):
         return self.model_copy(update={"hospitals": tuple(hospitals)})
 
     def addressed_to(self, hospital: str) -> RoundPlan:
-        """Return what one hospital is told: under hospital-level DP not who else was asked, which may be secret."""
+        """Return what one hospital is told: of ledgers the head of its own alone.
+
+        Under hospital-level DP neither who else was asked, which may be secret.
+        """
+        heads = {name: head for name, head in self.ledger_heads.items() if name == hospital}
+        own = self.model_copy(update={"ledger_heads": heads})
         if self.clip_norm is None:
-            return self
-        return self.model_copy(update={"hospitals": (hospital,), "num_steps": {hospital: self.num_steps[hospital]}})
+            return own
+        return own.model_copy(update={"hospitals": (hospital,), "num_steps": {hospital: self.num_steps[hospital]}})
 
 
 class LedgerRows(Message):
@@ -130,8 +136,9 @@ class LedgerRows(Message):
 class PrivacySpent(Message):
     """Cumulative privacy loss of one hospital's data set, or of the federation's hospitals, reservations included.
 
-    `ledger_head` names the last row of the ledger behind the figure, so that receipts remember how far it went.
-    `ledger_rows` travel to the coordinator's mirror and are taken off there: no receipt holds them.
+    `epsilon` is infinite once something of the data left without protection. `ledger_head` names the last row of the
+    ledger behind the figure, so that receipts remember how far it went. `ledger_rows` travel to the coordinator's
+    mirror and are taken off there: no receipt holds them.
     """
 
     epsilon: float
@@ -141,6 +148,16 @@ class PrivacySpent(Message):
     adjacency: Adjacency = "add_remove"
     ledger_head: str | None = None
     ledger_rows: tuple[LedgerRows, ...] = ()
+
+    @property
+    def is_unprotected(self) -> bool:
+        """Whether something left without protection, so that no epsilon bounds what was revealed."""
+        return math.isinf(self.epsilon)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for a JSON document, in which an infinite epsilon is the string "Infinity"."""
+        plain: dict[str, Any] = json.loads(self.model_dump_json())
+        return plain
 
 
 class HospitalInfo(Message):

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from medfl_ray.cli.privacy_ledger import exports_of_run
 from medfl_ray.cli.run import some_of
-from medfl_ray.errors import ReceiptError
+from medfl_ray.errors import LedgerError, ReceiptError
 
 if TYPE_CHECKING:
-    from medfl_ray.messages import PrivacySpent, SignedReceipt
+    from medfl_ray.messages import SignedReceipt
 
 app = typer.Typer(no_args_is_help=True)
 SHOWN_NAMES = 6
@@ -34,6 +33,9 @@ def verify(
     key: Annotated[
         str | None, typer.Option(help="The coordinator's public key, 64 hex digits, as you know it from elsewhere.")
     ] = None,
+    mirror: Annotated[
+        Path | None, typer.Option(help="Folder of a coordinator's mirror to compare the ledgers with.")
+    ] = None,
 ) -> None:
     """Check every receipt's signature and order, and that the newest checkpoint and the ledgers agree with them."""
     from medfl_ray.store.receipts import verify_receipts
@@ -41,11 +43,11 @@ def verify(
     receipts = _receipts(run)
     verify_receipts(receipts, key)
     _check_checkpoint(run, receipts)
-    rows = _check_ledgers(run, receipts)
+    num_ledgers = _check_ledgers(run, receipts, mirror)
     published = sum(receipt.published for receipt in receipts)
     typer.echo(f"{len(receipts)} receipts are whole, in order and signed; {published} rounds were published")
-    if rows:
-        typer.echo(f"the ledgers of {rows} hospitals hold every row that the receipts name")
+    if num_ledgers:
+        typer.echo(f"the ledgers of {num_ledgers} hospitals hold every row that the receipts name")
     typer.echo(f"signed by {receipts[0].public_key}")
     if key is None:
         typer.echo("compare this key with the coordinator's own, or give it with --key: whoever can write the folder")
@@ -85,34 +87,25 @@ def _check_checkpoint(run: Path, receipts: list[SignedReceipt]) -> None:
         raise ReceiptError(f"the checkpoint of round {number} holds other weights than its receipt names")
 
 
-def _check_ledgers(run: Path, receipts: list[SignedReceipt]) -> int:
-    """Check that the exported ledgers hold the rows that receipts name; return how many hospitals that are.
+def _check_ledgers(run: Path, receipts: list[SignedReceipt], mirror: Path | None) -> int:
+    """Check the exported ledgers and that they hold the rows that receipts name; return how many hospitals that are.
 
     Raises:
-      ReceiptError: one does not.
+      ReceiptError: an export is missing, altered, or contradicts receipts or mirror.
     """
-    exports = exports_of_run(run) if (run / "ledger.json").is_file() else []
-    hashes = {export["hospital"]: {row.get("hash") for row in export["events"]} for export in exports}
-    named = set()
-    for receipt in receipts:
-        for hospital, spent in receipt.spent.items():
-            if spent.ledger_head is None or hospital not in hashes:
-                continue
-            named.add(hospital)
-            if _row_hash(spent) not in hashes[hospital]:
-                raise ReceiptError(
-                    f"the receipt of round {receipt.round} names a row that the ledger of {hospital} does not have"
-                )
-    return len(named)
+    from medfl_ray.store.run_verification import LEDGERS, gather, read_exports, verify_exports
 
-
-def _row_hash(spent: PrivacySpent) -> str:
-    from medfl_ray.store.ledger_events import LedgerHead
-
-    return LedgerHead.parse(spent.ledger_head or "").hash
+    try:
+        evidence = gather(run, mirror)
+        verify_exports(read_exports(run) if (run / LEDGERS).exists() else {}, evidence)
+    except LedgerError as error:
+        raise ReceiptError(str(error)) from None
+    return len({name for receipt in receipts for name, spent in receipt.spent.items() if spent.ledger_head is not None})
 
 
 def _lines_of(receipt: SignedReceipt) -> list[str]:
+    from medfl_ray.privacy.account import epsilon_words, terms
+
     outcome = "published" if receipt.published else f"not published: {receipt.reason or 'no reason was kept'}"
     asked = "a secret cohort" if receipt.secret_cohort else some_of(receipt.asked, SHOWN_NAMES)
     lines = [f"round {receipt.round}, attempt {receipt.attempt}, {receipt.ended_at}: {outcome}", f"  asked    {asked}"]
@@ -121,7 +114,7 @@ def _lines_of(receipt: SignedReceipt) -> list[str]:
     lines += [f"  {failure.stage:8} {failure.hospital}: {failure.reason}" for failure in receipt.failures]
     for hospital, spent in receipt.spent.items():
         lines.append(
-            f"  epsilon  {hospital}: {spent.epsilon:.3f} ({spent.unit}-level, "
-            f"{spent.adjacency.replace('_', '/')}, delta {spent.delta:g})"
+            f"  epsilon  {hospital}: {epsilon_words(spent.epsilon, 3)} in all so far "
+            f"({terms(spent.unit, spent.delta, spent.adjacency)})"
         )
     return lines

@@ -18,14 +18,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_synced(path: Path, content: bytes) -> None:
+def write_synced(path: Path, content: bytes, private: bool = False) -> None:
     """Write a new file and flush it to the disk.
+
+    Args:
+      private: its owner alone may read it, whatever the umask.
 
     Raises:
       CheckpointError: the disk is full or the folder cannot be written.
     """
     try:
         with path.open("wb") as stream:
+            if private and os.name == "posix":
+                os.fchmod(stream.fileno(), 0o600)  # before there is anything in it to read
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -37,14 +42,14 @@ def write_synced(path: Path, content: bytes) -> None:
         ) from None
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file's content in one step.
+def replace_file(path: Path, content: bytes, private: bool = False) -> None:
+    """Replace a file's content in one step; with `private` its owner alone may read it.
 
     Raises:
       CheckpointError: the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    write_synced(temporary, content)
+    write_synced(temporary, content, private)
     temporary.replace(path)
     sync_folder(path.parent)
 

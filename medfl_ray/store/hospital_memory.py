@@ -61,7 +61,7 @@ class HospitalMemory:
             raise CheckpointError(
                 f"cannot make the folder of the hospital's memory: {error.strerror or type(error).__name__}"
             ) from None
-        replace_file(self._path(round), save(dict(memory)))
+        replace_file(self._path(round), save(dict(memory)), private=True)
         numbers = self._rounds()
         # A run that was set back to an earlier checkpoint repeats its rounds: what came after them then is void.
         void = [number for number in numbers if number > round]

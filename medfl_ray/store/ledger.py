@@ -10,27 +10,28 @@ import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection
 
-from medfl_ray.errors import BudgetExceeded, LedgerError, PrivacyConfigError
+from medfl_ray.errors import LedgerError
 from medfl_ray.failpoints import failpoint
 from medfl_ray.messages import LedgerRows, Mechanism, PrivacySpent, Unit
-from medfl_ray.privacy.accountant import Charge, check_charge, check_delta, epsilon_spent
+from medfl_ray.privacy.accountant import check_charge, epsilon_spent
+from medfl_ray.round_times import Clock, exact_now, stamp
+from medfl_ray.store.ledger_budgets import AccountTerms, Request, check_budgets, check_charged, check_request
 from medfl_ray.store.ledger_events import (
     CHARGE_FIELDS,
+    CHARGED_AGAIN,
     LedgerEvent,
     LedgerHead,
-    charge_of,
     charged_segments,
-    charges,
     check_chain,
     genesis,
     holds,
     labels_of,
+    unprotected_jobs,
 )
 from medfl_ray.store.ledger_export import EXPORT_FORMAT
 from medfl_ray.store.ledger_file import LedgerFile
@@ -40,26 +41,13 @@ class PrivacyLedger:
     """The account of one (hospital, data set); nothing else, a file count or a fingerprint, is part of its key."""
 
     def __init__(
-        self,
-        file: LedgerFile,
-        account: tuple[str, str],
-        delta: float,
-        max_epsilon: float | None,
-        one_run: bool = False,
-        max_steps: int | None = None,
-        unit: Unit = "patient",
+        self, file: LedgerFile, account: tuple[str, str], terms: AccountTerms, clock: Clock = exact_now
     ) -> None:
         """See `open`."""
-        check_delta(delta)
-        if max_epsilon is not None and not max_epsilon > 0:
-            raise PrivacyConfigError(f"max_epsilon is {max_epsilon!r}; it must be a number above 0")
         self._file = file
         self._account = account
-        self._delta = delta
-        self._max_epsilon = max_epsilon
-        self._one_run = one_run
-        self._max_steps = max_steps
-        self._unit = unit
+        self._terms = terms
+        self._clock = clock
         self._rows: list[LedgerEvent] = []
 
     @classmethod
@@ -74,6 +62,8 @@ class PrivacyLedger:
         one_run: bool = False,
         max_steps: int | None = None,
         unit: Unit = "patient",
+        allow_unprotected: bool = False,
+        clock: Clock = exact_now,
     ) -> PrivacyLedger:
         """Open or create the ledger file and check every row of the account.
 
@@ -85,65 +75,58 @@ class PrivacyLedger:
           one_run: nobody has declared a budget, so that only the first run that was charged may go on.
           max_steps: lifetime number of private steps on the data set; None for no limit.
           unit: what the account's epsilon protects; nothing else is ever charged to it.
+          allow_unprotected: the hospital goes on charging an account whose epsilon is infinite already, for which its
+            lifetime budget no longer says anything.
+          clock: gives the time that stands in a row.
 
         Raises:
           LedgerError: the ledger is damaged, altered, locked, or lacks the expected head.
         """
-        ledger = cls(LedgerFile(Path(path)), (hospital, data_set), delta, max_epsilon, one_run, max_steps, unit)
+        terms = AccountTerms(
+            delta=delta,
+            max_epsilon=max_epsilon,
+            one_run=one_run,
+            max_steps=max_steps,
+            unit=unit,
+            allow_unprotected=allow_unprotected,
+        )
+        ledger = cls(LedgerFile(Path(path)), (hospital, data_set), terms, clock)
         ledger.verify()
         for head in expected_heads:
             ledger.check_holds(head)
         return ledger
 
-    def reserve(
-        self,
-        job: str,
-        round: int,
-        attempt: int,
-        mechanism: Mechanism,
-        budget: float | None,
-        fingerprint: str | None = None,
-    ) -> str:
+    def reserve(self, job: str, round: int, attempt: int, mechanism: Mechanism, budget: float | None) -> str:
         """Charge a mechanism before anything is trained and return the reservation's id.
 
         Args:
-          budget: what this job alone may spend, as epsilon at the mechanism's delta.
-          fingerprint: HMAC of the data set's contents, recorded as evidence; see SigningKey.fingerprint.
+          budget: what the job may spend, as epsilon at the mechanism's delta. A run's own job counts alone; what is
+            trained beside it, `RUN/anything`, counts together.
 
         Raises:
-          BudgetExceeded: the job's or the data set's epsilon would pass its budget; nothing was charged.
+          BudgetExceeded: the job's or the data set's epsilon would pass its budget, or is infinite; nothing is charged.
           LedgerError: this job, round and attempt is charged already, or the ledger cannot be written.
         """
-        figures = (mechanism.noise_multiplier, mechanism.sample_rate, mechanism.num_steps)
-        segment = charge_of(mechanism.adjacency, *figures)
-        check_charge(segment)
-        terms = f"{mechanism.unit}-level, {mechanism.adjacency.replace('_', '/')} adjacency"
+        wanted = Request(job=job, round=round, attempt=attempt, mechanism=mechanism, budget=budget)
+        check_charge(wanted.segment)
         # Accounted once outside the lock, so that under it the answer is usually known already.
-        self._refuse_over_budget(job, segment, mechanism.delta, budget, terms)
+        check_budgets(self._terms, self._account, self._rows, wanted)
         reservation = secrets.token_hex(16)
         with self._appending("reserve") as append:
-            self._refuse_other_unit(mechanism)
-            self._refuse_twice(job, round, attempt)
-            self._refuse_second_run(job)
-            self._refuse_more_steps(mechanism.num_steps)
-            self._refuse_over_budget(job, segment, mechanism.delta, budget, terms)
-            append(
-                job=job,
-                round=round,
-                attempt=attempt,
-                reservation=reservation,
-                fingerprint=fingerprint,
-                **mechanism.model_dump(),
-            )
+            check_request(self._terms, self._account, self._rows, wanted)
+            append(job=job, round=round, attempt=attempt, reservation=reservation, **mechanism.model_dump())
         return reservation
 
-    def settle(self, reservation: str) -> None:
+    def settle(self, reservation: str, mechanism: Mechanism | None = None) -> None:
         """Write down that a reservation is being used up; from here on it cannot be released.
 
+        Args:
+          mechanism: what is about to be trained; it has to be what was charged.
+
         Raises:
-          LedgerError: no such reservation is open, or the ledger cannot be written.
+          LedgerError: no such reservation is open, another mechanism was charged, or the ledger cannot be written.
         """
-        self._close("settle", reservation, None)
+        self._close("settle", reservation, None, mechanism)
 
     def release(self, reservation: str, reason: str) -> None:
         """Give a reservation back; only for what provably never left the host, with the reason why.
@@ -153,15 +136,47 @@ class PrivacyLedger:
         """
         self._close("release", reservation, reason)
 
+    def mark_unprotected(self, job: str, reason: str) -> None:
+        """Write down, once per job, that it uses the data without patient-level differential privacy.
+
+        From then on the account's epsilon is infinite, whatever else is charged to it.
+
+        Raises:
+          LedgerError: the job has no name or no reason, or the ledger cannot be written.
+        """
+        if not job or not reason:
+            raise LedgerError("an unprotected use of a data set is written down with a job and a reason")
+        with self._appending("unprotected") as append:
+            if job not in unprotected_jobs(self._rows):
+                append(job=job, reason=reason)
+
+    def has_charges(self) -> bool:
+        """Say whether the account holds any row beside those of unprotected jobs.
+
+        Raises:
+          LedgerError: the ledger cannot be read or was altered.
+        """
+        return any(row.kind != "unprotected" for row in self.events())
+
+    def is_unprotected(self) -> bool:
+        """Say whether any job has used the data without patient-level differential privacy.
+
+        Raises:
+          LedgerError: the ledger cannot be read or was altered.
+        """
+        return bool(unprotected_jobs(self.events()))
+
     def spent(self) -> PrivacySpent:
-        """Return the epsilon of everything charged so far, reservations included.
+        """Return the epsilon of everything charged so far, reservations included; infinite once unprotected.
 
         Raises:
           LedgerError: the ledger cannot be read or was altered.
         """
         self._refresh()
-        epsilon = epsilon_spent(charged_segments(self._rows), self._delta)
-        figures = {"epsilon": epsilon, "delta": self._delta, "budget": self._max_epsilon}
+        delta = self._terms.delta
+        exposed = bool(unprotected_jobs(self._rows))
+        epsilon = math.inf if exposed else epsilon_spent(charged_segments(self._rows), delta)
+        figures = {"epsilon": epsilon, "delta": delta, "budget": self._terms.max_epsilon}
         return PrivacySpent.model_validate({**figures, "ledger_head": str(self._head), **labels_of(self._rows)})
 
     def events(self) -> tuple[LedgerEvent, ...]:
@@ -231,7 +246,7 @@ class PrivacyLedger:
             "format": EXPORT_FORMAT,
             "hospital": self._account[0],
             "data_set": self._account[1],
-            "spent": spent.model_dump(),
+            "spent": spent.to_json(),
             "unit": spent.unit,
             "adjacency": spent.adjacency,
             "delta": spent.delta,
@@ -254,27 +269,34 @@ class PrivacyLedger:
             failpoint("ledger.recover.mirrored")
         self._rows += rows
 
-    def charge_again(self, charges: Sequence[LedgerEvent], mirror: LedgerHead) -> None:
+    def charge_again(
+        self, charges: Sequence[LedgerEvent], mirror: LedgerHead, unprotected: Mapping[str, str] | None = None
+    ) -> None:
         """Charge reservations of a history that this ledger lost, and write down which; for recovery.
 
         Afterwards the mirror's head counts as held.
+
+        Args:
+          unprotected: jobs of that history which used the data without protection, and why.
 
         Raises:
           LedgerError: the ledger cannot be written.
         """
         with self._appending("recover") as append:
             for lost in charges:
-                why = f"charged again: row {lost.sequence} of the mirror {mirror}"
+                why = f"{CHARGED_AGAIN}row {lost.sequence} of the mirror {mirror}"
                 fields = {name: getattr(lost, name) for name in CHARGE_FIELDS}
-                fields |= {"reservation": secrets.token_hex(16), "reason": why}
-                append("reserve", **fields)
+                append("reserve", **fields, reservation=secrets.token_hex(16), reason=why)
+            for job, reason in (unprotected or {}).items():
+                if job not in unprotected_jobs(self._rows):
+                    append("unprotected", job=job, reason=reason)
             append(reason=str(mirror))
 
     @property
     def _head(self) -> LedgerHead:
         return self._rows[-1].head if self._rows else genesis(*self._account)
 
-    def _close(self, kind: str, reservation: str, reason: str | None) -> None:
+    def _close(self, kind: str, reservation: str, reason: str | None, mechanism: Mechanism | None = None) -> None:
         with self._appending(kind) as append:
             opened = next((row for row in self._rows if row.reservation == reservation), None)
             closed = next((row for row in self._rows if row.closes == reservation), None)
@@ -285,6 +307,13 @@ class PrivacyLedger:
                     f"cannot {kind} the reservation of job {opened.job!r}, round {opened.round}, attempt "
                     f"{opened.attempt}: row {closed.sequence} has closed it ({closed.kind}); reserve again"
                 )
+            if kind == "release" and (opened.reason or "").startswith(CHARGED_AGAIN):
+                raise LedgerError(
+                    f"cannot release the reservation of job {opened.job!r}, round {opened.round}: recovery has charged "
+                    "it again for what was trained elsewhere, and it stays charged"
+                )
+            if mechanism is not None:
+                check_charged(opened, mechanism)
             append(job=opened.job, round=opened.round, attempt=opened.attempt, closes=reservation, reason=reason)
 
     @contextmanager
@@ -313,7 +342,7 @@ class PrivacyLedger:
             data_set=data_set,
             sequence=head.sequence + 1,
             kind=kind,
-            at=datetime.now(UTC).isoformat(timespec="seconds"),
+            at=stamp(self._clock()),
             previous_hash=head.hash,
             **fields,
         ).sealed(self._file.key)
@@ -335,65 +364,3 @@ class PrivacyLedger:
         if added:
             check_chain(self._account, self._rows, added, self._file.key.public_key)
             self._rows += added
-
-    def _refuse_other_unit(self, mechanism: Mechanism) -> None:
-        if mechanism.unit == "patient" and mechanism.adjacency == "zero_out":
-            raise LedgerError(
-                "patients are charged under add/remove adjacency; zero-out is that of a tree over whole hospitals"
-            )
-        if mechanism.unit != self._unit or (self._rows and labels_of(self._rows)["unit"] != mechanism.unit):
-            raise LedgerError(
-                f"the ledger of {self._account[0]!r}, data set {self._account[1]!r}, holds charges of another unit "
-                f"than {mechanism.unit}; epsilons of patients and hospitals do not add up. Use another state folder"
-            )
-
-    def _refuse_twice(self, job: str, round: int, attempt: int) -> None:
-        released = {row.closes for row in self._rows if row.kind == "release"}
-        for row in self._rows:
-            same = row.kind == "reserve" and (row.job, row.round, row.attempt) == (job, round, attempt)
-            if same and row.reservation not in released:
-                raise LedgerError(
-                    f"job {job!r}, round {round}, attempt {attempt} is charged already (row {row.sequence}); "
-                    "a retry trains on other noise and is a new charge: use the next attempt number"
-                )
-
-    def _refuse_second_run(self, job: str) -> None:
-        first = next(iter(charges(self._rows)), None)
-        if self._one_run and first is not None and _run_of(first.job or "") != _run_of(job):
-            raise BudgetExceeded(
-                f"hospital {self._account[0]!r} has private data and nobody has declared a budget for data set "
-                f"{self._account[1]!r}, on which run {_run_of(first.job or '')!r} has spent already. Declare "
-                "max_epsilon in the site policy, so that the hospital decides how much may be spent in all."
-            )
-
-    def _refuse_more_steps(self, num_steps: int) -> None:
-        total = num_steps + sum(row.num_steps or 0 for row in charges(self._rows))
-        if self._max_steps is not None and total > self._max_steps:
-            raise BudgetExceeded(
-                f"hospital {self._account[0]!r} allows {self._max_steps} private steps on data set "
-                f"{self._account[1]!r} in all; this round would make them {total}. Lower federation.rounds or steps."
-            )
-
-    def _refuse_over_budget(self, job: str, segment: Charge, delta: float, budget: float | None, terms: str) -> None:
-        accounts = (("hospital", None, self._delta, self._max_epsilon), ("job", job, delta, budget))
-        for whose, of_job, its_delta, limit in accounts:
-            if limit is None:
-                continue
-            after = epsilon_spent((*charged_segments(self._rows, of_job), segment), its_delta)
-            if after > limit:
-                subject = f"job {job!r} at hospital" if whose == "job" else "hospital"
-                raise BudgetExceeded(
-                    f"{subject} {self._account[0]!r} would reach epsilon={_up(after)} on data set "
-                    f"{self._account[1]!r}; its budget is {limit:g} ({terms}, "
-                    f"delta={its_delta:g}). Raise privacy.noise_multiplier or lower federation.rounds."
-                )
-
-
-def _run_of(job: str) -> str:
-    """Return the run that a job belongs to: its baselines are charged as <run>/local and <run>/central."""
-    return job.split("/", maxsplit=1)[0]
-
-
-def _up(epsilon: float) -> str:
-    """Print an epsilon rounded up, so that it never reads as within the budget it exceeds."""
-    return f"{math.ceil(epsilon * 100) / 100:.2f}" if math.isfinite(epsilon) else "infinity"

@@ -27,8 +27,11 @@ CHARGE_FIELDS = (
     "delta",
     "unit",
     "adjacency",
-    "fingerprint",
 )
+"""What a charge consists of, whenever and by whichever ledger it is written down."""
+KINDS = ("reserve", "settle", "release", "recover", "unprotected")
+CHARGED_AGAIN = "charged again: "
+"""Begins the reason of a charge that recovery has copied from a mirror; see `reservation_states`."""
 SEALS = ("hash", "signature")
 
 
@@ -60,6 +63,8 @@ class LedgerEvent:
     """A row. `reserve` opens a charge under the id `reservation`; `settle` and `release` name it in `closes`.
 
     `recover` writes down that the history of a mirror was charged again; its reason holds the mirror's head.
+    `unprotected` writes down that a job used the data without patient-level differential privacy, with the reason.
+    `fingerprint` is None in every new row: a hash of what a data set holds tells whether a patient was added.
     """
 
     hospital: str
@@ -91,12 +96,14 @@ class LedgerEvent:
         """Read a row of the table or of an export.
 
         Raises:
-          LedgerError: the row has other fields than an event.
+          LedgerError: the row has other fields than an event, or a value of another type.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
         fields = {name: value for name, value in row.items() if name != "id"}
-        if set(fields) != names:
-            raise LedgerError(f"a row of the ledger has the fields {sorted(fields)}; expected {sorted(names)}")
+        if fields.keys() != TYPES.keys():
+            raise LedgerError(f"a row of the ledger has the fields {sorted(fields)}; expected {sorted(TYPES)}")
+        wrong = [name for name, value in fields.items() if type(value) not in TYPES[name]]
+        if wrong:
+            raise LedgerError(f"a row of the ledger has a value of another type in the fields {sorted(wrong)}")
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,6 +131,14 @@ class LedgerEvent:
         assert self.sample_rate is not None
         assert self.num_steps is not None
         return charge_of(self.adjacency, self.noise_multiplier, self.sample_rate, self.num_steps)
+
+
+def _types_of(annotation: str) -> tuple[type, ...]:
+    named = {"str": (str,), "int": (int,), "float": (float, int), "None": (type(None),)}
+    return tuple(kind for part in annotation.split(" | ") for kind in named[part])
+
+
+TYPES = {field.name: _types_of(str(field.type)) for field in dataclasses.fields(LedgerEvent)}
 
 
 def charge_of(adjacency: str | None, noise_multiplier: float, sample_rate: float, num_steps: int) -> Charge:
@@ -163,6 +178,11 @@ def charges(events: Iterable[LedgerEvent]) -> tuple[LedgerEvent, ...]:
     return tuple(charged.values())
 
 
+def unprotected_jobs(events: Iterable[LedgerEvent]) -> dict[str, str]:
+    """Return the jobs that used the data without patient-level differential privacy, and the reason of each."""
+    return {event.job or "": event.reason or "" for event in events if event.kind == "unprotected"}
+
+
 def check_chain(
     account: tuple[str, str], known: Sequence[LedgerEvent], added: Iterable[LedgerEvent], public_key: str
 ) -> None:
@@ -176,7 +196,11 @@ def check_chain(
 
 
 def reservation_states(events: Iterable[LedgerEvent]) -> dict[str, str]:
-    """Return what became of each reservation of a checked history: reserved, settle or release."""
+    """Return what became of each reservation of a checked history: reserved, again, settle or release.
+
+    `again` is a charge that recovery has copied from a mirror: what it stands for was trained, perhaps, on another
+    disk, and so it is never released.
+    """
     states: dict[str, str] = {}
     for event in events:
         _state_problem(event, states)
@@ -206,6 +230,16 @@ def check_rows(
         previous = event.head
 
 
+def hashes_link(account: tuple[str, str], events: Iterable[LedgerEvent]) -> bool:
+    """Say whether rows follow each other from the first and are unaltered, whoever signed them."""
+    previous = genesis(*account)
+    for event in events:
+        if (event.sequence, event.previous_hash, event.digest()) != (previous.sequence + 1, previous.hash, event.hash):
+            return False
+        previous = event.head
+    return True
+
+
 def holds(events: Sequence[LedgerEvent], head: LedgerHead) -> bool:
     """Say whether a history has a head among its rows, or has charged the history of that head again."""
     if head.sequence == 0 or any(event.kind == "recover" and event.reason == str(head) for event in events):
@@ -224,18 +258,30 @@ def _row_problem(event: LedgerEvent, previous: LedgerHead, account: tuple[str, s
     return link_problem(event, previous.sequence, previous.hash, public_key, "the hospital's")
 
 
-def _state_problem(event: LedgerEvent, open_charges: dict[str, str]) -> str | None:
+def _state_problem(event: LedgerEvent, states: dict[str, str]) -> str | None:
     """Follow the reservations; a row that was signed and hashed can still contradict an earlier one."""
     if event.kind == "reserve":
-        if event.reservation is None or event.reservation in open_charges:
-            return "its reservation exists already"
-        if None in (event.noise_multiplier, event.sample_rate, event.num_steps):
-            return "it does not say what it charges"
-        if event.adjacency == "zero_out" and event.unit != "hospital":
-            return "it charges patients as if they were a tree over hospitals, which costs less"
-        open_charges[event.reservation] = "reserved"
-    elif event.kind in ("settle", "release"):
-        if event.closes is None or open_charges.get(event.closes) != "reserved":
+        return _reserve_problem(event, states)
+    if event.kind in ("settle", "release"):
+        state = states.get(event.closes or "")
+        if state == "again" and event.kind == "release":
+            return "it gives back what recovery has charged again"
+        if event.closes is None or state not in ("reserved", "again"):
             return "it closes a reservation that is not open"
-        open_charges[event.closes] = event.kind
+        states[event.closes] = event.kind
+    elif event.kind == "unprotected" and not (event.job and event.reason):
+        return "it does not say which job used the data without protection, and why"
+    elif event.kind not in KINDS:
+        return f"its kind {event.kind!r} is unknown to this version of medfl-ray"
+    return None
+
+
+def _reserve_problem(event: LedgerEvent, states: dict[str, str]) -> str | None:
+    if event.reservation is None or event.reservation in states:
+        return "its reservation exists already"
+    if None in (event.noise_multiplier, event.sample_rate, event.num_steps):
+        return "it does not say what it charges"
+    if event.adjacency == "zero_out" and event.unit != "hospital":
+        return "it charges patients as if they were a tree over hospitals, which costs less"
+    states[event.reservation] = "again" if (event.reason or "").startswith(CHARGED_AGAIN) else "reserved"
     return None

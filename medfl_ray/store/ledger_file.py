@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sqlalchemy import Connection, create_engine, event, insert, select
@@ -15,11 +15,13 @@ from medfl_ray.errors import LedgerError
 from medfl_ray.failpoints import failpoint
 from medfl_ray.store import sqlite_files
 from medfl_ray.store.ledger_events import LedgerEvent
+from medfl_ray.store.private_files import claim_state_folder, make_private
 from medfl_ray.store.signing_key import SigningKey, create_key, load_key
 from medfl_ray.store.sqlite_files import LOCK_TIMEOUT_S, WRITES
 from medfl_ray.store.tables import (
     APPEND_ONLY_TRIGGERS,
     LEDGER_APPLICATION_ID,
+    LEDGER_READABLE_VERSIONS,
     LEDGER_SCHEMA_VERSION,
     ledger_events,
     ledger_metadata,
@@ -34,7 +36,7 @@ class LedgerFile:
     """One hospital's ledger file; a connection lives for one operation, so that a fork never shares one."""
 
     def __init__(self, path: Path, lock_timeout_s: float = LOCK_TIMEOUT_S, recovering: bool = False) -> None:
-        """Open the file, or make it and the hospital's key beside it.
+        """Open the file, or make it and the hospital's key beside it, in a folder that is its owner's alone.
 
         A key without a ledger means that the ledger was lost; only recovery may then start a new one.
 
@@ -103,6 +105,8 @@ class LedgerFile:
 
     def append(self, connection: Connection, row: LedgerEvent) -> None:
         """Write one row; it counts once the surrounding `writing` block ends."""
+        if row.kind == "unprotected":
+            _bring_up_to_date(connection)
         connection.execute(insert(ledger_events), row.to_dict())
 
     def accounts(self) -> list[tuple[str, str]]:
@@ -129,6 +133,9 @@ class LedgerFile:
                 f"the privacy ledger {self.path.name!r} is gone although the hospital's key is there: what was "
                 "spent is unknown. Restore the file, or run `medfl-ray privacy ledger recover` with its mirror."
             )
+        claim_state_folder(self.path.parent, holds_ledger=self.path.exists())
+        with suppress(OSError):  # SQLite meets the same fault next, and has the words for it
+            make_private(self.path)
         with self.writing() as connection:
             version = connection.exec_driver_sql("PRAGMA user_version").scalar()
             application = connection.exec_driver_sql("PRAGMA application_id").scalar()
@@ -137,20 +144,17 @@ class LedgerFile:
                 self._create(connection)
             elif application != LEDGER_APPLICATION_ID:
                 raise LedgerError(f"{self.path.name!r} is not a privacy ledger of medfl-ray; check the state folder")
-            elif version != LEDGER_SCHEMA_VERSION:
+            elif version not in LEDGER_READABLE_VERSIONS:
                 raise LedgerError(
-                    f"the privacy ledger {self.path.name!r} has version {version}; this program reads version "
+                    f"the privacy ledger {self.path.name!r} has version {version}; this program reads up to version "
                     f"{LEDGER_SCHEMA_VERSION}. Use the version of medfl-ray that wrote it, or a newer one."
                 )
         failpoint("ledger.create.done")
 
     def _create(self, connection: Connection) -> None:
         failpoint("ledger.create.begin")
-        ledger_metadata.create_all(connection)
-        for trigger in APPEND_ONLY_TRIGGERS:
-            connection.exec_driver_sql(trigger)
+        _create_tables(connection)
         connection.exec_driver_sql(f"PRAGMA application_id = {LEDGER_APPLICATION_ID}")
-        connection.exec_driver_sql(f"PRAGMA user_version = {LEDGER_SCHEMA_VERSION}")
         failpoint("ledger.create.before_commit")
 
     def _open_key(self) -> SigningKey:
@@ -187,3 +191,31 @@ class LedgerFile:
 
     def _damaged(self) -> LedgerError:
         return self._explained(sqlite3.DatabaseError("malformed"))
+
+
+def _create_tables(connection: Connection) -> None:
+    ledger_metadata.create_all(connection)
+    for trigger in APPEND_ONLY_TRIGGERS:
+        connection.exec_driver_sql(trigger)
+    connection.exec_driver_sql(f"PRAGMA user_version = {LEDGER_SCHEMA_VERSION}")
+
+
+def _bring_up_to_date(connection: Connection) -> None:
+    """Let a file of an earlier version take rows of every kind, within the transaction that writes the first of them.
+
+    SQLite cannot change a table's check, so the rows move as they are into a table that has the new one.
+    """
+    if connection.exec_driver_sql("PRAGMA user_version").scalar() == LEDGER_SCHEMA_VERSION:
+        return
+    failpoint("ledger.upgrade.begin")
+    earlier = f"{ledger_events.name}_earlier"
+    for verb in ("update", "delete"):
+        connection.exec_driver_sql(f"DROP TRIGGER {ledger_events.name}_no_{verb}")
+    connection.exec_driver_sql(f"ALTER TABLE {ledger_events.name} RENAME TO {earlier}")
+    _create_tables(connection)
+    columns = ", ".join(column.name for column in ledger_events.columns)
+    connection.exec_driver_sql(
+        f"INSERT INTO {ledger_events.name} ({columns}) SELECT {columns} FROM {earlier} ORDER BY id"
+    )
+    connection.exec_driver_sql(f"DROP TABLE {earlier}")
+    failpoint("ledger.upgrade.before_commit")

@@ -1,8 +1,9 @@
 """The coordinator's copies of the hospitals' ledgers: checked, signed by the coordinator, and never shortened.
 
 One SQLite file holds all accounts, so that a round of many hospitals costs one write to the disk. A hospital
-sends the rows behind the head that the coordinator knows. A history that a hospital lost and charged again has
-another beginning: it becomes a new generation, and the old rows stay.
+sends the rows behind the head that the coordinator knows, signed with the key that is pinned for it. A history that a
+hospital lost and charged again has another beginning: it becomes a new generation, once it carries over every charge
+of the one before, and the old rows stay.
 """
 
 from __future__ import annotations
@@ -10,37 +11,31 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from medfl_ray.errors import LedgerError
 from medfl_ray.messages import LedgerRows
+from medfl_ray.store.key_receipts import KeyReceipt, append_receipt, check_key_receipts
 from medfl_ray.store.ledger_events import (
     LedgerEvent,
     LedgerHead,
+    check_chain,
     check_rows,
     genesis,
+    hashes_link,
     holds,
     reservation_states,
 )
-from medfl_ray.store.ledger_export import EXPORT_FORMAT, verify_export
-from medfl_ray.store.signing_key import SigningKey, create_key, load_key, signature_is_valid
+from medfl_ray.store.ledger_export import EXPORT_FORMAT, read_export, verify_export
+from medfl_ray.store.ledger_histories import left_out
+from medfl_ray.store.mirror_file import MirrorFile
+from medfl_ray.store.mirror_keys import Pin, add_key, other_key, pinned_keys, signer_of, unpinned_rows
+from medfl_ray.store.signing_key import SigningKey, signature_is_valid
 
-MIRROR_NAME = "mirror.sqlite"
-COORDINATOR_KEY_NAME = "coordinator.key"
 SIGNED_LABEL = "medfl-ray ledger mirror v1"
-LOCK_TIMEOUT_S = 30.0
-TABLES = (
-    """CREATE TABLE IF NOT EXISTS heads (
-      hospital TEXT, data_set TEXT, generation INTEGER, sequence INTEGER, hash TEXT, public_key TEXT, signature TEXT,
-      PRIMARY KEY (hospital, data_set)) WITHOUT ROWID""",
-    """CREATE TABLE IF NOT EXISTS events (
-      hospital TEXT, data_set TEXT, generation INTEGER, sequence INTEGER, hash TEXT, body TEXT,
-      PRIMARY KEY (hospital, data_set, generation, sequence)) WITHOUT ROWID""",
-)
 Account = tuple[str, str]
 
 
@@ -61,12 +56,24 @@ class Kept:
     problems: dict[str, str]
 
 
+@dataclass(frozen=True)
+class History:
+    """One generation of an account: its checked rows, and the pinned key that signed them.
+
+    The key is None for one that was replaced before keys were pinned: order and contents are checked alone.
+    """
+
+    public_key: str | None
+    rows: tuple[LedgerEvent, ...]
+
+
 class LedgerMirror:
-    """A folder with the copies and the coordinator's own key; nothing is made before the first rows arrive."""
+    """A folder with the copies and the coordinator's own key; nothing is made before there is something to keep."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._file = MirrorFile(folder)
         self._states: dict[Account, tuple[LedgerHead, dict[str, str]]] = {}
+        self._checked_keys: set[Pin] = set()
 
     def keep(self, export: Mapping[str, Any]) -> LedgerHead:
         """Take over a hospital's newest export and return its head.
@@ -77,7 +84,7 @@ class LedgerMirror:
         head = verify_export(export)
         account = (str(export["hospital"]), str(export["data_set"]))
         known = self.head(*account)
-        if known is not None and known.sequence > head.sequence:
+        if known is not None and known.sequence > head.sequence and not holds(read_export(export), known):
             raise _lost(account, known)
         rows = LedgerRows(
             hospital=account[0],
@@ -92,6 +99,8 @@ class LedgerMirror:
     def keep_rows(self, batch: Iterable[LedgerRows]) -> Kept:
         """Add new rows of any number of accounts, durable when this returns; rows that are known already are passed.
 
+        An account without a pinned key has that of its first rows pinned.
+
         Raises:
           LedgerError: the mirror was altered, or cannot be written.
         """
@@ -99,14 +108,58 @@ class LedgerMirror:
         kept = Kept({}, {})
         if not batch:
             return kept
-        with self._writing() as connection:
-            key = self._key(connection)
-            for rows in batch:
-                try:
-                    kept.heads[rows.hospital] = self._keep_one(connection, key, rows)
-                except LedgerError as error:
-                    kept.problems[rows.hospital] = str(error)
+        try:
+            with self._file.writing() as connection:
+                key = self._file.key(connection)
+                for rows in batch:
+                    try:
+                        kept.heads[rows.hospital] = self._keep_one(connection, key, rows)
+                    except LedgerError as error:
+                        kept.problems[rows.hospital] = str(error)
+        except BaseException:
+            self._states.clear()  # what they say may never have reached the file
+            raise
         return kept
+
+    def pin(self, keys: Mapping[Account, str]) -> dict[Account, str]:
+        """Pin the key of each account at its first contact; a key that is pinned stays.
+
+        Returns:
+          Per account that shows another key than the pinned one, the reason.
+
+        Raises:
+          LedgerError: the mirror or its receipts were altered, or cannot be written.
+        """
+        problems: dict[Account, str] = {}
+        if not keys:
+            return problems
+        with self._file.writing() as connection:
+            key = self._file.key(connection)
+            for account, public_key in keys.items():
+                pinned = self._keys(connection, key, account, store=True)
+                check_key_receipts(self._file.folder, key, account, pinned)
+                if not pinned:
+                    add_key(connection, key, account, 1, public_key)
+                elif pinned[-1] != public_key:
+                    problems[account] = str(other_key(account, pinned[-1], public_key))
+        return problems
+
+    def accept_key(self, hospital: str, data_set: str, public_key: str) -> KeyReceipt | None:
+        """Pin a key that an operator has confirmed, and write a receipt of it; None where it is the pinned one.
+
+        Raises:
+          LedgerError: the mirror or its receipts were altered, or cannot be written.
+        """
+        account = (hospital, data_set)
+        with self._file.writing() as connection:
+            key = self._file.key(connection)
+            pinned = self._keys(connection, key, account, store=True)
+            if pinned and pinned[-1] == public_key:
+                return None
+            # First the receipt: a crash between the two leaves a key that counts for nothing until it is given again.
+            receipt = append_receipt(self._file.folder, key, account, pinned[-1] if pinned else None, public_key)
+            add_key(connection, key, account, len(pinned) + 1, public_key)
+        return receipt
 
     def head(self, hospital: str, data_set: str) -> LedgerHead | None:
         """Return the last row seen of an account: what its ledger must still hold; None where nothing was seen.
@@ -114,17 +167,17 @@ class LedgerMirror:
         Raises:
           LedgerError: the mirror was altered or cannot be read.
         """
-        if not self._path.exists():
+        if not self._file.exists:
             return None
-        with self._reading() as connection:
-            known = self._known(connection, self._key(connection), (hospital, data_set))
+        with self._file.reading() as connection:
+            known = self._known(connection, self._file.key(connection), (hospital, data_set))
         return known.head if known is not None else None
 
     def has_seen(self, hospital: str, data_set: str, head: LedgerHead) -> bool:
         """Say whether a row is among those ever kept of an account."""
-        if not self._path.exists():
+        if not self._file.exists:
             return False
-        with self._reading() as connection:
+        with self._file.reading() as connection:
             found = connection.execute(
                 "SELECT 1 FROM events WHERE hospital = ? AND data_set = ? AND sequence = ? AND hash = ?",
                 (hospital, data_set, *head),
@@ -137,10 +190,10 @@ class LedgerMirror:
         Raises:
           LedgerError: the mirror was altered or cannot be read.
         """
-        if not self._path.exists():
+        if not self._file.exists:
             return None
-        with self._reading() as connection:
-            known = self._known(connection, self._key(connection), (hospital, data_set))
+        with self._file.reading() as connection:
+            known = self._known(connection, self._file.key(connection), (hospital, data_set))
             if known is None:
                 return None
             rows = _rows(connection, (hospital, data_set), known.generation)
@@ -158,20 +211,52 @@ class LedgerMirror:
         return export
 
     def accounts(self) -> list[Account]:
-        """Return the (hospital, data set) pairs of which there is a copy."""
-        if not self._path.exists():
+        """Return the (hospital, data set) pairs of which there are rows or a key."""
+        if not self._file.exists:
             return []
-        with self._reading() as connection:
-            return sorted(connection.execute("SELECT hospital, data_set FROM heads").fetchall())
+        with self._file.reading() as connection:
+            query = "SELECT hospital, data_set FROM heads UNION SELECT hospital, data_set FROM keys"
+            return sorted(connection.execute(query).fetchall())
 
-    @property
-    def _path(self) -> Path:
-        return self._folder / MIRROR_NAME
+    def verify(self, hospital: str, data_set: str) -> tuple[tuple[str, ...], tuple[History, ...]]:
+        """Check all that the mirror holds of an account, the receipts of its keys included.
+
+        Returns:
+          Its pinned keys and its generations, both with the newest last.
+
+        Raises:
+          LedgerError: names what was altered.
+        """
+        account = (hospital, data_set)
+        if not self._file.exists:
+            return (), ()
+        with self._file.reading() as connection:
+            key = self._file.key(connection)
+            keys = self._keys(connection, key, account)
+            check_key_receipts(self._file.folder, key, account, keys)
+            known = self._known(connection, key, account)
+            newest = known.generation if known is not None else 0
+            bodies = [_rows(connection, account, number) for number in range(1, newest + 1)]
+        histories = tuple(_checked(account, body, keys) for body in bodies)
+        if known is None:
+            return keys, histories
+        if histories[-1].rows and histories[-1].public_key is None:
+            raise unpinned_rows(account)
+        if not histories[-1].rows or histories[-1].rows[-1].head != known.head:
+            raise LedgerError(
+                f"the mirror of hospital {hospital!r}, data set {data_set!r}, does not end at row "
+                f"{known.head.sequence}, which the coordinator has signed: rows are missing at its end. Restore its "
+                "folder from a backup"
+            )
+        return keys, histories
 
     def _keep_one(self, connection: sqlite3.Connection, key: SigningKey, rows: LedgerRows) -> LedgerHead:
         account = (rows.hospital, rows.data_set)
         events = [LedgerEvent.from_mapping(row) for row in rows.events]
         known = self._known(connection, key, account)
+        pinned = self._keys(connection, key, account, store=True)
+        if pinned and pinned[-1] != rows.public_key:
+            raise other_key(account, pinned[-1], rows.public_key)
         generation, previous, added = _placed(connection, account, known, events)
         if not added:
             return previous
@@ -185,6 +270,10 @@ class LedgerMirror:
             earlier = _rows(connection, account, generation) if previous.sequence else []
             states = reservation_states(map(LedgerEvent.from_mapping, earlier))
         check_rows(account, previous, states, added, rows.public_key)
+        if known is not None and generation > known.generation:
+            _check_replacement(account, _rows(connection, account, known.generation), events)
+        if not pinned:
+            add_key(connection, key, account, 1, rows.public_key)
         connection.executemany(
             "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)",
             [(*account, generation, row.sequence, row.hash, json.dumps(row.to_dict())) for row in added],
@@ -196,6 +285,24 @@ class LedgerMirror:
         )
         self._states[account] = (newest.head, states)
         return newest.head
+
+    def _keys(
+        self, connection: sqlite3.Connection, key: SigningKey, account: Account, store: bool = False
+    ) -> tuple[str, ...]:
+        """Return the account's pinned keys; that of the newest rows where a mirror was kept before keys were pinned.
+
+        Args:
+          store: write such a key down as the first pinned one.
+        """
+        known = self._known(connection, key, account)
+        keys = pinned_keys(connection, key, account, self._checked_keys)
+        if known is None or known.public_key in keys:
+            return keys
+        if keys:
+            raise unpinned_rows(account)
+        if store:
+            add_key(connection, key, account, 1, known.public_key)
+        return (known.public_key,)
 
     def _known(self, connection: sqlite3.Connection, key: SigningKey, account: Account) -> Known | None:
         row = connection.execute(
@@ -213,44 +320,6 @@ class LedgerMirror:
             )
         return known
 
-    def _key(self, connection: sqlite3.Connection) -> SigningKey:
-        path = self._folder / COORDINATOR_KEY_NAME
-        if path.exists():
-            return load_key(path)
-        if connection.execute("SELECT count(*) FROM heads").fetchone()[0]:
-            raise LedgerError(
-                f"the coordinator's key {COORDINATOR_KEY_NAME!r} is missing beside its mirror {MIRROR_NAME!r}; restore "
-                "it from a backup, because without it the mirror cannot be checked"
-            )
-        return create_key(path)
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with _in_plain_words(), closing(self._connect()) as connection:
-            yield connection
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """Hold the only write lock until the block ends: on the disk, or not at all."""
-        with _in_plain_words():
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with closing(self._connect()) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                try:
-                    yield connection
-                    connection.execute("COMMIT")
-                except BaseException:
-                    self._states.clear()
-                    raise
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=LOCK_TIMEOUT_S, isolation_level=None)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        for table in TABLES:
-            connection.execute(table)
-        return connection
-
 
 def _placed(
     connection: sqlite3.Connection, account: Account, known: Known | None, events: list[LedgerEvent]
@@ -267,11 +336,32 @@ def _placed(
             return known.generation, head, []
     elif first == head.sequence + 1:
         return known.generation, head, events
-    elif first <= head.sequence and events[head.sequence - first].hash == head.hash:
+    elif 1 <= first <= head.sequence < first + len(events) and events[head.sequence - first].hash == head.hash:
         return known.generation, head, events[head.sequence - first + 1 :]
     if first == 1 and holds(events, head):
         return known.generation + 1, genesis(*account), events
     raise _lost(account, head)
+
+
+def _checked(account: Account, body: list[dict[str, Any]], keys: Sequence[str]) -> History:
+    rows = tuple(map(LedgerEvent.from_mapping, body))
+    signer = signer_of(rows, keys) if rows else None
+    if signer is None and not hashes_link(account, rows):
+        raise unpinned_rows(account)
+    if signer is not None:
+        check_chain(account, (), rows, signer)
+    return History(signer, rows)
+
+
+def _check_replacement(account: Account, earlier: list[dict[str, Any]], later: list[LedgerEvent]) -> None:
+    """Refuse a new history that says less than the one it replaces, whoever signed it and whatever it calls itself."""
+    problem = left_out([LedgerEvent.from_mapping(row) for row in earlier], later)
+    if problem:
+        raise LedgerError(
+            f"the ledger of hospital {account[0]!r}, data set {account[1]!r}, shows another history than before, which "
+            f"does not carry over all that was charged: {problem}. `medfl-ray privacy ledger recover` with this mirror "
+            "must charge it again first"
+        )
 
 
 def _rows(connection: sqlite3.Connection, account: Account, generation: int) -> list[dict[str, Any]]:
@@ -289,15 +379,3 @@ def _lost(account: Account, head: LedgerHead) -> LedgerError:
         f"the ledger of hospital {account[0]!r}, data set {account[1]!r}, no longer holds row {head.sequence} that it "
         "showed before; `medfl-ray privacy ledger recover` must charge the mirrored history first"
     )
-
-
-@contextmanager
-def _in_plain_words() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, sqlite3.Error, ValueError) as error:
-        detail = error.strerror if isinstance(error, OSError) else str(error)
-        raise LedgerError(
-            f"the coordinator's mirror {MIRROR_NAME!r} of the hospitals' ledgers cannot be used: {detail}. Check the "
-            "disk and its folder, or restore it from a backup"
-        ) from None

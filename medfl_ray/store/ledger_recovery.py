@@ -1,7 +1,8 @@
 """Bringing a lost, shortened, replaced or damaged ledger back from what a mirror remembers of it.
 
 Whatever the mirror or a readable row says was charged is charged afterwards. Recovery may charge twice what
-two histories tell differently; it never charges less than either.
+two histories tell differently; it never charges less than either. Where nobody can say how many rows were lost it
+refuses: a mirror cannot prove that it has seen the last one.
 """
 
 from __future__ import annotations
@@ -15,10 +16,22 @@ from typing import Any
 
 from medfl_ray.errors import LedgerError
 from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import LedgerEvent, LedgerHead, charges, genesis, holds, is_genuine
+from medfl_ray.store.ledger_budgets import AccountTerms
+from medfl_ray.store.ledger_events import (
+    LedgerEvent,
+    LedgerHead,
+    charges,
+    genesis,
+    holds,
+    is_genuine,
+    reservation_states,
+    unprotected_jobs,
+)
 from medfl_ray.store.ledger_export import read_export, verify_export
 from medfl_ray.store.ledger_file import KEY_NAME, LedgerFile
+from medfl_ray.store.private_files import claim_state_folder
 from medfl_ray.store.signing_key import SigningKey, load_key
+from medfl_ray.store.tables import ledger_events
 
 Account = tuple[str, str]
 SMALLEST_ROW_BYTES = 256  # hash, previous hash and signature alone
@@ -36,23 +49,25 @@ def recover(path: Path, exports: Sequence[Mapping[str, Any]], delta: float) -> d
       The number of rows added, per (hospital, data set).
 
     Raises:
-      LedgerError: an export is damaged; or the damaged file shows an account of which no export was given, or has
-        rows that can be read neither there nor in an export, so that what they charged is unknown.
+      LedgerError: an export is damaged; others may enter the folder; or the damaged file shows an account of which no
+        export was given, or has rows that can be read neither there nor in an export, or that cannot even be counted,
+        so that what they charged is unknown.
     """
     histories = _longest_histories(exports)
+    claim_state_folder(path.parent, holds_ledger=path.exists())
     salvaged = _set_aside_if_damaged(path, histories)
     file = LedgerFile(path, recovering=True)
     added: dict[Account, int] = {}
     for account, rows in histories:
-        ledger = PrivacyLedger(file, account, delta, None)
+        ledger = PrivacyLedger(file, account, AccountTerms(delta=delta))
         before = len(ledger.events())
         head = rows[-1].head if rows else genesis(*account)
         _take_over(ledger, file.key, head, rows)
         known = {row.reservation for other, history in histories if other == account for row in history} - {None}
         own = [row for row in salvaged if (row.hospital, row.data_set) == account and row.reservation not in known]
-        lost = _unknown(ledger, own)
-        if lost:
-            ledger.charge_again(lost, head)
+        lost, exposed = _unknown(ledger, own), _unknown_jobs(ledger, own)
+        if lost or exposed:
+            ledger.charge_again(lost, head, exposed)
         salvaged = [row for row in salvaged if (row.hospital, row.data_set) != account]
         added[account] = added.get(account, 0) + len(ledger.events()) - before
         ledger.check_holds(head)
@@ -75,13 +90,27 @@ def _longest_histories(exports: Sequence[Mapping[str, Any]]) -> list[tuple[Accou
 def _take_over(ledger: PrivacyLedger, key: SigningKey, head: LedgerHead, rows: Sequence[LedgerEvent]) -> None:
     """Continue the ledger with the mirror's rows where it is their beginning; else charge what it lacks."""
     own = ledger.events()
-    if holds(own, head):
-        return
-    if tuple(rows[: len(own)]) == own and all(is_genuine(row, key.public_key) for row in rows):
-        ledger.append_mirrored(rows[len(own) :])
-        return
-    # Also where every charge is there already: the row that says so is what makes the mirror's head count as held.
-    ledger.charge_again(_unknown(ledger, rows), head)
+    if not holds(own, head):
+        if tuple(rows[: len(own)]) == own and all(is_genuine(row, key.public_key) for row in rows):
+            ledger.append_mirrored(rows[len(own) :])
+            return
+        # Also where every charge is there already: the row that says so makes the mirror's head count as held.
+        ledger.charge_again(_unknown(ledger, rows), head, _unknown_jobs(ledger, rows))
+    _settle_like(ledger, rows)
+
+
+def _settle_like(ledger: PrivacyLedger, rows: Sequence[LedgerEvent]) -> None:
+    """Settle what the mirror shows as settled, and what an old copy of the ledger could still give back."""
+    own = reservation_states(ledger.events())
+    for reservation, state in reservation_states(rows).items():
+        if state in ("settle", "again") and own.get(reservation) == "reserved":
+            ledger.settle(reservation)
+
+
+def _unknown_jobs(ledger: PrivacyLedger, rows: Sequence[LedgerEvent]) -> dict[str, str]:
+    """Return the unprotected jobs of another history that this ledger does not name, and the reason of each."""
+    held = unprotected_jobs(ledger.events())
+    return {job: reason for job, reason in unprotected_jobs(rows).items() if job not in held}
 
 
 def _unknown(ledger: PrivacyLedger, rows: Sequence[LedgerEvent]) -> list[LedgerEvent]:
@@ -94,71 +123,107 @@ def _set_aside_if_damaged(
     path: Path, histories: Sequence[tuple[Account, tuple[LedgerEvent, ...]]]
 ) -> list[LedgerEvent]:
     """Rename a file that is damaged or whose rows are bad; return those of its rows that are credible."""
-    if not path.exists():
-        return []
+    if not path.exists() or path.stat().st_size == 0:
+        if any(part.stat().st_size for part in _journals(path)):
+            raise _uncounted(path)  # rows that were not yet written back, of which SQLite would drop all
+        if not path.exists():
+            return []
     mirrored = {account for account, _ in histories}
     rows, num_lost = _readable_rows(path)
     try:
         file = LedgerFile(path)
         file.check_integrity()
         for account in file.accounts():
-            PrivacyLedger(file, account, 0.5, None).verify()
+            PrivacyLedger(file, account, AccountTerms(delta=0.5)).verify()
     except LedgerError:
-        key = path.with_name(KEY_NAME)
-        credible = _credible(rows, load_key(key) if key.exists() else None)
+        if num_lost is None:
+            raise _uncounted(path) from None
+        key_path = path.with_name(KEY_NAME)
+        key = load_key(key_path) if key_path.exists() else None
         unknown = {(row.hospital, row.data_set) for row in rows} - mirrored
         if unknown:
             raise LedgerError(
                 f"the damaged ledger {path.name!r} also holds {len(unknown)} data set(s) of which no mirror was given: "
                 f"{', '.join(sorted(data_set for _, data_set in unknown))}. Give the mirrors of all of them."
             ) from None
-        readable = {row.hash for row in rows}
-        num_explained = len({row.hash for _, history in histories for row in history} - readable)
-        if num_lost > num_explained:
+        num_unknown = _num_unexplained(rows, num_lost, key, [row for _, history in histories for row in history])
+        if num_unknown:
             raise LedgerError(
-                f"{num_lost} rows of the damaged ledger {path.name!r} cannot be read and the mirrors given hold "
-                f"{num_explained} of them: what the others charged is unknown. Give newer mirrors, those of all data "
+                f"{num_unknown} rows of the damaged ledger {path.name!r} cannot be read, or were altered, and stand in "
+                "none of the mirrors given: what the others charged is unknown. Give newer mirrors, those of all data "
                 "sets, or restore the file from a backup."
             ) from None
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
         for part in (path, *path.parent.glob(f"{path.name}-*")):
             part.rename(part.with_name(f"damaged-{stamp}-{part.name}"))
-        return credible
+        return _credible(rows, key)
     return []
 
 
+def _num_unexplained(
+    rows: Sequence[LedgerEvent], num_lost: int, key: SigningKey | None, mirrored: Sequence[LedgerEvent]
+) -> int:
+    """Return at least how many rows of a damaged file neither it nor the mirrors show as they were.
+
+    A lost row is known by its hash where a row that follows it can be read, and else by its number alone.
+    """
+    in_mirrors, readable = {row.hash for row in mirrored}, {row.hash for row in rows}
+    whole = [row for row in rows if (row.digest() == row.hash if key is None else is_genuine(row, key.public_key))]
+    num_altered = len(readable - {row.hash for row in whole} - in_mirrors)
+    named = {row.previous_hash for row in whole if row.sequence > 1} - readable - in_mirrors
+    return num_altered + max(len(named), num_lost - len(in_mirrors - readable))
+
+
 def _credible(rows: Sequence[LedgerEvent], key: SigningKey | None) -> list[LedgerEvent]:
-    """Return the rows that the hospital signed; where its key is lost, every charge and nothing that takes one back."""
+    """Return the rows that the hospital signed; where its key is lost, all that charges and nothing that takes back."""
     if key is not None:
         return [row for row in rows if is_genuine(row, key.public_key)]
-    return [row for row in rows if row.kind == "reserve" and None not in (row.noise_multiplier, row.num_steps)]
+    whole = [row for row in rows if row.kind == "reserve" and None not in (row.noise_multiplier, row.num_steps)]
+    return whole + [row for row in rows if row.kind == "unprotected" and row.job and row.reason]
 
 
-def _readable_rows(path: Path) -> tuple[list[LedgerEvent], int]:
-    """Return the rows that can still be read, unchecked, in order, and how many before the last one cannot.
+def _uncounted(path: Path) -> LedgerError:
+    return LedgerError(
+        f"the rows of the damaged ledger {path.name!r} cannot be counted: how many were lost, and what they charged, "
+        "is unknown, and no mirror can prove that it has seen the last of them. Restore the file from a backup, then "
+        "recover it with the newest mirrors. Only if you know from elsewhere that nothing was charged behind the "
+        f"mirrors, move {path.name} and {path.name}-* out of the state folder: a ledger that is gone is charged what "
+        "the mirrors hold, and nothing else"
+    )
+
+
+def _journals(path: Path) -> list[Path]:
+    """Return the files in which SQLite keeps what is not yet in the ledger's own."""
+    return [part for ending in ("-wal", "-journal") if (part := path.with_name(path.name + ending)).exists()]
+
+
+def _readable_rows(path: Path) -> tuple[list[LedgerEvent], int | None]:
+    """Return the rows that can still be read, unchecked, in order, and how many others there were.
 
     Each is looked up on its own, in the table and not in an index, for one bad page must not hide the others. Rows
-    are numbered without a gap, so that a missing number is a lost row. A file that is no database gives neither.
+    are numbered without a gap, so that a missing number is a lost row. The number of lost rows is None where nothing
+    says which was the last: the header, the schema, or the ends of the table and of all its indices are bad.
     """
+    if path.stat().st_size == 0:
+        return [], 0
     rows: dict[int, LedgerEvent] = {}
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             connection.row_factory = sqlite3.Row
-            for number in range(1, _most_rows(path) + 1):
+            last = _last_number(connection)
+            for number in range(1, _most_rows(path) + 1) if last is not None else ():
                 row = _read_row(connection, number)
                 if row is not None:
                     rows[number] = row
-            last = max([*rows, _last_number(connection)])
     except sqlite3.Error:
-        return [], 0
+        return [], None
     ordered = sorted(rows.values(), key=lambda row: (row.hospital, row.data_set, row.sequence))
-    return ordered, last - len(rows)
+    return ordered, None if last is None else max([last, *rows]) - len(rows)
 
 
 def _most_rows(path: Path) -> int:
     """Return more rows than the file, with what is not yet written back into it, can hold."""
-    parts = (path, path.with_name(f"{path.name}-wal"))
-    return sum(part.stat().st_size for part in parts if part.exists()) // SMALLEST_ROW_BYTES
+    return sum(part.stat().st_size for part in (path, *_journals(path))) // SMALLEST_ROW_BYTES
 
 
 def _read_row(connection: sqlite3.Connection, number: int) -> LedgerEvent | None:
@@ -169,8 +234,13 @@ def _read_row(connection: sqlite3.Connection, number: int) -> LedgerEvent | None
         return None
 
 
-def _last_number(connection: sqlite3.Connection) -> int:
-    try:
-        return int(connection.execute("SELECT max(id) FROM ledger_events NOT INDEXED").fetchone()[0] or 0)
-    except (sqlite3.DatabaseError, TypeError, ValueError):
-        return 0
+def _last_number(connection: sqlite3.Connection) -> int | None:
+    """Return the largest row number that the table or an index of it names; None where none of them can be read."""
+    found = []
+    for place in ("NOT INDEXED", *(f"INDEXED BY sqlite_autoindex_{ledger_events.name}_{n}" for n in (1, 2))):
+        try:
+            (number,) = connection.execute(f"SELECT max(id) FROM ledger_events {place}").fetchone()
+        except (sqlite3.DatabaseError, TypeError):
+            continue
+        found.append(number or 0)
+    return max(found, default=None)

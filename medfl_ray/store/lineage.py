@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, field_serializer
 
 from medfl_ray.messages import Label
+from medfl_ray.privacy.account import INFINITE, Spending, epsilon_words, split_words, terms
 
 LOWER_IS_BETTER = ("loss", "train_loss", "hausdorff", "hd95", "brier", "ece")
 
@@ -30,13 +33,41 @@ class DataSet(_Part):
     of: Literal["contents", "names and sizes", "recipe", "declaration"]
 
 
-class EpsilonSpent(_Part):
-    """What one hospital's data set has spent, everything ever charged to it included; None is what is not known."""
+def _not_nan(value: float) -> float:
+    if math.isnan(value):
+        raise ValueError("it is no number")
+    return value
 
-    epsilon: FiniteFloat | None
+
+class EpsilonSpent(_Part):
+    """What one hospital's data set has spent, everything ever charged to it included; None is what is not known.
+
+    `epsilon` is the account's total, infinite where data left without patient-level protection; in JSON it is then the
+    string "Infinity". `run` and `extra` are this run's rounds, and its baselines and studies, each with its budget;
+    `budget` is that of the data set's life. Records of earlier versions have neither.
+    """
+
+    epsilon: Annotated[float, AfterValidator(_not_nan)] | None
     delta: FiniteFloat | None
     unit: str | None
     adjacency: str | None
+    budget: FiniteFloat | None = None
+    run: Spending | None = None
+    extra: Spending | None = None
+    moment: Literal["ledger", "receipt"] = "receipt"
+
+    @field_serializer("epsilon", when_used="json")
+    def _finite_json(self, epsilon: float | None) -> float | str | None:
+        return "Infinity" if epsilon == math.inf else epsilon
+
+    @field_serializer("run", "extra", when_used="json")
+    def _finite_parts(self, part: Spending | None) -> Any:
+        return None if part is None else json.loads(part.model_dump_json())
+
+    @property
+    def is_unprotected(self) -> bool:
+        """Whether data were used without patient-level protection."""
+        return self.epsilon == math.inf
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -50,31 +81,39 @@ class EpsilonSpent(_Part):
         return tuple(name for name, is_sound in sound.items() if not is_sound)
 
     def __str__(self) -> str:
-        """Epsilon with unit, delta and adjacency beside it."""
+        """Epsilon with unit, delta and adjacency beside it, and what of it is this run's."""
         if self.missing:
             return f"incomplete: {', '.join(self.missing)}"
-        adjacency = (self.adjacency or "").replace("_", "/")
-        return f"epsilon {self.epsilon:.3f} ({self.unit}-level, {adjacency}, delta {self.delta:g})"
+        assert self.epsilon is not None
+        assert self.delta is not None
+        shown = terms(str(self.unit), self.delta, str(self.adjacency))
+        parts = split_words(
+            Spending(epsilon=self.epsilon, delta=self.delta, budget=self.budget), self.run, self.extra, 3
+        )
+        return f"epsilon {epsilon_words(self.epsilon, 3)} ({shown}; {parts})"
 
 
 class PrivacyRecord(_Part):
     """Whether the weights were trained with differential privacy, and what each hospital spent.
 
-    Under hospital-level privacy `spent` has one entry, the federation's.
+    Under hospital-level privacy `spent` has one entry, the federation's. `unprotected` are the hospitals whose data
+    were used without patient-level protection: their patient-level epsilon is infinite.
     """
 
     differential_privacy: bool
     unit: str | None = None
     spent: dict[str, EpsilonSpent] = Field(default_factory=dict)
+    unprotected: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """The largest epsilon with its unit, delta and adjacency, or that there is none."""
+        exposed = f"; patient-level epsilon {INFINITE} at {', '.join(self.unprotected)}" if self.unprotected else ""
         if not self.differential_privacy:
-            return "no differential privacy"
+            return f"no differential privacy{exposed}"
         gaps = [spent for spent in self.spent.values() if spent.missing]
         largest = max(self.spent.values(), key=lambda spent: spent.epsilon or 0, default=None)
-        return "not known" if largest is None else str(gaps[0] if gaps else largest)
+        return ("not known" if largest is None else str(gaps[0] if gaps else largest)) + exposed
 
 
 class Figure(_Part):

@@ -7,8 +7,9 @@ cannot be reached stops a run before it starts; later it is only named, and the 
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError
 from medfl_ray.messages import PrivacySpent, RoundResult
+from medfl_ray.privacy.account import INFINITE, PrivacyAccount, epsilon_words, parts_words
+from medfl_ray.privacy.run_accounts import accounts_of_run
+from medfl_ray.round_times import clock_of, has_secret_cohorts
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,6 +49,8 @@ class MlflowRun:
         """
         assert run.output.mlflow is not None
         self.problem: str | None = None
+        self._run = run
+        self._clock = clock_of(has_secret_cohorts(run))
         self._client = open_client(run.output.mlflow.tracking_uri)
         try:
             experiment = self._experiment(run.output.mlflow.experiment or run.name, run.output.mlflow.tracking_uri)
@@ -62,15 +68,17 @@ class MlflowRun:
             self._attempt(lambda: self._log_round(result))
 
     def finish(self, folder: Path, completed: bool, version: ModelVersion | None) -> None:
-        """Copy the run's files, and let the registered model's aliases say its stages."""
+        """Copy the run's accounts and files, and let the registered model's aliases say its stages."""
 
         def work() -> None:
+            self._log_accounts(folder)
             for name in FILES:
                 if (folder / name).is_file():
                     self._client.log_artifact(self._run_id, str(folder / name))
             if version is not None:
                 mirror_version(self._client, version, self._run_id)
-            self._client.set_terminated(self._run_id, "FINISHED" if completed else "KILLED")
+            ended_ms = int(1000 * self._clock().timestamp())
+            self._client.set_terminated(self._run_id, "FINISHED" if completed else "KILLED", ended_ms)
 
         self._attempt(work)
 
@@ -98,10 +106,26 @@ class MlflowRun:
         receipt = result.receipt
         ended_ms = int(1000 * datetime.fromisoformat(receipt.ended_at).timestamp())
         metrics = [Metric(key, value, ended_ms, receipt.round) for key, value in shown_figures(result)]
-        accounts = [RunTag(f"epsilon.{hospital}", account(spent)) for hospital, spent in receipt.spent.items()]
-        for start in range(0, max(len(metrics), len(accounts)), AT_ONCE):
+        accounts = [RunTag(f"epsilon.{hospital}", terms_so_far(spent)) for hospital, spent in receipt.spent.items()]
+        self._log(metrics, accounts)
+
+    def _log_accounts(self, folder: Path) -> None:
+        """Log what everything has cost, baselines and studies included, at the step behind the last round."""
+        from mlflow.entities import Metric, RunTag
+
+        accounts = accounts_of_run(folder, self._run)
+        now_ms, step = int(1000 * self._clock().timestamp()), self._run.federation.rounds + 1
+        metrics = [
+            Metric(key, value, now_ms, step)
+            for name, of in accounts.items()
+            for key, value in account_figures(name, of)
+        ]
+        self._log(metrics, [RunTag(f"epsilon.{name}", final_terms(account)) for name, account in accounts.items()])
+
+    def _log(self, metrics: Sequence[Any], tags: Sequence[Any]) -> None:
+        for start in range(0, max(len(metrics), len(tags)), AT_ONCE):
             part = slice(start, start + AT_ONCE)
-            self._client.log_batch(self._run_id, metrics=metrics[part], tags=accounts[part])
+            self._client.log_batch(self._run_id, metrics=metrics[part], tags=tags[part])
 
     def _attempt(self, work: Any) -> None:
         try:
@@ -175,13 +199,36 @@ def shown_figures(result: RoundResult) -> Iterator[tuple[str, float]]:
             if figure.label in SHOWN_LABELS and figure.value is not None:
                 yield f"{hospital}/{name}", figure.value
     for hospital, spent in result.receipt.spent.items():
-        yield f"{hospital}/epsilon", spent.epsilon
+        if math.isfinite(spent.epsilon):  # MLflow would store the largest number that it has; the tag says it
+            yield f"{hospital}/epsilon", spent.epsilon
 
 
-def account(spent: PrivacySpent) -> str:
-    """Say what an epsilon means, to stand beside it."""
-    budget = "no budget" if spent.budget is None else f"budget {spent.budget:g}"
-    return f"{spent.unit}-level, delta={spent.delta:g}, adjacency {spent.adjacency}, {budget}"
+def account_figures(hospital: str, account: PrivacyAccount) -> Iterator[tuple[str, float]]:
+    """Yield the finite epsilons of an account: in all, of the run's rounds, of its baselines and studies."""
+    parts = {"epsilon": account.total, "epsilon_run": account.run, "epsilon_extra": account.extra}
+    for name, part in parts.items():
+        if part is not None and math.isfinite(part.epsilon):
+            yield f"{hospital}/{name}", part.epsilon
+
+
+def terms_so_far(spent: PrivacySpent) -> str:
+    """Say what the epsilon of a round means, to stand beside it."""
+    budget = "no lifetime budget" if spent.budget is None else f"lifetime budget {spent.budget:g}"
+    infinite = f"{INFINITE}, " if spent.is_unprotected else ""
+    return f"{infinite}{_labels(spent.unit, spent.delta, spent.adjacency)}, {budget}; of the account, so far"
+
+
+def final_terms(account: PrivacyAccount) -> str:
+    """Say what the epsilons of an account mean once everything was charged."""
+    total = account.total
+    return (
+        f"{_labels(account.unit, total.delta, account.adjacency)}; in all {epsilon_words(total.epsilon, 3)}: "
+        f"{parts_words(account, 3)}"
+    )
+
+
+def _labels(unit: str, delta: float, adjacency: str) -> str:
+    return f"{unit}-level, delta={delta:g}, adjacency {adjacency}"
 
 
 def _versions(client: MlflowClient, name: str) -> list[Any]:

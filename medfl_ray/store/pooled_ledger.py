@@ -41,15 +41,32 @@ class PooledLedger:
         self._open[name] = tuple(reserved)
         return name
 
-    def settle(self, reservation: str) -> None:
-        """Mark the charge as used at every hospital."""
+    def settle(self, reservation: str, mechanism: Mechanism | None = None) -> None:
+        """Mark the charge as used at every hospital, where the mechanism about to be trained is what was charged.
+
+        Raises:
+          LedgerError: of the first hospital that charged another one, or whose reservation is not open.
+        """
         for ledger, own in zip(self._ledgers, self._close(reservation), strict=True):
-            ledger.settle(own)
+            ledger.settle(own, mechanism=mechanism)
 
     def release(self, reservation: str, reason: str) -> None:
         """Give the charge back at every hospital."""
         for ledger, own in zip(self._ledgers, self._close(reservation), strict=True):
             ledger.release(own, reason)
+
+    def mark_unprotected(self, job: str, reason: str) -> None:
+        """Write down at every hospital that a job uses its data without patient-level differential privacy."""
+        for ledger in self._ledgers:
+            ledger.mark_unprotected(job, reason)
+
+    def has_charges(self) -> bool:
+        """Say whether any hospital's account holds a row beside those of unprotected jobs."""
+        return any(ledger.has_charges() for ledger in self._ledgers)
+
+    def is_unprotected(self) -> bool:
+        """Say whether any hospital's account has an infinite epsilon."""
+        return any(ledger.is_unprotected() for ledger in self._ledgers)
 
     def spent(self) -> PrivacySpent:
         """Return what the hospital has spent that has spent most."""

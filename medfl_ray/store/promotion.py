@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from medfl_ray.messages import HEADLINES
+from medfl_ray.privacy.account import INFINITE
 from medfl_ray.store.lineage import Figure, Lineage, is_better
 
 LEAST_AGREEMENT = 0.999
@@ -169,9 +170,14 @@ def _parity(candidate: Lineage) -> Check:
 
 def _privacy(candidate: Lineage) -> Check:
     privacy = candidate.privacy
+    exposed = _some(sorted(privacy.unprotected))
+    if privacy.unprotected and not (privacy.differential_privacy and privacy.unit == "hospital"):
+        why = f"data of {exposed} were used without patient-level protection: epsilon is {INFINITE}"
+        return Check(name="privacy", outcome="failed", text=why)
     if not privacy.differential_privacy:
         return Check(name="privacy", outcome="passed", text="declared as trained without differential privacy")
-    gaps = [f"{name} lacks {', '.join(s.missing)}" for name, s in sorted(privacy.spent.items()) if s.missing]
+    gaps = [f"the epsilon of {name} is infinite" for name, s in sorted(privacy.spent.items()) if s.is_unprotected]
+    gaps += [f"{name} lacks {', '.join(s.missing)}" for name, s in sorted(privacy.spent.items()) if s.missing]
     if privacy.unit == "patient":
         silent = sorted(set(candidate.data_sets) - set(privacy.spent))
         gaps += [f"{_some(silent)} has no epsilon"] if silent else []
@@ -185,6 +191,8 @@ def _privacy(candidate: Lineage) -> Check:
         return Check(name="privacy", outcome="failed", text=text)
     largest = max(privacy.spent.items(), key=lambda item: item[1].epsilon or 0)
     text = f"the privacy statement is complete; most was spent by {largest[0]}: {largest[1]}"
+    if privacy.unprotected:  # the released model has hospital-level privacy; their updates had none of their patients'
+        text += f"; the patient-level epsilon of {exposed} is {INFINITE}"
     return Check(name="privacy", outcome="passed", text=text)
 
 

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from medfl_ray.errors import CheckpointError
 from medfl_ray.messages import Receipt, RoundPlan
+from medfl_ray.round_times import clock_of, stamp
 from medfl_ray.store.tables import round_attempts, round_deliveries, rounds_metadata
 
 JOURNAL_NAME = "rounds.sqlite"
@@ -81,7 +81,8 @@ class RoundJournal:
             with self._writing() as connection:
                 rounds_metadata.create_all(connection)
             self._made = True
-        row = {**_key(plan), "state": "open", "plan": plan.model_dump_json(), "opened_at": _now()}
+        opened_at = stamp(clock_of(not plan.hospitals)())  # a plan that may name nobody is of a secret cohort
+        row = {**_key(plan), "state": "open", "plan": plan.model_dump_json(), "opened_at": opened_at}
         with self._writing() as connection:
             connection.execute(_OPEN, row)
 
@@ -173,10 +174,6 @@ def _moved(plan: RoundPlan | Receipt, before: list[str], state: str) -> dict[str
 
 def _is(table: Any, plan: RoundPlan | Receipt) -> Any:
     return (table.c.job == plan.job) & (table.c.round == plan.round) & (table.c.attempt == plan.attempt)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _prepare(connection: Any, record: object) -> None:

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from medfl_ray.messages import (
     SiteEvaluation,
 )
 from medfl_ray.params import Layout, Vector, to_tensors
+from medfl_ray.round_times import clock_of, has_secret_cohorts, round_file_times, stamp
 from medfl_ray.site_policy import budget_hash
 from medfl_ray.store.checkpoints import Checkpoint, best_checkpoint, last_good_checkpoint, save_checkpoint
 from medfl_ray.store.durable import append_line, replace_file
@@ -111,8 +112,10 @@ class RunFolder:
             yield
 
     def close(self) -> None:
-        """Let go of the files that are held open."""
+        """Let go of the files that are held open; of a run with secret cohorts the files' times are rounded up."""
         self._journal.dispose()
+        if has_secret_cohorts(self.run) and self.path.is_dir():
+            round_file_times([*self.path.rglob("*"), self.path])
 
     def discard_if_unused(self) -> None:
         """Remove the folder of a run that ended before its first attempt: nothing was trained, charged or kept."""
@@ -248,6 +251,8 @@ class RunFolder:
         checkpoint = Checkpoint(state.round, state.weights, state.server_state, result)
         keep = self.run.output.keep_checkpoints
         save_checkpoint(self.path / "checkpoints", checkpoint, keep, self._checkpoint_scores)
+        if result.receipt.secret_cohort:
+            round_file_times([*(self.path / "checkpoints").rglob("*"), self.path / "checkpoints"])
 
     def record(self, result: RoundResult) -> None:
         """Append a closed round to metrics.jsonl and, signed, to receipts.jsonl."""
@@ -255,6 +260,8 @@ class RunFolder:
         failpoint("record.metrics")
         self._append_receipt(result.receipt)
         self._journal.close(result.receipt)
+        if result.receipt.secret_cohort:
+            round_file_times(self.path.iterdir())
 
     def _append_receipt(self, receipt: Receipt) -> None:
         if self._last_receipt is None:
@@ -301,6 +308,8 @@ class RunFolder:
     ) -> None:
         """Write model.safetensors, evaluation.json, failures.json and the pictures."""
         replace_file(self.path / "model.safetensors", save(to_tensors(weights, layout)))
+        # Sorted: who is first to answer may be whose data an earlier round has loaded.
+        evaluations = sorted(evaluations, key=lambda evaluation: evaluation.hospital)
         plain = {e.hospital: e.model_dump(mode="json", exclude={"pictures"}) for e in evaluations}
         self.save_json("evaluation.json", plain)
         self._save_failures(failures)
@@ -312,7 +321,8 @@ class RunFolder:
 
     def _save_failures(self, failures: Sequence[ClientFailure]) -> None:
         if failures:
-            self.save_json("failures.json", [failure.model_dump(mode="json") for failure in failures])
+            in_order = sorted(failures, key=lambda failure: (failure.hospital, failure.round))
+            self.save_json("failures.json", [failure.model_dump(mode="json") for failure in in_order])
 
     def save_baselines(self, document: Mapping[str, object]) -> None:
         """Write baselines.json."""
@@ -342,7 +352,7 @@ def interrupted_round(attempt: OpenAttempt) -> RoundResult:
         spent={},
         weights_after=None,
         published=False,
-        ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        ended_at=stamp(clock_of(not plan.hospitals)()),
         secret_cohort=not plan.hospitals,
         reason=f"the run ended while the round was {WHILE[attempt.state]}",
     )

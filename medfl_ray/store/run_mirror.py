@@ -48,6 +48,25 @@ class RunMirror:
                     self._heads[hospital] = str(head)
         return {hospital: self._heads[hospital] for hospital in hospitals if hospital in self._heads}
 
+    def pin(self, keys: Mapping[str, str]) -> dict[str, str]:
+        """Pin the key of each hospital's ledger, 64 hex digits, at first contact; a key that is pinned stays.
+
+        Returns:
+          Per hospital that shows another key than the pinned one, the reason and what to do.
+
+        Raises:
+          LedgerError: a mirror was altered, or cannot be written.
+        """
+        by_mirror: dict[LedgerMirror, dict[tuple[str, str], str]] = {}
+        for hospital, public_key in keys.items():
+            if hospital in self._mirrors:
+                account = (hospital, self._data_sets[hospital])
+                by_mirror.setdefault(self._mirrors[hospital], {})[account] = public_key
+        problems: dict[str, str] = {}
+        for mirror, accounts in by_mirror.items():
+            problems |= {hospital: reason for (hospital, _), reason in mirror.pin(accounts).items()}
+        return problems
+
     def keep(self, rows: Iterable[LedgerRows]) -> dict[str, str]:
         """Keep new rows, durable when this returns, in one write per mirror.
 

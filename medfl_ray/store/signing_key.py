@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from medfl_ray.errors import LedgerError
 from medfl_ray.store.durable import sync_folder
+from medfl_ray.store.private_files import OTHERS, open_new
 
 FINGERPRINT_CONTEXT = b"medfl-ray data set fingerprint v1"
 
@@ -41,10 +43,11 @@ class SigningKey:
         return self._private.sign(digest.encode()).hex()
 
     def fingerprint(self, items: Iterable[str]) -> str:
-        """Return an HMAC over what a data set holds, in any order.
+        """Return an HMAC over what a data set holds, in any order: evidence that the data stayed the same.
 
-        It is evidence that the data stayed the same. It is never the key of a budget, which one added file
-        would reset, and tells nothing to whoever lacks the signing key.
+        It stays in the hospital's state folder. Whoever sees two of them learns whether the data changed between,
+        so that no ledger row, export or message carries one; and it is never the key of a budget, which one added file
+        would reset.
         """
         raw = self._private.private_bytes(
             serialization.Encoding.Raw, serialization.PrivateFormat.Raw, serialization.NoEncryption()
@@ -81,7 +84,7 @@ def load_key(path: Path) -> SigningKey:
         raise LedgerError(
             f"the signing key {path.name!r} cannot be read ({type(error).__name__}); restore it from a backup"
         ) from None
-    if os.name == "posix" and mode & 0o077:
+    if os.name == "posix" and mode & OTHERS:
         raise LedgerError(
             f"other users may read the signing key {path.name!r}; run `chmod 600` on it, and renew it if they did"
         )
@@ -100,10 +103,10 @@ def create_key(path: Path) -> SigningKey:
     pem = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
+    # A name that nobody can have prepared: a link or an open file in its place would give the key away.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.new")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(open_new(temporary), "wb") as file:
             file.write(pem)
             file.flush()
             os.fsync(file.fileno())

@@ -14,6 +14,7 @@ from typing import Any
 from medfl_ray.errors import LedgerError, PrivacyError
 from medfl_ray.messages import Mechanism, PrivacySpent
 from medfl_ray.store.ledger import PrivacyLedger
+from medfl_ray.store.ledger_budgets import AccountTerms
 from medfl_ray.store.ledger_file import LEDGER_NAME, LedgerFile
 
 
@@ -26,6 +27,17 @@ class Account:
     delta: float
     max_epsilon: float | None
     max_steps: int | None = None
+    allow_unprotected: bool = False
+
+    @property
+    def terms(self) -> AccountTerms:
+        """What the hospital allows on its data set."""
+        return AccountTerms(
+            delta=self.delta,
+            max_epsilon=self.max_epsilon,
+            max_steps=self.max_steps,
+            allow_unprotected=self.allow_unprotected,
+        )
 
 
 class SimulatedLedgers:
@@ -99,6 +111,23 @@ class SimulatedLedgers:
 
         self._durably(close)
 
+    def mark_unprotected(self, hospitals: Iterable[str], job: str, reason: str) -> None:
+        """Write down that a job uses the hospitals' data without patient-level differential privacy, in one write.
+
+        Raises:
+          LedgerError: the file cannot be written; nothing was.
+        """
+
+        def mark() -> None:
+            for hospital in hospitals:
+                self._open(hospital).mark_unprotected(job, reason)
+
+        self._durably(mark)
+
+    def has_charges(self, hospital: str) -> bool:
+        """Say whether a hospital's account holds any row beside those of unprotected jobs."""
+        return self._open(hospital).has_charges()
+
     def spent(self, hospitals: Iterable[str], heads: Mapping[str, str] | None = None) -> dict[str, PrivacySpent]:
         """Return what each hospital has spent; with `heads` also the rows behind them, for the mirror."""
         spent = {}
@@ -130,9 +159,7 @@ class SimulatedLedgers:
     def _open(self, hospital: str) -> PrivacyLedger:
         if hospital not in self._ledgers:
             of = self._accounts(hospital)
-            ledger = PrivacyLedger(
-                self._file, (of.hospital, of.data_set), of.delta, of.max_epsilon, max_steps=of.max_steps
-            )
+            ledger = PrivacyLedger(self._file, (of.hospital, of.data_set), of.terms)
             ledger.head()  # reads and checks every row of the account
             self._ledgers[hospital] = ledger
         return self._ledgers[hospital]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from sqlalchemy import Connection
 
+from medfl_ray.store.file_systems import is_on_network
+
 LOCK_TIMEOUT_S = 30.0
 WRITES = "medfl_writes"
 PLAIN_WORDS = (
@@ -25,7 +27,7 @@ def connect(path: Path, may_create: bool, timeout_s: float = LOCK_TIMEOUT_S) -> 
     mode = "rwc" if may_create else "rw"
     address = f"{path.absolute().as_uri()}?mode={mode}"
     connection = sqlite3.connect(address, uri=True, timeout=timeout_s, isolation_level=None)
-    _write_ahead(connection, timeout_s)
+    set_journal(connection, path, timeout_s)
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
@@ -43,12 +45,18 @@ def in_plain_words(error: BaseException) -> str:
     return next((words for mark, words in PLAIN_WORDS if mark in text.lower()), f"SQLite says: {text}")
 
 
-def _write_ahead(connection: sqlite3.Connection, timeout_s: float) -> None:
-    """Switch to write-ahead logging; SQLite does not wait for this lock by itself where two processes make a file."""
+def set_journal(connection: sqlite3.Connection, path: Path, timeout_s: float = LOCK_TIMEOUT_S) -> None:
+    """Switch to write-ahead logging; SQLite does not wait for this lock by itself where two processes make a file.
+
+    On a network file system the journal is rolled back instead: write-ahead logging keeps its index in memory that all
+    readers and writers share, which two machines do not have. Each would see its own index, and the rows that the
+    other has charged would be overwritten. See https://sqlite.org/wal.html, "all processes ... on the same host".
+    """
+    mode = "DELETE" if is_on_network(path.absolute().parent) else "WAL"
     give_up = time.monotonic() + timeout_s
     while True:
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA journal_mode = {mode}")
         except sqlite3.Error as error:
             if "locked" not in str(error) or time.monotonic() > give_up:
                 connection.close()

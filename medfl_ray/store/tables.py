@@ -16,7 +16,9 @@ from sqlalchemy import (
 )
 
 LEDGER_APPLICATION_ID = 0x6D666C31
-LEDGER_SCHEMA_VERSION = 1
+LEDGER_SCHEMA_VERSION = 2
+LEDGER_READABLE_VERSIONS = (1, 2)
+"""Version 1 knew no `unprotected` rows; a file of it becomes one of version 2 when it is to take the first of them."""
 
 ledger_metadata = MetaData()
 
@@ -27,7 +29,7 @@ ledger_events = Table(
     Column("hospital", String(64), nullable=False),
     Column("data_set", String(64), nullable=False),
     Column("sequence", Integer, nullable=False),
-    Column("kind", String(8), nullable=False),
+    Column("kind", String(16), nullable=False),
     Column("at", String(32), nullable=False),
     Column("job", Text),
     Column("round", Integer),
@@ -48,7 +50,7 @@ ledger_events = Table(
     Column("hash", String(64), nullable=False),
     Column("signature", String(128), nullable=False),
     UniqueConstraint("hospital", "data_set", "sequence"),
-    CheckConstraint("kind IN ('reserve', 'settle', 'release', 'recover')"),
+    CheckConstraint("kind IN ('reserve', 'settle', 'release', 'recover', 'unprotected')"),
 )
 
 # The application never changes a row; these stop whoever opens the file with another program by mistake.

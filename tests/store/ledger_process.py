@@ -10,6 +10,8 @@ from medfl_ray.errors import BudgetExceeded, LedgerError
 from medfl_ray.messages import Mechanism
 from medfl_ray.store.ledger import PrivacyLedger
 
+UNPROTECTED = "unprotected"
+
 
 def mechanism() -> Mechanism:
     return Mechanism(
@@ -20,6 +22,9 @@ def mechanism() -> Mechanism:
 def main(folder: str, rounds: str, writer: str = "job") -> None:
     ledger = PrivacyLedger.open(Path(folder) / "ledger.sqlite", "north", "scans", 1e-5, 1.0)
     print("opened", flush=True)
+    if writer == UNPROTECTED:
+        ledger.mark_unprotected(writer, "privacy.enable_dp is off")
+        print("marked", flush=True)
     for round_number in range(1, int(rounds) + 1):
         try:
             reservation = ledger.reserve(writer, round_number, 0, mechanism(), None)

@@ -1,8 +1,10 @@
 """The privacy ledger: charges, budgets, refusals and what it promises after restarts."""
 
+import inspect
 import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +103,25 @@ def test_a_settled_charge_cannot_be_given_back(tmp_path: Path) -> None:
         ledger.settle("0" * 32)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"noise_multiplier": 3.9}, {"sample_rate": 0.99}, {"num_steps": 5}, {"max_grad_norm": 2.0},
+        {"num_patients": 41}, {"delta": 1e-6}, {"unit": "hospital"}, {"adjacency": "zero_out"},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_hole_nothing_is_settled_but_the_mechanism_that_was_charged(tmp_path: Path, change: dict[str, Any]) -> None:
+    ledger, charged = opened(tmp_path), mechanism()
+    reservation = ledger.reserve("job", 1, 0, charged, None)
+    other = charged.model_copy(update=change)
+    with pytest.raises(LedgerError, match=rf"would train with {next(iter(change))} .* was charged \(row 1\)"):
+        ledger.settle(reservation, mechanism=other)
+    assert [event.kind for event in ledger.events()] == ["reserve"]
+    ledger.settle(reservation, mechanism=charged)
+    assert [event.kind for event in opened(tmp_path).events()] == ["reserve", "settle"]
+
+
 def test_accounts_of_one_file_are_apart(tmp_path: Path) -> None:
     scans, tiles = opened(tmp_path, "scans"), opened(tmp_path, "tiles")
     reservation = scans.reserve("job", 1, 0, mechanism(), None)
@@ -111,16 +132,47 @@ def test_accounts_of_one_file_are_apart(tmp_path: Path) -> None:
     assert LedgerFile(tmp_path / "ledger.sqlite").accounts() == [("north", "scans"), ("north", "tiles")]
 
 
-def test_a_fingerprint_is_evidence_and_never_the_key_of_the_budget(tmp_path: Path) -> None:
+def test_the_budget_is_the_data_sets_whatever_its_files_hold(tmp_path: Path) -> None:
+    """Neither another job nor a changed file opens a new budget: hospital and data set are all that the key holds."""
     budget = epsilon_spent([Segment(4.0, 1.0, 3)], DELTA)
     ledger = opened(tmp_path, max_epsilon=budget)
-    key = load_key(tmp_path / KEY_NAME)
-    before, after = key.fingerprint(["a", "b"]), key.fingerprint(["a", "b", "one file more"])
-    assert before == key.fingerprint(["b", "a"]) != after
-    ledger.reserve("job", 1, 0, mechanism(), None, fingerprint=before)
-    with pytest.raises(BudgetExceeded):
-        ledger.reserve("job", 2, 0, mechanism(), None, fingerprint=after)
-    assert ledger.events()[0].fingerprint == before
+    ledger.reserve("before", 1, 0, mechanism(), None)
+    (tmp_path / "one patient more.nii.gz").write_bytes(b"more")
+    with pytest.raises(BudgetExceeded, match="hospital 'north' would reach"):
+        opened(tmp_path, max_epsilon=budget).reserve("after", 1, 0, mechanism(), None)
+
+
+def test_hole_no_new_row_tells_what_the_data_hold(tmp_path: Path) -> None:
+    """A hash of private contents in two rows says whether a patient was added between them."""
+    ledger = opened(tmp_path)
+    ledger.settle(ledger.reserve("job", 1, 0, mechanism(), None))
+    ledger.mark_unprotected("other", "privacy.enable_dp is off")
+    assert {row["fingerprint"] for row in ledger.export()["events"]} == {None}
+    assert "fingerprint" not in inspect.signature(PrivacyLedger.reserve).parameters
+    key = load_key(tmp_path / KEY_NAME)  # an HMAC may stay where the data are
+    assert key.fingerprint(["a", "b"]) == key.fingerprint(["b", "a"]) != key.fingerprint(["a", "b", "c"])
+
+
+def test_a_row_of_an_earlier_version_keeps_its_fingerprint_and_verifies(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    with ledger._appending("reserve") as append:
+        append(job="old", round=1, attempt=1, reservation="r" * 32, fingerprint="f" * 64, **mechanism().model_dump())
+    assert opened(tmp_path).events()[0].fingerprint == "f" * 64
+    verify_export(json.loads(json.dumps(ledger.export())))
+
+
+def test_baselines_and_studies_of_a_run_share_one_budget(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    budget = epsilon_spent([Segment(4.0, 1.0, 4)], DELTA)
+    ledger.reserve("run", 1, 0, mechanism(), budget)
+    ledger.reserve("run/local", 1, 0, mechanism(), budget)
+    ledger.reserve("run/central", 1, 0, mechanism(), budget)
+    with pytest.raises(BudgetExceeded, match=r"'run/coalition', with the other .*privacy\.extra_epsilon"):
+        ledger.reserve("run/coalition", 1, 0, mechanism(steps=1), budget)
+    ledger.reserve("run", 2, 0, mechanism(), budget)
+    ledger.reserve("other/local", 1, 0, mechanism(), budget)
+    with pytest.raises(BudgetExceeded, match="its budget is 0 "):
+        ledger.reserve("third/local", 1, 0, mechanism(), 0.0)
 
 
 def test_rows_are_events_and_hold_no_epsilon(tmp_path: Path) -> None:
@@ -166,8 +218,9 @@ def test_two_ledgers_see_each_others_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("sigma", "q"), [(float("nan"), 0.5), (0.0, 0.5), (1.0, 0.0), (1.0, 2.0)])
 def test_an_impossible_mechanism_is_not_charged(tmp_path: Path, sigma: float, q: float) -> None:
     ledger = opened(tmp_path)
+    impossible = mechanism().model_copy(update={"noise_multiplier": sigma, "sample_rate": q})  # as no message can be
     with pytest.raises(PrivacyConfigError):
-        ledger.reserve("job", 1, 0, mechanism(sigma, q), None)
+        ledger.reserve("job", 1, 0, impossible, None)
     assert ledger.events() == ()
 
 

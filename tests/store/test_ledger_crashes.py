@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ledger_files import as_version_one
 
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
@@ -71,6 +72,29 @@ def test_killed_between_reserve_and_settle_it_stays_charged(tmp_path: Path) -> N
 @pytest.mark.parametrize("failpoint", FAILPOINTS)
 def test_killed_anywhere_it_never_undercounts(tmp_path: Path, failpoint: str) -> None:
     check_killed_at(tmp_path, failpoint)
+
+
+UNPROTECTED_FAILPOINTS = [
+    *(f"ledger.unprotected.{place}" for place in ("begin", "appended", "before_commit", "committed")),
+    *("ledger.upgrade.begin", "ledger.upgrade.before_commit"),
+]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("failpoint", UNPROTECTED_FAILPOINTS)
+def test_killed_while_it_marks_an_unprotected_job_the_file_is_whole(tmp_path: Path, failpoint: str) -> None:
+    """Also where a file of the first version is brought up to date in the same transaction: both or neither."""
+    start(tmp_path, 1).communicate(timeout=120)
+    as_version_one(tmp_path / "ledger.sqlite")
+    charged = charged_steps(tmp_path)
+    process = start(tmp_path, 0, writer="unprotected", failpoint=failpoint)
+    assert process.communicate(timeout=120)[0].splitlines() == ["opened"]
+    assert process.returncode == -signal.SIGKILL
+    ledger = PrivacyLedger.open(tmp_path / "ledger.sqlite", "north", "scans", 1e-5, 1.0)
+    assert ledger.is_unprotected() == failpoint.endswith("committed")
+    assert charged_steps(tmp_path) == charged
+    assert start(tmp_path, 0, writer="unprotected").communicate(timeout=120)[0].splitlines()[1] == "marked"
+    assert len([event for event in ledger.events() if event.kind == "unprotected"]) == 1
 
 
 def test_two_processes_never_pass_the_budget_together(tmp_path: Path) -> None:

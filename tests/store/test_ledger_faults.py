@@ -238,8 +238,8 @@ def test_another_programs_database_is_refused(tmp_path: Path) -> None:
 
 def test_a_ledger_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     filled(tmp_path)
-    execute(tmp_path, "PRAGMA user_version = 2")
-    with pytest.raises(LedgerError, match="has version 2; this program reads version 1"):
+    execute(tmp_path, "PRAGMA user_version = 3")
+    with pytest.raises(LedgerError, match="has version 3; this program reads up to version 2"):
         opened(tmp_path)
 
 

@@ -15,8 +15,9 @@ from medfl_ray.messages import LedgerRows, Mechanism
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.ledger import PrivacyLedger
 from medfl_ray.store.ledger_events import LedgerHead
-from medfl_ray.store.ledger_mirror import COORDINATOR_KEY_NAME, MIRROR_NAME, LedgerMirror
+from medfl_ray.store.ledger_mirror import LedgerMirror
 from medfl_ray.store.ledger_recovery import recover
+from medfl_ray.store.mirror_file import COORDINATOR_KEY_NAME, MIRROR_NAME
 from medfl_ray.store.run_mirror import RunMirror
 from medfl_ray.store.state_folders import hospital_folder, mirror_folder, state_root
 
@@ -137,6 +138,9 @@ def test_after_a_recovery_with_a_new_key_the_mirror_goes_on(
     ledger = opened(elsewhere, [LedgerHead.parse(lost)])
     ledger.check_heads({"north": lost})
     train(ledger, 3)
+    assert "accept-key" in mirror.keep(rows_behind(ledger, lost))["north"]
+    assert mirror.heads(["north"])["north"] == lost
+    copies.accept_key("north", "scans", ledger.export()["public_key"])
     assert mirror.keep(rows_behind(ledger, lost)) == {}
     assert mirror.heads(["north"])["north"] == str(ledger.head())
     assert copies.has_seen("north", "scans", LedgerHead.parse(lost))

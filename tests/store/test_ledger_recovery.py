@@ -3,6 +3,8 @@
 import json
 import shutil
 import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +156,122 @@ def test_a_bad_row_is_set_aside_and_credible_rows_behind_the_mirror_are_charged(
     assert list(site.glob("damaged-*-ledger.sqlite"))
 
 
-def test_junk_is_set_aside_and_the_mirror_restored(site: Path, mirrored: dict[str, Any]) -> None:
+def checkpointed(path: Path) -> Path:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return path
+
+
+def without_header(content: bytes) -> bytes:
+    return b"\0" * 16 + content[16:]
+
+
+def without_first_page(content: bytes) -> bytes:
+    return b"\xff" * 4096 + content[4096:]
+
+
+def without_schema(content: bytes) -> bytes:
+    """Leave a valid header before a first page that names no table."""
+    return content[:100] + b"\x0d\0\0\0\0\x10\0\0" + b"\0" * (4096 - 108) + content[4096:]
+
+
+def without_table_and_indices(content: bytes) -> bytes:
+    return content[:4096] + b"\xff" * (len(content) - 4096)
+
+
+def junk(content: bytes) -> bytes:
+    return b"junk" * 1000
+
+
+BEYOND_COUNTING = [without_header, without_first_page, without_schema, without_table_and_indices, junk]
+
+
+@pytest.mark.parametrize("destroy", BEYOND_COUNTING)
+def test_hole_a_file_whose_rows_cannot_be_counted_is_not_replaced_by_a_mirror(
+    site: Path, destroy: Callable[[bytes], bytes]
+) -> None:
+    """The mirror has the first row alone: what followed, without protection too, must not be forgotten."""
+    early = opened(site).export()
+    train(opened(site), range(5, 30))
+    opened(site).mark_unprotected("careless", "privacy.enable_dp is off")
+    path = checkpointed(site / "ledger.sqlite")
+    content = destroy(path.read_bytes())
+    path.write_bytes(content)
+    for mirrors in ([early], [early, early]):
+        with pytest.raises(LedgerError, match=r"cannot be counted.*backup.*newest mirrors.*move ledger\.sqlite and"):
+            recover(path, mirrors, DELTA)
+    assert path.read_bytes() == content
+    assert not list(site.glob("damaged-*"))
+
+
+def test_hole_rows_that_were_not_yet_written_back_are_not_dropped_with_an_empty_file(
+    site: Path, mirrored: dict[str, Any]
+) -> None:
     forget(site)
-    (site / "ledger.sqlite").write_bytes(b"junk" * 1000)
+    path, journal = site / "ledger.sqlite", site / "ledger.sqlite-wal"
+    journal.write_bytes(b"frames")
+    for prepare in (lambda: None, lambda: path.write_bytes(b"")):
+        prepare()
+        with pytest.raises(LedgerError, match="cannot be counted"):
+            recover(path, [mirrored], DELTA)
+    assert journal.read_bytes() == b"frames"
+
+
+def test_hole_rows_at_the_end_of_the_table_are_counted_in_its_indices(site: Path) -> None:
+    early = opened(site).export()
+    train(opened(site), range(5, 40))
+    late = opened(site).export()
+    path = checkpointed(site / "ledger.sqlite")
+    before = len(_readable_rows(path)[0])
+    content = bytearray(path.read_bytes())
+    (last,) = (page for page in range(0, len(content), 4096) if late["events"][-1]["signature"].encode() in
+               content[page : page + 4096])  # fmt: skip
+    content[last : last + 4096] = b"\xff" * 4096
+    path.write_bytes(content)
+    rows, num_lost = _readable_rows(path)
+    assert num_lost
+    assert len(rows) + num_lost == before
+    with pytest.raises(LedgerError, match="what the others charged is unknown"):
+        recover(path, [early], DELTA)
+    recover(path, [late], DELTA)
+    assert steps(opened(site)) == 2 * 39
+
+
+def test_hole_a_lost_row_is_explained_by_its_own_hash_and_not_by_another_row_of_a_mirror(
+    tmp_path: Path, site: Path, mirrored: dict[str, Any]
+) -> None:
+    """An old backup went on otherwise: the mirror has as many rows as are lost, and yet other ones."""
+    backup = tmp_path / "backup"
+    train(opened(backup), range(3, 6), job="other")
+    change(backup, "DELETE FROM ledger_events WHERE sequence = 5")
+    with pytest.raises(LedgerError, match=r"1 rows of the damaged ledger .* stand in none of the mirrors"):
+        recover(backup / "ledger.sqlite", [mirrored], DELTA)
+
+
+def test_hole_an_altered_row_that_no_mirror_has_seen_is_not_forgotten(site: Path, mirrored: dict[str, Any]) -> None:
+    train(opened(site), range(5, 6))
+    late = opened(site).export()
+    change(site, "UPDATE ledger_events SET num_steps = 1 WHERE sequence = 9")
+    with pytest.raises(LedgerError, match=r"1 rows of the damaged ledger .* were altered"):
+        recover(site / "ledger.sqlite", [mirrored], DELTA)
+    recover(site / "ledger.sqlite", [late], DELTA)
+    assert steps(opened(site)) == 10
+
+
+def change(site: Path, statement: str) -> None:
+    connection = sqlite3.connect(site / "ledger.sqlite")
+    for verb in ("update", "delete"):
+        connection.execute(f"DROP TRIGGER ledger_events_no_{verb}")
+    connection.execute(statement)
+    connection.commit()
+    connection.close()
+
+
+@pytest.mark.parametrize("content", [b"", None])
+def test_an_empty_file_is_as_good_as_none(site: Path, mirrored: dict[str, Any], content: bytes | None) -> None:
+    forget(site)
+    if content is not None:
+        (site / "ledger.sqlite").write_bytes(content)
     recover(site / "ledger.sqlite", [mirrored], DELTA)
     assert opened(site).export() == mirrored
 
@@ -207,7 +322,12 @@ def test_the_command_recovers_from_a_runs_folder(
     (run / "ledger.json").write_text(json.dumps({"north": mirrored}))
     forget(site)
     recover_command(hospital="north", state=site, mirror=[run])
-    assert "8 rows added; everything mirrored is charged" in capsys.readouterr().out
+    answer = capsys.readouterr().out
+    assert "8 rows added; everything mirrored is charged" in answer
+    assert "another key" not in answer
+    (site / KEY_NAME).unlink()
+    recover_command(hospital="north", state=site, mirror=[run])
+    assert f"now signed with another key, {load_key(site / KEY_NAME).public_key}" in capsys.readouterr().out
     with pytest.raises(LedgerError, match="no mirror given holds a ledger of hospital 'south'"):
         recover_command(hospital="south", state=site, mirror=[run])
 

@@ -5,10 +5,12 @@ import sqlite3
 
 import pytest
 from cli_runs import DP, assert_one_clear_error, command_line, configuration, run_folders, write_config, write_patients
+from small_runs import small_run
 
 from medfl_ray.config_files import parse_run_config
 from medfl_ray.errors import ConfigError
-from medfl_ray.store.mlflow_tracking import open_client
+from medfl_ray.round_times import GRID_S
+from medfl_ray.store.mlflow_tracking import MlflowRun, open_client
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'medfl-ray[mlflow]'")
 
@@ -81,10 +83,9 @@ def test_a_run_is_copied_and_its_champion_follows_a_promotion(medfl, uri, tmp_pa
 
 @pytest.mark.parametrize("enable_dp", [True, False], ids=["suppressed", "unprotected"])
 def test_no_figure_of_private_data_is_copied(medfl, uri, tmp_path, enable_dp):
+    budget = {"max_epsilon": 60.0} if enable_dp else {}
     data = {
-        "hospitals": [
-            {"id": "north", "directory": str(write_patients(tmp_path / "p")), "num_patients": 20, "max_epsilon": 60.0}
-        ],
+        "hospitals": [{"id": "north", "directory": str(write_patients(tmp_path / "p")), "num_patients": 20, **budget}],
         "labels": {1: "box"},
         "channels": ["T1"],
         "holdout_fraction": 0.5,
@@ -93,7 +94,9 @@ def test_no_figure_of_private_data_is_copied(medfl, uri, tmp_path, enable_dp):
     raw = configuration(data=data, privacy=privacy, output={"mlflow": {"tracking_uri": uri}})
     assert medfl("run", write_config(tmp_path / "run.yaml", raw)).code == 0
     _, found = the_run(uri)
-    assert set(found.data.metrics) == ({"north/epsilon"} if enable_dp else set())
+    epsilons = {"north/epsilon", "north/epsilon_run", "north/epsilon_extra"}
+    assert set(found.data.metrics) == (epsilons if enable_dp else set())
+    assert ("infinite (unprotected)" in found.data.tags["epsilon.north"]) is not enable_dp
 
 
 @pytest.mark.ci
@@ -125,3 +128,18 @@ def test_a_store_without_transport_security_or_with_a_password_is_refused(place)
     with pytest.raises(ConfigError, match=r"output\.mlflow\.tracking_uri") as caught:
         parse_run_config(configuration(output={"mlflow": {"tracking_uri": place}}))
     assert "secret" not in str(caught.value).replace("MLFLOW", "")
+
+
+@pytest.mark.parametrize(("fraction", "on_the_hour"), [(0.5, True), (1.0, False)])
+def test_hole_a_run_with_secret_cohorts_ends_at_a_full_hour(uri, tmp_path, fraction, on_the_hour):
+    """MLflow shows a run's length, which is the sum of what all its cohorts took."""
+    run = small_run(
+        output={"mlflow": {"tracking_uri": uri}},
+        privacy={"enable_dp": True, "unit": "hospital", "noise_multiplier": 2.0},
+        federation={"fraction": fraction},
+    )
+    copy = MlflowRun(run, "20260101-000000-small")
+    copy.finish(tmp_path, True, None)
+    assert copy.problem is None
+    _, found = the_run(uri)
+    assert (found.info.end_time % (1000 * GRID_S) == 0) is on_the_hour

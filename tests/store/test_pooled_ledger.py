@@ -45,3 +45,14 @@ def test_a_pooled_charge_closes_once(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="not open"):
         pooled.settle(charge)
     assert north.spent().epsilon == 0.0
+
+
+def test_hole_no_hospital_settles_a_pooled_mechanism_that_it_has_not_charged(tmp_path: Path) -> None:
+    north, south = ledger_of(tmp_path, "north"), ledger_of(tmp_path, "south")
+    pooled = PooledLedger([north, south])
+    charge = pooled.reserve("run/central", 1, 1, MECHANISM, None)
+    with pytest.raises(LedgerError, match="would train with num_steps 3 where 2 was charged"):
+        pooled.settle(charge, mechanism=MECHANISM.model_copy(update={"num_steps": 3}))
+    assert [len(ledger.events()) for ledger in (north, south)] == [1, 1]
+    pooled.settle(pooled.reserve("run/central", 1, 2, MECHANISM, None), mechanism=MECHANISM)
+    assert [len(ledger.events()) for ledger in (north, south)] == [3, 3]

@@ -1,5 +1,7 @@
 """The promotion gate, figure by figure."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,6 +74,40 @@ def test_gaps_of_the_privacy_statement_fail(spent, unit):
 def test_without_differential_privacy_the_declaration_is_the_statement():
     privacy = PrivacyRecord(differential_privacy=False)
     assert decide(lineage(privacy=privacy), None, Gate()).allowed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"differential_privacy": False},
+        {"differential_privacy": True, "unit": "patient", "spent": {"north": SPENT, "south": SPENT}},
+    ],
+)
+def test_hole_a_model_of_data_that_were_used_without_protection_is_refused(changes):
+    privacy = PrivacyRecord(**changes, unprotected=("south",))
+    decision = decide(lineage(privacy=privacy), None, Gate())
+    assert not decision.allowed
+    assert "data of south were used without patient-level protection: epsilon is infinite" in decision.reasons[0]
+
+
+def test_hole_an_infinite_epsilon_is_no_privacy_statement():
+    spent = {"north": SPENT, "south": SPENT.model_copy(update={"epsilon": math.inf})}
+    decision = decide(
+        lineage(privacy=PrivacyRecord(differential_privacy=True, unit="patient", spent=spent)), None, Gate()
+    )
+    assert not decision.allowed
+    assert "the epsilon of south is infinite" in decision.reasons[0]
+    with pytest.raises(ValueError, match="no number"):
+        EpsilonSpent(epsilon=math.nan, delta=1e-5, unit="patient", adjacency="add_remove")
+
+
+def test_at_hospital_level_unprotected_updates_are_named_and_the_model_passes():
+    spent = {"federation": EpsilonSpent(epsilon=3, delta=1e-3, unit="hospital", adjacency="zero_out")}
+    privacy = PrivacyRecord(differential_privacy=True, unit="hospital", spent=spent, unprotected=("north",))
+    decision = decide(lineage(privacy=privacy), None, Gate())
+    assert decision.allowed
+    (check,) = (check for check in decision.checks if check.name == "privacy")
+    assert "the patient-level epsilon of north is infinite (unprotected)" in check.text
 
 
 def test_at_hospital_level_the_federation_has_the_epsilon():

@@ -1,6 +1,7 @@
 """Signed receipts: a changed, dropped, added or foreign one is found, by the library and by the command."""
 
 import json
+import shutil
 
 import pytest
 from cli_runs import assert_one_clear_error, command_line
@@ -104,8 +105,6 @@ def medfl(monkeypatch, capsys):
 
 @pytest.fixture
 def copied(finished, tmp_path, monkeypatch):
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     return shutil.copytree(finished, tmp_path / "run")
 
@@ -149,7 +148,15 @@ def test_the_command_compares_with_the_ledgers_and_a_known_key(medfl, copied):
     hospital = sorted(ledgers)[0]
     ledgers[hospital]["events"] = ledgers[hospital]["events"][:-1]
     (copied / "ledger.json").write_text(json.dumps(ledgers))
+    assert_one_clear_error(medfl("receipts", "verify", "run"), 1, "rows are missing at its end", hospital)
+    last = ledgers[hospital]["events"][-1]  # where nothing in the export says so, mirror and receipts do
+    ledgers[hospital]["head"] = f"{last['sequence']}:{last['hash']}"
+    (copied / "ledger.json").write_text(json.dumps(ledgers))
+    assert_one_clear_error(medfl("receipts", "verify", "run"), 1, "the export was cut", hospital)
+    shutil.rmtree(copied / "mirror")
     assert_one_clear_error(medfl("receipts", "verify", "run"), 1, "names a row", hospital)
+    (copied / "ledger.json").unlink()
+    assert_one_clear_error(medfl("receipts", "verify", "run"), 1, "export", "is missing", hospital)
     (copied / "config.yaml").write_text(dump_yaml(small_run()))
     (copied / "receipts.jsonl").write_text("no receipt\n")
     assert "no receipts" in medfl("receipts", "show", "run").err
