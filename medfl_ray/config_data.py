@@ -90,9 +90,15 @@ class DataConfig(Section):
     )
     task: Literal["segmentation", "classification"] = Field("segmentation", description="What the model learns.")
     labels: dict[int, str] = Field(
-        default_factory=dict, description="Names of the label values above 0; read from the data when empty."
+        default_factory=dict,
+        description="Names of the label values above 0; read from the data when empty, of private data from the "
+        "layout's own header alone.",
     )
-    channels: tuple[str, ...] = Field((), description="Names of the image channels; read from the data when empty.")
+    channels: tuple[str, ...] = Field(
+        (),
+        description="Names of the image channels; read from the data when empty, of private data from the layout's own "
+        "header alone.",
+    )
     spatial_dims: Literal[2, 3] = Field(3, description="2 for images, 3 for volumes.")
     holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.25, description="Fraction of patients held out per hospital for evaluation."

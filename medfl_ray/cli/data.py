@@ -46,6 +46,13 @@ def inspect(
     label: Annotated[
         list[str] | None, typer.Option(help="Name of a label value, as 1=tumour; may be repeated.")
     ] = None,
+    channel: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name of a channel; may be repeated. Every case is then read as a run on private data reads it, "
+            "against these names and those of --label alone."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for pictures.png and cases.csv.")] = None,
 ) -> None:
     """Show what a folder holds and what is wrong with it, before any training."""
@@ -57,7 +64,8 @@ def inspect(
     console = Console()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("reading", total=None)
-        found = inspect_folder(directory, format.value, _label_names(label or []), lambda: progress.advance(task))
+        names = _label_names(label or [])
+        found = inspect_folder(directory, format.value, names, lambda: progress.advance(task), tuple(channel or ()))
     _show(console, directory, found)
     if out is not None:
         _write(found, out)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import errno
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
+import structlog
 
+from medfl_ray.data.cache_folders import locked_folder, private_file
 from medfl_ray.data.cases import PreparedCase
+from medfl_ray.errors import DataError
 
 Loader = Callable[[], PreparedCase]
+OF_THIS_MACHINE = frozenset({errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
+"""Faults of reading that say nothing of the file; EIO and EACCES may be those of the one file, and are its own."""
+
+log = structlog.get_logger()
 
 
 class MemoryBudget:
@@ -71,8 +78,8 @@ class MemoryBudget:
 class PreparedCases(Sequence[PreparedCase]):
     """A lazy sequence of prepared cases.
 
-    The disk cache lives in a new temporary folder that only this user can read and that is removed with
-    the sequence. Its files are named by position: no identifier is written.
+    The disk cache lives in a folder that only this user can read and that is removed with the sequence. Its files are
+    named by position: no identifier is written.
     """
 
     def __init__(
@@ -80,7 +87,9 @@ class PreparedCases(Sequence[PreparedCase]):
         loaders: Sequence[Loader],
         cache: Literal["memory", "disk", "none"] = "memory",
         budget: MemoryBudget | None = None,
+        root: Path | None = None,
     ) -> None:
+        """Take the cases; with cache: disk prepared volumes lie in a locked folder below `root`, if there is one."""
         self._loaders = tuple(loaders)
         self._budget = budget or MemoryBudget(None)
         self._id = object()
@@ -88,10 +97,12 @@ class PreparedCases(Sequence[PreparedCase]):
         self._locks = tuple(threading.Lock() for _ in self._loaders)
         self._kept: dict[int, PreparedCase] = {}
         self._keeps = cache != "none"
+        self._told = False
         self._folder: Path | None = None
+        self._close: Callable[[], object] = lambda: None
         if cache == "disk":
-            self._folder = Path(tempfile.mkdtemp(prefix="medfl-ray-prepared-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            self._folder, release = locked_folder(root)
+            self._close = weakref.finalize(self, release)
 
     def __len__(self) -> int:
         return len(self._loaders)
@@ -110,9 +121,9 @@ class PreparedCases(Sequence[PreparedCase]):
                 self._budget.touch((self._id, position))
                 return kept
             case = self._loaders[position]()
-            if self._folder is not None:
-                case = self._to_disk(case, self._folder / f"{position}")
-            if self._keeps:
+            stored = self._to_disk(case, self._folder / f"{position}") if self._folder is not None else case
+            if self._keeps and stored is not None:
+                case = stored
                 self._kept[position] = case
                 if self._folder is None:
                     # The dictionary alone, not this object: a budget of the process must not keep a hospital alive.
@@ -122,6 +133,33 @@ class PreparedCases(Sequence[PreparedCase]):
 
     def __iter__(self) -> Iterator[PreparedCase]:
         return (self[i] for i in range(len(self)))
+
+    def close(self) -> None:
+        """Remove the folder on the disk, if there is one; nothing can be read afterwards."""
+        self._kept.clear()
+        self._close()
+
+    def problems(self, num_workers: int) -> dict[int, str]:
+        """Prepare every case once and return what is wrong, by position; whatever goes wrong is of that case alone.
+
+        Raises:
+          MemoryError, OSError: this machine, and not the case, is at fault; which case met it says nothing of it.
+        """
+
+        def problem_of(position: int) -> str | None:
+            try:
+                self[position]
+            except Exception as error:
+                if is_of_this_machine(error):
+                    raise
+                if isinstance(error, DataError):
+                    return str(error)
+                return f"case at position {position + 1}: {type(error).__name__} while it was read"
+            return None
+
+        with ThreadPoolExecutor(max(1, num_workers)) as pool:
+            found = enumerate(pool.map(problem_of, range(len(self))))
+            return {position: problem for position, problem in found if problem is not None}
 
     def decode_all(self, num_workers: int) -> None:
         """Fill the cache now, with threads; decompression and resampling release the interpreter's lock."""
@@ -134,13 +172,40 @@ class PreparedCases(Sequence[PreparedCase]):
             finally:
                 pool.shutdown(cancel_futures=True)  # after an error nobody needs the rest
 
-    def _to_disk(self, case: PreparedCase, stem: Path) -> PreparedCase:
-        """Write the voxels and keep memory maps of them, which the system drops when memory is short."""
-        image = _mapped(case.image, stem.with_suffix(".image.npy"))
-        label = (
-            _mapped(case.label, stem.with_suffix(".label.npy")) if isinstance(case.label, np.ndarray) else case.label
-        )
+    def _to_disk(self, case: PreparedCase, stem: Path) -> PreparedCase | None:
+        """Write the voxels and keep memory maps of them, which the system drops when memory is short.
+
+        Returns:
+          None where the disk takes no more: the case is used without it, and prepared again when it is next needed.
+        """
+        files = stem.with_suffix(".image.npy"), stem.with_suffix(".label.npy")
+        try:
+            image = _mapped(case.image, files[0])
+            label = _mapped(case.label, files[1]) if isinstance(case.label, np.ndarray) else case.label
+        except OSError as error:
+            for file in files:
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
+            if not self._told:  # once: how often it happens follows how many cases are read
+                self._told = True
+                log.warning("cache_cannot_be_written", reason=error.strerror or type(error).__name__)
+            return None
         return replace(case, image=image, label=label)
+
+
+def is_of_this_machine(error: BaseException | None) -> bool:
+    """Say whether an error is a lack of memory, files or disk, of which no case is the cause.
+
+    Readers put such a fault into words of their own, which keep it as context. Where a reader itself found no room
+    for what a file's header claims, that is the file's own fault.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in OF_THIS_MACHINE:
+            return True
+        error = error.__context__
+    return False
 
 
 def num_bytes_of(case: PreparedCase) -> int:
@@ -149,6 +214,7 @@ def num_bytes_of(case: PreparedCase) -> int:
 
 
 def _mapped(array: np.ndarray, path: Path) -> np.ndarray:
-    np.save(path, array, allow_pickle=False)
+    with open(path, "wb", opener=private_file) as stream:
+        np.save(stream, array, allow_pickle=False)
     mapped: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     return mapped

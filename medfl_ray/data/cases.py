@@ -10,13 +10,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from medfl_ray.errors import DataError
+
 
 @dataclass(frozen=True)
 class Case:
     """One examination of one patient, as a layout lists it; identifiers and paths stay out of its repr.
 
     `images` holds one path per channel, or one path whose file or DICOM folder has all channels. `label`
-    is a path for segmentation, a class index for classification, None where a case has no label.
+    is a path for segmentation, a class index for classification, None where a case has no label. `series` holds, where
+    a DICOM folder was sorted by patients, the files of each channel. `problem` says why the layout cannot use the case.
     """
 
     patient_id: str = field(repr=False)
@@ -25,6 +28,21 @@ class Case:
     label: Path | int | None = field(repr=False)
     split: Literal["train", "holdout"] | None = None
     fields: Mapping[str, str] = field(default_factory=dict, repr=False)
+    series: tuple[tuple[Path, ...], ...] = field(default=(), repr=False)
+    problem: DataError | None = field(default=None, repr=False, compare=False)
+
+
+def unusable(problem: DataError, patient_id: str = "", case_id: str = "") -> Case:
+    """Return a case of which a layout knows nothing but why it cannot be used."""
+    return Case(patient_id, case_id, (), None, problem=problem)
+
+
+def patient_name(value: object) -> str:
+    """Return a patient's name as a list gives it, text or a number; empty where it is neither, or no Unicode."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    name = str(value)
+    return name if name.strip() and name == name.encode("utf-8", "replace").decode() else ""
 
 
 @dataclass(frozen=True)

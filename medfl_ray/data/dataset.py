@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from medfl_ray.config import DataConfig, Declared, TrainingConfig
 from medfl_ray.data.cache import Loader, MemoryBudget, PreparedCases
@@ -17,14 +19,20 @@ from medfl_ray.data.cases import PreparedCase
 from medfl_ray.data.patches import augment, draw_patch, foreground_voxels
 from medfl_ray.data.poison import Alteration
 from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.errors import LayoutError
 
 if TYPE_CHECKING:
     import torch
 
+log = structlog.get_logger()
+
 
 @dataclass(frozen=True)
 class HospitalCases:
-    """What a source knows of one hospital: a loader per training case, grouped by patient, and per held-out case."""
+    """What a source knows of one hospital: a loader per training case, grouped by patient, and per held-out case.
+
+    `notes` say which cases of private data are not used and why; they stay at the hospital.
+    """
 
     hospital_id: str
     declared: Declared
@@ -33,6 +41,7 @@ class HospitalCases:
     preprocessing: Preprocessing
     train: tuple[tuple[Loader, ...], ...]
     holdout: tuple[Loader, ...]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,20 +68,32 @@ class HospitalData:
         data: DataConfig,
         budget: MemoryBudget | None = None,
         alter: Alteration | None = None,
+        *,
+        cache_root: Path | None = None,
+        num_workers: int = 0,
+        blanks_unreadable: bool = False,
     ) -> None:
         """Take the memory that all data of this process share; data.cache_mb for these alone if None.
 
         `alter` changes the patches that are trained on, for a study of attacks; held-out cases stay as they are.
+
+        Args:
+          cache_root: where prepared volumes lie with data.cache: disk.
+          num_workers: threads that decode.
+          blanks_unreadable: of private data, whether a case that cannot be read while training becomes patches that
+            are not numbers, whose gradient a private step counts as zero; failing would reveal that its patient was
+            drawn.
         """
         self._hospitals = tuple(hospitals)
-        budget = budget or MemoryBudget(None if data.cache_mb is None else data.cache_mb * 2**20)
+        self._budget = budget or MemoryBudget(None if data.cache_mb is None else data.cache_mb * 2**20)
         self._sampling, self._alter = sampling, alter
-        patients = [patient for hospital in hospitals for patient in hospital.train]
-        self._cases = PreparedCases([loader for patient in patients for loader in patient], data.cache, budget)
-        ends = np.cumsum([0, *(len(patient) for patient in patients)])
-        self._cases_of_patient = [range(a, b) for a, b in pairwise(ends)]
-        held_out = [loader for hospital in hospitals for loader in hospital.holdout]
-        self._holdout = PreparedCases(held_out, data.cache, budget)
+        self._data, self._cache_root, self._num_workers = data, cache_root, num_workers
+        self._blanks_unreadable = blanks_unreadable and self.declared == "private"
+        self._notes = tuple(note for hospital in hospitals for note in hospital.notes)
+        self._hold(
+            [patient for hospital in hospitals for patient in hospital.train],
+            [loader for hospital in hospitals for loader in hospital.holdout],
+        )
         self._foreground: WeakKeyDictionary[PreparedCase, tuple[npt.NDArray[np.int64], ...]] = WeakKeyDictionary()
         # Left-right is the first axis of a RAS volume and the last one (columns) of a picture.
         self._mirror_axis = 0 if len(sampling.patch_size) == 3 else 1
@@ -123,8 +144,19 @@ class HospitalData:
         """Held-out cases, prepared on first use."""
         return self._holdout
 
-    def decode(self, num_workers: int) -> None:
-        """Prepare every case now, with threads, where a cache keeps them."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Which cases of private data are not used, and why; for the hospital's own log alone."""
+        return self._notes
+
+    def close(self) -> None:
+        """Remove what the disk cache holds."""
+        self._cases.close()
+        self._holdout.close()
+
+    def decode(self, num_workers: int | None = None) -> None:
+        """Prepare every case now, where a cache keeps them; with the threads that were asked for, if not others."""
+        num_workers = self._num_workers if num_workers is None else num_workers
         self.decode_training(num_workers)
         self._holdout.decode_all(num_workers)
 
@@ -133,14 +165,39 @@ class HospitalData:
         self._cases.decode_all(num_workers)
 
     def check_cases(self) -> None:
-        """Prepare every case once, whether a cache keeps it or not.
+        """Prepare every case once, whether a cache keeps it or not; of private data leave out what cannot be used.
+
+        A patient without a usable case is then as if absent, and no other patient moves.
 
         Raises:
-          DataError: of the first case that cannot be read or does not fit.
+          LayoutError: not one patient of private data can be used.
+          DataError: of data that are not private, of the first case that cannot be read or does not fit.
         """
-        for cases in (self._cases, self._holdout):
-            for _ in cases:
-                pass
+        if self.declared != "private":
+            for cases in (self._cases, self._holdout):
+                for _ in cases:
+                    pass
+            return
+        train, held_out = self._cases.problems(self._num_workers), self._holdout.problems(self._num_workers)
+        if train or held_out:
+            self._notes += tuple(f"a case is not used: {problem}" for problem in (*train.values(), *held_out.values()))
+            loaders = [
+                tuple(loader for place, loader in zip(places, patient, strict=True) if place not in train)
+                for places, patient in zip(self._cases_of_patient, self._patients, strict=True)
+            ]
+            left = [loader for place, loader in enumerate(self._held_out) if place not in held_out]
+            self.close()
+            self._hold([patient for patient in loaders if patient], left)
+        if not self._patients and not self._held_out:
+            raise LayoutError("not one patient of the hospital's private data can be used")
+
+    def _hold(self, patients: Sequence[tuple[Loader, ...]], held_out: Sequence[Loader]) -> None:
+        self._patients, self._held_out = tuple(patients), tuple(held_out)
+        loaders = [loader for patient in patients for loader in patient]
+        self._cases = PreparedCases(loaders, self._data.cache, self._budget, self._cache_root)
+        ends = np.cumsum([0, *(len(patient) for patient in patients)])
+        self._cases_of_patient = [range(a, b) for a, b in pairwise(ends)]
+        self._holdout = PreparedCases(held_out, self._data.cache, self._budget, self._cache_root)
 
     def train_patches(
         self, patient_index: int, num_patches: int, rng: np.random.Generator
@@ -151,7 +208,13 @@ class HospitalData:
         """
         import torch
 
-        pairs = [self._patch(self._cases_of_patient[patient_index], rng) for _ in range(num_patches)]
+        try:
+            pairs = [self._patch(self._cases_of_patient[patient_index], rng) for _ in range(num_patches)]
+        except Exception as error:
+            if not self._blanks_unreadable:
+                raise
+            log.error("case_became_unreadable", hospitals=self.hospital_ids, exc_info=error)
+            pairs = [self._blank()] * num_patches
         images = torch.from_numpy(np.stack([image for image, _ in pairs]))
         return images, torch.from_numpy(np.stack([target for _, target in pairs]))
 
@@ -166,6 +229,12 @@ class HospitalData:
         pairs = [self._cut(case, centres, rng) for _ in range(num_patches)]
         images = torch.from_numpy(np.stack([image for image, _ in pairs]))
         return images, torch.from_numpy(np.stack([target for _, target in pairs]))
+
+    def _blank(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+        """Return a patch that is no number anywhere."""
+        size = self._sampling.patch_size
+        image = np.full((len(self.channels), *size), np.nan, dtype=np.float32)
+        return image, np.zeros(size if self._data.task == "segmentation" else (), dtype=np.int64)
 
     def _patch(
         self, positions: range, rng: np.random.Generator

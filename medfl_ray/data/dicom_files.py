@@ -10,7 +10,7 @@ from pydicom import config, dcmread
 from pydicom.dataset import FileDataset
 from pydicom.errors import InvalidDicomError
 
-from medfl_ray.errors import UnreadableFile
+from medfl_ray.errors import DataError, UnreadableFile
 
 # Warnings about ill-formed values quote the value, which may be a name; what matters is checked by our readers.
 config.settings.reading_validation_mode = config.IGNORE
@@ -61,20 +61,39 @@ def is_dicom(path: Path) -> bool:
         return stream.read(132)[128:] == b"DICM"
 
 
-def dicom_files(folder: Path, recursive: bool = False) -> Iterator[Path]:
+def dicom_files(folder: Path, recursive: bool = False, damaged: list[DataError] | None = None) -> Iterator[Path]:
     """Yield the DICOM files of a folder in a fixed order; directories of media (DICOMDIR) are left out.
+
+    Args:
+      damaged: takes what is wrong with files that cannot be opened, or are called .dcm and are not DICOM; these are
+        then passed over.
 
     Raises:
       UnreadableFile: a file called .dcm is not DICOM.
     """
     for path in sorted(folder.rglob("*") if recursive else folder.iterdir()):
-        if not path.is_file() or path.name.upper() == "DICOMDIR" or path.name.startswith("."):
+        if path.name.upper() == "DICOMDIR" or path.name.startswith("."):
             continue
-        if is_dicom(path):
-            yield path
-        elif path.suffix.lower() in (".dcm", ".dicom", ".ima"):
-            raise UnreadableFile(
-                f"a file of {path.stat().st_size} bytes is called {path.suffix} but is not DICOM (the DICM mark is "
-                "missing); "
-                "export it again from its archive"
-            )
+        try:
+            if _holds_object(path):
+                yield path
+        except UnreadableFile as error:
+            if damaged is None:
+                raise
+            damaged.append(error)
+        except OSError as error:
+            if damaged is None:
+                raise
+            problem = f"a file cannot be opened ({type(error).__name__}); check its permissions and the disk"
+            damaged.append(UnreadableFile(problem))
+
+
+def _holds_object(path: Path) -> bool:
+    if is_dicom(path):
+        return True
+    if path.suffix.lower() in (".dcm", ".dicom", ".ima") and path.is_file():
+        raise UnreadableFile(
+            f"a file of {path.stat().st_size} bytes is called {path.suffix} but is not DICOM (the DICM mark is "
+            "missing); export it again from its archive"
+        )
+    return False

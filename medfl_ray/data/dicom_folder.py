@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydicom.dataset import Dataset
 
-from medfl_ray.data.cases import Case, CaseIndex
+from medfl_ray.data.cases import Case, CaseIndex, unusable
 from medfl_ray.data.dicom_files import LABEL_MODALITIES, NOT_IMAGES, dicom_files, is_dicom, open_dicom
 from medfl_ray.data.dicom_labels import name_segments
-from medfl_ray.errors import DataError, LayoutError
+from medfl_ray.errors import DataError, LayoutError, UnreadableFile
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Series:
     folder: Path
     frame_of_reference: str
     name: str
-    num_files: int = 0
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,14 @@ class LabelObject:
 
 def holds_dicom(directory: Path) -> bool:
     """Whether any file below a folder is DICOM."""
-    return any(is_dicom(path) for path in sorted(directory.rglob("*")))
+    return any(_is_readable_dicom(path) for path in sorted(directory.rglob("*")))
+
+
+def _is_readable_dicom(path: Path) -> bool:
+    try:
+        return is_dicom(path)
+    except OSError:  # one file that this user may not read does not hide the others
+        return False
 
 
 def read_dicom_folder(directory: Path) -> CaseIndex:
@@ -47,21 +54,32 @@ def read_dicom_folder(directory: Path) -> CaseIndex:
     A patient is a PatientID, or the top folder where that is empty. Other series of the patient in the same
     frame of reference become further channels when every case has them (named by SeriesDescription).
 
+    A file that cannot be read, and a label that refers to no series of its patient, are cases with a `problem`.
+
     Raises:
-      LayoutError: a label refers to no series of its patient, or there is no label at all.
+      LayoutError: there is no image series or no label.
     """
     if not directory.is_dir():
         raise LayoutError("the DICOM layout needs a folder of patients; a file was given")
-    series, labels, problems = _scan(directory)
+    damaged: list[DataError] = []
+    series, labels, problems = scan(directory, damaged)
+    if damaged and not (series and labels):
+        raise damaged[0]
     if not series:
         raise LayoutError(
             f"the folder {directory.name!r} has no DICOM image series; expected patients' folders with images and "
             "labels"
         )
-    drawn_on = {id(label): _target(label, series) for label in labels}
-    channels = _shared_channels(labels, drawn_on, series)
-    cases = tuple(_case(label, drawn_on[id(label)], series, channels) for label in labels)
-    used = {case.patient_id for case in cases}
+    drawn_on: dict[int, Series] = {}
+    for label in labels:
+        try:
+            drawn_on[id(label)] = target_of(label, series)
+        except LayoutError as error:
+            damaged.append(error)
+    whole = [label for label in labels if id(label) in drawn_on]
+    channels = _shared_channels(whole, drawn_on, series)
+    cases = (*map(unusable, damaged), *(_case(label, drawn_on[id(label)], series, channels) for label in whole))
+    used = {label.patient for label in labels}
     unlabelled = {s.patient for s in series} - used
     if unlabelled:
         problems = (
@@ -74,41 +92,56 @@ def read_dicom_folder(directory: Path) -> CaseIndex:
             f"{len(series)} image series were found but no SEG or RTSTRUCT label; export the labels too, or list "
             "classes in a manifest"
         )
-    return CaseIndex(cases, channels, name_segments([label.path for label in labels]), problems)
+    return CaseIndex(cases, channels, name_segments([label.path for label in whole]), problems)
 
 
-def _scan(directory: Path) -> tuple[list[Series], list[LabelObject], tuple[str, ...]]:
-    images: dict[tuple[str, str, Path], tuple[Dataset, int]] = {}
+def scan(directory: Path, damaged: list[DataError]) -> tuple[list[Series], list[LabelObject], tuple[str, ...]]:
+    """Return the image series and label objects of a folder, and what its owner should know.
+
+    Args:
+      damaged: takes what is wrong with files that cannot be read, which are then passed over.
+    """
+    images: dict[tuple[str, str, Path], tuple[Series, list[Path]]] = {}
     labels: list[LabelObject] = []
-    for number, path in enumerate(dicom_files(directory, recursive=True)):
+    for number, path in enumerate(dicom_files(directory, recursive=True, damaged=damaged)):
         try:
-            header = open_dicom(path, pixels=False)
+            found = _described(directory, path)
         except DataError as error:
-            raise type(error)(f"DICOM file {number + 1} of the folder: {error}") from None
-        patient = str(header.get("PatientID") or "").strip() or _top_folder(directory, path)
-        modality = str(header.get("Modality", ""))
-        if modality in LABEL_MODALITIES:
-            labels.append(LabelObject(patient, path, str(header.get("FrameOfReferenceUID", "")), _references(header)))
-        elif modality not in NOT_IMAGES:
-            key = (patient, str(header.get("SeriesInstanceUID", "")), path.parent)
-            first, count = images.get(key, (header, 0))
-            images[key] = (first, count + 1)
+            damaged.append(type(error)(f"DICOM file {number + 1} of the folder: {error}"))
+            continue
+        if isinstance(found, LabelObject):
+            labels.append(found)
+        elif found is not None:
+            images.setdefault((found.patient, found.uid, found.folder), (found, []))[1].append(path)
     nameless = sum(not uid for _, uid, _ in images)
     problems = (
         (f"{nameless} series have no series UID; the files of a folder were taken as one series",) if nameless else ()
     )
-    series = [
-        Series(
-            patient,
-            uid,
-            folder,
-            str(header.get("FrameOfReferenceUID", "")),
-            str(header.get("SeriesDescription", "")),
-            count,
-        )
-        for (patient, uid, folder), (header, count) in images.items()
-    ]
-    return series, labels, problems
+    return [replace(first, files=tuple(files)) for first, files in images.values()], labels, problems
+
+
+def _described(directory: Path, path: Path) -> Series | LabelObject | None:
+    """Return the series or the label object that a file belongs to; None where it is neither.
+
+    Raises:
+      UnreadableFile: its header is not what it should be, in whatever way.
+    """
+    try:
+        header = open_dicom(path, pixels=False)
+        patient = str(header.get("PatientID") or "").strip() or _top_folder(directory, path)
+        modality, frame = str(header.get("Modality", "")), str(header.get("FrameOfReferenceUID", ""))
+        if modality in LABEL_MODALITIES:
+            return LabelObject(patient, path, frame, _references(header))
+        if modality in NOT_IMAGES:
+            return None
+        uid, name = str(header.get("SeriesInstanceUID", "")), str(header.get("SeriesDescription", ""))
+        return Series(patient, uid, path.parent, frame, name)
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - values are parsed when they are asked for, and fail in many ways
+        raise UnreadableFile(
+            f"the DICOM header is damaged ({type(error).__name__}); export it again from its archive"
+        ) from None
 
 
 def _top_folder(directory: Path, path: Path) -> str:
@@ -128,7 +161,7 @@ def _references(header: Dataset) -> frozenset[str]:
     return frozenset(found - {""})
 
 
-def _target(label: LabelObject, series: list[Series]) -> Series:
+def target_of(label: LabelObject, series: list[Series]) -> Series:
     """The image series on which a label was drawn: the one it names, else the patient's only one."""
     own = [s for s in series if s.patient == label.patient]
     named = [s for s in own if s.uid in label.series_uids]
@@ -149,7 +182,7 @@ def _shared_channels(labels: list[LabelObject], drawn_on: dict[int, Series], ser
     """Names of the series that every case has once, in its label's frame of reference."""
     shared: set[str] | None = None
     for label in labels:
-        counts = Counter(s.name for s in _companions(drawn_on[id(label)], series))
+        counts = Counter(s.name for s in companions_of(drawn_on[id(label)], series))
         names = {name for name, count in counts.items() if name and count == 1}
         shared = names if shared is None else shared & names
     targets = {drawn_on[id(label)].name for label in labels}
@@ -158,7 +191,7 @@ def _shared_channels(labels: list[LabelObject], drawn_on: dict[int, Series], ser
     return tuple(targets) if len(targets) == 1 and "" not in targets else ("image",)
 
 
-def _companions(target: Series, series: list[Series]) -> list[Series]:
+def companions_of(target: Series, series: list[Series]) -> list[Series]:
     if not target.frame_of_reference:
         return [target]
     return [s for s in series if s.patient == target.patient and s.frame_of_reference == target.frame_of_reference]
@@ -167,9 +200,8 @@ def _companions(target: Series, series: list[Series]) -> list[Series]:
 def _case(label: LabelObject, target: Series, series: list[Series], channels: tuple[str, ...]) -> Case:
     chosen = [target]
     if len(channels) > 1:
-        by_name = {s.name: s for s in _companions(target, series)}
+        by_name = {s.name: s for s in companions_of(target, series)}
         chosen = [by_name[name] for name in channels]
     fields = {f"series_{i}": s.uid for i, s in enumerate(chosen)}
-    return Case(
-        label.patient, f"{label.patient}-{label.path.stem}", tuple(s.folder for s in chosen), label.path, None, fields
-    )
+    folders, files = tuple(s.folder for s in chosen), tuple(s.files for s in chosen)
+    return Case(label.patient, f"{label.patient}-{label.path.stem}", folders, label.path, None, fields, files)

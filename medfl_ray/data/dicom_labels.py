@@ -17,10 +17,11 @@ Mask = npt.NDArray[np.bool_]
 HALF = 0.5  # Probability from which a voxel of a fractional segment belongs to it.
 
 
-def read_dicom_label(path: Path, reference: Volume, labels: Mapping[int, str]) -> Volume:
+def read_dicom_label(path: Path, reference: Volume, labels: Mapping[int, str], by_name_alone: bool = False) -> Volume:
     """Read a SEG or RTSTRUCT object as label values [1, *S] on the image's grid.
 
-    Segments and regions are matched to `labels` by name, and without a match by number. Where they
+    Segments and regions are matched to `labels` by name, and without a match by number unless the name alone counts,
+    as it does of private data. Where they
     overlap, the higher value wins. Regions that `labels` does not name are left out; both is noted.
 
     Raises:
@@ -34,7 +35,7 @@ def read_dicom_label(path: Path, reference: Volume, labels: Mapping[int, str]) -
     if modality not in LABEL_MODALITIES:
         raise LabelError(f"the label is a DICOM {modality or 'object without modality'}; expected SEG or RTSTRUCT")
     names = _names(dataset)
-    values = match_values(names, labels)
+    values = match_values(names, labels, by_name_alone)
     if modality == "SEG":
         masks = _segments(dataset, values, reference)
     else:
@@ -59,7 +60,7 @@ def name_segments(files: Sequence[Path]) -> dict[int, str]:
     return dict(sorted(merged.items()))
 
 
-def match_values(names: Mapping[int, str], labels: Mapping[int, str]) -> dict[int, int]:
+def match_values(names: Mapping[int, str], labels: Mapping[int, str], by_name_alone: bool = False) -> dict[int, int]:
     """Return {segment number: label value} for the segments that are wanted.
 
     Raises:
@@ -70,7 +71,7 @@ def match_values(names: Mapping[int, str], labels: Mapping[int, str]) -> dict[in
     if by_name:
         return by_name
     by_number = {n: n for n in names if not labels or n in labels}
-    if not by_number or not _plain_numbers(names):
+    if by_name_alone or not by_number or not _plain_numbers(names):
         raise LabelError(
             f"the label object has the regions {sorted(names.values())}; expected one of {sorted(labels.values())} "
             "(data.labels)"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from medfl_ray.data.cases import Case, CaseIndex
-from medfl_ray.data.layouts import discover_cases
+from medfl_ray.data.layouts import check_owners, list_cases
 from medfl_ray.data.loading import read_case
+from medfl_ray.data.partitions import with_one_side_each
 from medfl_ray.data.volume import Volume
-from medfl_ray.errors import DataError, LabelError
+from medfl_ray.errors import ConfigError, DataError, LabelError, LayoutError
 
 FLAT_STD = 1e-6
 ANISOTROPIC = 4.0
@@ -53,7 +54,7 @@ class Inspection:
     @property
     def num_patients(self) -> int:
         """Distinct patients."""
-        return len({case.patient_id for case in self.index.cases})
+        return len({case.patient_id for case in self.index.cases if case.patient_id})
 
 
 def inspect_folder(
@@ -61,22 +62,46 @@ def inspect_folder(
     format: str = "auto",
     labels: Mapping[int, str] | None = None,
     on_case: Callable[[], None] = lambda: None,
+    channels: tuple[str, ...] = (),
 ) -> Inspection:
-    """Read every case of a folder once; a case that cannot be read becomes a fact, not an error.
+    """Read every case of a folder once; a case that cannot be used becomes a fact, not an error.
+
+    Args:
+      channels: names by which a run on private data reads every case; series and regions of DICOM files must have them.
 
     Raises:
-      DataError: the folder has no known layout.
+      DataError: the folder has no known layout, or no entry of its list can be read.
     """
-    index = discover_cases(directory, format)
+    index = _listed(directory, format, channels)
     names = dict(labels or index.labels)
     counts: dict[str, int] = {}
     for case in index.cases:
         counts[case.patient_id] = counts.get(case.patient_id, 0) + 1
     facts = []
     for position, case in enumerate(index.cases):
-        facts.append(_facts(position, case, names, counts[case.patient_id]))
+        facts.append(_facts(position, case, names, counts[case.patient_id], bool(channels)))
         on_case()
-    return Inspection(index, names, tuple(facts), (*index.problems, *_problems(facts)))
+    return Inspection(index, names, tuple(facts), (*index.problems, *_shared_images(index), *_problems(facts)))
+
+
+def _listed(directory: Path, format: str, channels: tuple[str, ...]) -> CaseIndex:
+    """List the cases with their problems; where one entry spoils the whole list, each entry by itself."""
+    try:
+        index = list_cases(directory, format, channels or None)
+    except LayoutError as error:
+        try:
+            index = list_cases(directory, format, ())
+        except (ConfigError, LayoutError):
+            raise error from None
+    return replace(index, cases=with_one_side_each(index.cases))
+
+
+def _shared_images(index: CaseIndex) -> tuple[str, ...]:
+    try:
+        check_owners(index.cases)
+    except LayoutError as error:
+        return (str(error),)
+    return ()
 
 
 def write_case_table(inspection: Inspection, path: Path) -> None:
@@ -103,13 +128,23 @@ def write_case_table(inspection: Inspection, path: Path) -> None:
             )
 
 
-def _facts(position: int, case: Case, labels: Mapping[int, str], num_patient_cases: int) -> CaseFacts:
+def _facts(
+    position: int, case: Case, labels: Mapping[int, str], num_patient_cases: int, by_name_alone: bool
+) -> CaseFacts:
+    if case.problem is not None:
+        return CaseFacts(position, "", num_patient_cases, error=str(case.problem))
     file = "/".join(case.images[0].parts[-2:])
     try:
-        image, label = read_case(case, labels)
+        image, label = read_case(case, labels, by_name_alone=by_name_alone)
         volumes = _label_volumes(label, labels) if isinstance(label, Volume) else {}
     except DataError as error:
         return CaseFacts(position, file, num_patient_cases, error=str(error))
+    except Exception as error:  # noqa: BLE001 - a reader's surprise is a fact of the one case
+        return CaseFacts(position, file, num_patient_cases, error=f"{type(error).__name__} while it was read")
+    if isinstance(label, int) and labels and not 0 <= label <= max(labels):
+        return CaseFacts(
+            position, file, num_patient_cases, error=f"it is of class {label}; expected 0 to {max(labels)}"
+        )
     if label is None:
         return CaseFacts(position, file, num_patient_cases, error="it has no label")
     low, median, high = np.percentile(image.array[0], [1, 50, 99])
@@ -153,7 +188,7 @@ def _oddities(image: Volume, label: Volume | int, volumes: Mapping[int, float]) 
 
 
 def _problems(facts: list[CaseFacts]) -> list[str]:
-    problems = [f"case {f.position + 1} ({f.file}): {f.error}" for f in facts if f.error]
+    problems = [f"case {f.position + 1}{f' ({f.file})' if f.file else ''}: {f.error}" for f in facts if f.error]
     notes: dict[str, list[int]] = {}
     for f in facts:
         for note in f.notes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from medfl_ray.data.cases import Case, CaseIndex
-from medfl_ray.data.partitions import check_splits
+from medfl_ray.data.partitions import check_splits, with_one_side_each
 from medfl_ray.errors import ConfigError, LayoutError
 
 EXPECTED = (
@@ -15,16 +16,40 @@ EXPECTED = (
 )
 
 
-def discover_cases(directory: Path, format: str = "auto") -> CaseIndex:
-    """List the cases of a folder.
+def discover_cases(directory: Path, format: str = "auto", named: tuple[str, ...] | None = None) -> CaseIndex:
+    """List the cases of a folder, of data that are not private without a single `problem`.
+
+    Args:
+      named: the channels that the run names, where the data are private. Nothing is then derived from the cases as a
+        whole: what is wrong with one of them is its own `problem`, and moves no other.
 
     Raises:
-      ConfigError: the folder does not exist or may not be read.
+      ConfigError: the folder does not exist or may not be read, or private data have no names.
       LayoutError: it is not of the given format, contradicts itself, or holds no case.
     """
+    index = list_cases(directory, format, named)
+    if named is not None:
+        return index
+    for case in index.cases:
+        if case.problem is not None:
+            raise case.problem
+    check_splits(index.cases)
+    check_owners(index.cases)
+    return index
+
+
+def list_cases(directory: Path, format: str = "auto", named: tuple[str, ...] | None = None) -> CaseIndex:
+    """List the cases of a folder with the `problem` of each that cannot be used, for the owner of the data.
+
+    Args:
+      named: as for `discover_cases`.
+
+    Raises:
+      ConfigError, LayoutError: as `discover_cases`, of the folder and of lists that cannot be read at all.
+    """
     try:
-        kind = _detect(directory) if format == "auto" else format
-        index = _reader(kind)(directory)
+        kind = _detect(directory, named is not None) if format == "auto" else format
+        index = _read(kind, directory, named)
     except PermissionError:
         raise ConfigError(
             f"the data folder {directory.name!r} may not be read by this user; change its permissions"
@@ -33,30 +58,36 @@ def discover_cases(directory: Path, format: str = "auto") -> CaseIndex:
         raise LayoutError(f"the folder {directory.name!r} cannot be read: {error.strerror}; check the disk") from None
     if not index.cases:
         raise LayoutError(f"the folder {directory.name!r} ({kind} layout) holds no case; expected at least 2 patients")
-    check_splits(index.cases)
-    _check_owners(index.cases)
-    return index
+    return index if named is None else replace(index, cases=with_one_side_each(index.cases))
 
 
-def _reader(kind: str) -> Callable[[Path], CaseIndex]:
+def _read(kind: str, directory: Path, named: tuple[str, ...] | None) -> CaseIndex:
     if kind == "decathlon":
         from medfl_ray.data.decathlon import read_decathlon
 
-        return read_decathlon
+        return read_decathlon(directory, named is not None)
     if kind == "nnunet":
         from medfl_ray.data.decathlon import read_nnunet
 
-        return read_nnunet
+        return read_nnunet(directory, named is not None)
     if kind == "manifest":
+        if named is not None:
+            from medfl_ray.data.private_manifest import read_private_manifest
+
+            return read_private_manifest(directory, named)
         from medfl_ray.data.manifest import read_manifest
 
-        return read_manifest
-    from medfl_ray.data.dicom_folder import read_dicom_folder
+        return read_manifest(directory)
+    if named is None:
+        from medfl_ray.data.dicom_folder import read_dicom_folder
 
-    return read_dicom_folder
+        return read_dicom_folder(directory)
+    from medfl_ray.data.private_dicom import read_private_dicom_folder
+
+    return read_private_dicom_folder(directory, named)
 
 
-def _detect(directory: Path) -> str:
+def _detect(directory: Path, header_only: bool = False) -> str:
     if not directory.exists():
         raise ConfigError(f"the data folder {directory.name!r} does not exist; check data.directory")
     if directory.is_file():
@@ -65,8 +96,9 @@ def _detect(directory: Path) -> str:
     if names & {"manifest.csv", "manifest.json"}:
         return "manifest"
     if "dataset.json" in names:
-        return _around_dataset_json(directory)
-    if len([name for name in names if name.endswith(".csv")]) == 1:
+        return _around_dataset_json(directory, header_only)
+    # Any other CSV may be a patient's own; where it is the list of private data, data.format says so.
+    if not header_only and len([name for name in names if name.endswith(".csv")]) == 1:
         return "manifest"
     if not names:
         raise LayoutError(f"the folder {directory.name!r} is empty; expected {EXPECTED}")
@@ -77,11 +109,18 @@ def _detect(directory: Path) -> str:
     raise LayoutError(f"the folder {directory.name!r} has no known layout; expected {EXPECTED}")
 
 
-def _around_dataset_json(directory: Path) -> str:
-    """Tell nnU-Net from Decathlon: version 1 of nnU-Net lists image names that lack the channel's _0000."""
+def _around_dataset_json(directory: Path, header_only: bool) -> str:
+    """Tell nnU-Net from Decathlon: version 1 of nnU-Net lists image names that lack the channel's _0000.
+
+    Of private data no entry is looked at, so that one patient does not decide how all are read: version 2 of nnU-Net
+    names its own fields, and a folder of version 1 is named by data.format.
+    """
     from medfl_ray.data.decathlon import read_json
 
-    entries = read_json(directory / "dataset.json").get("training")
+    raw = read_json(directory / "dataset.json", header_only)
+    if header_only:
+        return "nnunet" if {"channel_names", "file_ending"} & raw.keys() else "decathlon"
+    entries = raw.get("training")
     first = entries[0] if isinstance(entries, list) and entries else {}
     image = first.get("image") if isinstance(first, dict) else None
     listed = directory / str(image[0] if isinstance(image, list) and image else image)
@@ -90,8 +129,12 @@ def _around_dataset_json(directory: Path) -> str:
     return "decathlon"
 
 
-def _check_owners(cases: Sequence[Case]) -> None:
-    """Refuse an image that is listed for two patients: it would train one and evaluate the other."""
+def check_owners(cases: Sequence[Case]) -> None:
+    """Refuse an image that is listed for two patients: it would train one and evaluate the other.
+
+    Raises:
+      LayoutError: with the positions of two such cases.
+    """
     first: dict[tuple[Path, str], int] = {}
     for position, case in enumerate(cases):
         for i, path in enumerate(case.images):

@@ -10,7 +10,7 @@ import numpy as np
 
 from medfl_ray.data.cases import Case, CaseIndex, PreparedCase
 from medfl_ray.data.preprocess import Preprocessing
-from medfl_ray.data.readers import read_label, read_volume
+from medfl_ray.data.readers import read_label, read_series_files, read_volume
 from medfl_ray.data.volume import Volume, same_grid
 from medfl_ray.errors import ConfigError, DataError, GeometryError, LabelError, UnreadableFile
 
@@ -27,6 +27,7 @@ class CaseLoader:
     picked: tuple[int, ...] | None
     labels: Mapping[int, str]
     where: str
+    by_name_alone: bool = False
 
     def __call__(self) -> PreparedCase:
         """Read and prepare the case.
@@ -35,7 +36,7 @@ class CaseLoader:
           DataError: of the kind that the readers raise, with `where` in front.
         """
         try:
-            image, label = read_case(self.case, self.labels, self.picked)
+            image, label = read_case(self.case, self.labels, self.picked, self.by_name_alone)
             prepared = self.preprocessing.prepare(image, label)
         except DataError as error:
             raise type(error)(f"{self.where}: {error}") from None
@@ -50,15 +51,19 @@ class CaseLoader:
 
 
 def read_case(
-    case: Case, labels: Mapping[int, str], picked: Sequence[int] | None = None
+    case: Case, labels: Mapping[int, str], picked: Sequence[int] | None = None, by_name_alone: bool = False
 ) -> tuple[Volume, Volume | int | None]:
     """Read a case's channels, stacked, and its label.
 
     Args:
       labels: names of the label values, for DICOM segments.
       picked: which channels to keep, in this order; all when None.
+      by_name_alone: match no segment by its number.
     """
-    first, *others = [read_volume(path, case.fields.get(f"series_{i}", "")) for i, path in enumerate(case.images)]
+    if case.series:
+        first, *others = [read_series_files(files) for files in case.series]
+    else:
+        first, *others = [read_volume(path, case.fields.get(f"series_{i}", "")) for i, path in enumerate(case.images)]
     for i, other in enumerate(others):
         if not same_grid(first, other):
             raise GeometryError(
@@ -71,7 +76,7 @@ def read_case(
         if max(picked) >= len(image.array):
             raise GeometryError(f"the image has {len(image.array)} channels; expected at least {max(picked) + 1}")
         image = Volume(image.array[list(picked)], image.affine, image.notes)
-    label = read_label(case.label, first, labels) if isinstance(case.label, Path) else case.label
+    label = read_label(case.label, first, labels, by_name_alone) if isinstance(case.label, Path) else case.label
     return image, label
 
 
@@ -83,17 +88,40 @@ def check_labelled(cases: Sequence[Case], task: str) -> None:
       UnreadableFile: a file of the list does not exist.
     """
     for position, case in enumerate(cases):
-        where = f"case {position + 1} of {len(cases)}"
-        if case.label is None:
-            raise LabelError(f"{where} has no label; add it, or leave the case out of the list")
-        if (task == "classification") != isinstance(case.label, int):
-            found = "a class" if isinstance(case.label, int) else "a label image"
-            raise LabelError(
-                f"{where} has {found} as its label, but data.task is {task!r}; correct data.task or the label"
-            )
-        for what, path in [*(("image", p) for p in case.images), ("label", case.label)]:
-            if isinstance(path, Path) and not path.exists():
-                raise UnreadableFile(f"{where}: its {what} file does not exist; correct the path in the case list")
+        problem = label_problem(case, task, f"case {position + 1} of {len(cases)}")
+        if problem is not None:
+            raise problem
+
+
+def label_problem(case: Case, task: str, where: str, num_classes: int | None = None) -> DataError | None:
+    """Return what is wrong with a case's label, or with its files; None where it can be trained on.
+
+    Args:
+      where: the case, for the message.
+      num_classes: of a classification, the class of background included; any number when None.
+    """
+    if case.problem is not None:
+        return case.problem
+    if case.label is None:
+        return LabelError(f"{where} has no label; add it, or leave the case out of the list")
+    if (task == "classification") != isinstance(case.label, int):
+        found = "a class" if isinstance(case.label, int) else "a label image"
+        return LabelError(
+            f"{where} has {found} as its label, but data.task is {task!r}; correct data.task or the label"
+        )
+    if isinstance(case.label, int) and num_classes is not None and not 0 <= case.label < num_classes:
+        return LabelError(f"{where} is of class {case.label}; expected 0 to {num_classes - 1}: name it in data.labels")
+    for what, path in [*(("image", p) for p in case.images), ("label", case.label)]:
+        if isinstance(path, Path) and not _is_there(path):
+            return UnreadableFile(f"{where}: its {what} file does not exist; correct the path in the case list")
+    return None
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, or a folder that may not be entered
+        return False
 
 
 def pick_channels(wanted: tuple[str, ...], found: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
@@ -113,6 +141,31 @@ def pick_channels(wanted: tuple[str, ...], found: tuple[str, ...]) -> tuple[tupl
     raise ConfigError(
         f"data.channels is {list(wanted)}; the data have {list(found)}. Name channels that exist, or one per channel"
     )
+
+
+def name_private_classes(
+    configured: Mapping[int, str], header: Mapping[int, str], task: str, hospital: str
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Return ({label value: name}, {class of the model: name}) of private data: from run or header, never from cases.
+
+    Raises:
+      ConfigError: neither names the labels.
+    """
+    values = {value: name for value, name in sorted((configured or header).items()) if value > 0}
+    if not values:
+        raise ConfigError(
+            f"hospital {hospital!r} has private data whose labels or classes are not named, and to find them among its "
+            "patients would reveal what these have; name every class in data.labels"
+        )
+    if task == "classification":
+        return values, values
+    return values, _numbered(values)
+
+
+def _numbered(values: Mapping[int, str]) -> dict[int, str]:
+    if max(values) > 255:
+        raise ConfigError(f"label value {max(values)} is above 255, the largest that is supported; renumber the labels")
+    return {i + 1: name for i, name in enumerate(values.values())}
 
 
 def name_classes(configured: Mapping[int, str], index: CaseIndex, task: str) -> tuple[dict[int, str], dict[int, str]]:
@@ -135,6 +188,4 @@ def name_classes(configured: Mapping[int, str], index: CaseIndex, task: str) -> 
         return values, values
     if not values:
         raise ConfigError("the layout does not name the label values; set data.labels, for instance {1: tumour}")
-    if max(values) > 255:
-        raise ConfigError(f"label value {max(values)} is above 255, the largest that is supported; renumber the labels")
-    return values, {i + 1: name for i, name in enumerate(values.values())}
+    return values, _numbered(values)

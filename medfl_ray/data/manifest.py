@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from medfl_ray.data.cases import Case, CaseIndex
-from medfl_ray.data.decathlon import label_names, stem_of
+from medfl_ray.data.cases import Case, CaseIndex, unusable
+from medfl_ray.data.decathlon import MOST_DIGITS, label_names, parse_json, stem_of
 from medfl_ray.errors import LayoutError
 
 SPLITS: dict[str, Literal["train", "holdout"] | None] = {
@@ -25,18 +24,19 @@ def read_manifest(path: Path) -> CaseIndex:
 
     CSV columns: patient_id; image, images (separated by ';') or one image_<channel> column per channel;
     label (a path or a class); optionally case_id, split and further columns, which become fields. JSON: a
-    list of such objects, or {"channels": [...], "labels": {"1": name}, "cases": [...]}.
+    list of such objects, or {"channels": [...], "labels": {"1": name}, "cases": [...]}. A row that says no patient or
+    image, or an unknown split, is a case with a `problem`. For private data see private_manifest.py.
 
     Raises:
-      LayoutError: no manifest, not parseable, a column is missing, or a split is unknown.
+      LayoutError: no manifest, not parseable, or rows that do not go together.
     """
-    file = path if path.is_file() else _find(path)
+    file = find_manifest(path)
     rows, channels, labels = _read_csv(file) if file.suffix.lower() == ".csv" else _read_json(file)
     if not rows:
         raise LayoutError(f"{file.name} lists no case; expected one row per examination")
     channels = channels or _channel_columns(rows[0])
-    cases = tuple(_case(file.parent, row, i, len(rows)) for i, row in enumerate(rows))
-    counts = {len(case.images) for case in cases}
+    cases = tuple(case_of_row(file.parent, row, i, len(rows)) for i, row in enumerate(rows))
+    counts = {len(case.images) for case in cases if case.problem is None}
     if len(counts) > 1:
         raise LayoutError(
             f"{file.name} lists cases with {sorted(counts)} images; expected the same channels for every case"
@@ -44,7 +44,14 @@ def read_manifest(path: Path) -> CaseIndex:
     return CaseIndex(cases, channels, labels or _segment_names(cases))
 
 
-def _find(directory: Path) -> Path:
+def find_manifest(directory: Path) -> Path:
+    """Return a folder's manifest.csv, manifest.json or only CSV file; a file as it is.
+
+    Raises:
+      LayoutError: there is none.
+    """
+    if directory.is_file():
+        return directory
     for name in ("manifest.csv", "manifest.json"):
         if (directory / name).is_file():
             return directory / name
@@ -75,12 +82,9 @@ def _read_csv(file: Path) -> tuple[list[Mapping[str, Any]], tuple[str, ...], dic
 
 def _read_json(file: Path) -> tuple[list[Mapping[str, Any]], tuple[str, ...], dict[int, str]]:
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = parse_json(file.read_bytes(), file.name)
     except PermissionError:
         raise LayoutError(f"{file.name} may not be read by this user; change its permissions") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise LayoutError(f"{file.name} is not valid JSON{where}; correct it") from None
     top = raw if isinstance(raw, dict) else {"cases": raw}
     rows = top.get("cases")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -92,22 +96,30 @@ def _channel_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(key.removeprefix("image_") for key in row if key.startswith("image_"))
 
 
-def _case(folder: Path, row: Mapping[str, Any], position: int, total: int) -> Case:
-    where = f"case {position + 1} of {total} in the manifest"
-    patient = str(row.get("patient_id") or "").strip()
-    if not patient:
-        raise LayoutError(f"{where} has no patient_id; every row needs one, it is the unit of privacy and of the split")
-    images = _images(row)
-    if not images or not all(images):
-        raise LayoutError(f"{where} has no image, or an empty one; fill image, images or every image_<channel> column")
+def case_of_row(folder: Path, row: Mapping[str, Any], position: int, total: int) -> Case:
+    """Return the case that a row describes, with a `problem` where it describes none."""
+    patient, images = str(row.get("patient_id") or "").strip(), _images(row)
     split = str(row.get("split") or "").strip().lower()
-    if split not in SPLITS:
-        raise LayoutError(
-            f"{where} has the split {split!r}; expected train, holdout (also validation, test) or nothing"
-        )
+    problem = _problem(row, patient, images, split, f"case {position + 1} of {total} in the manifest")
+    if problem is not None:
+        return unusable(problem, patient)
     fields = {str(k): str(v) for k, v in row.items() if k not in KNOWN and not k.startswith("image_")}
     case_id = str(row.get("case_id") or f"{position + 1:04d}-{stem_of(Path(images[0]))}")
     return Case(patient, case_id, tuple(folder / image for image in images), _label(folder, row), SPLITS[split], fields)
+
+
+def _problem(row: Mapping[str, Any], patient: str, images: Sequence[str], split: str, where: str) -> LayoutError | None:
+    if not patient:
+        return LayoutError(
+            f"{where} has no patient_id; every row needs one, it is the unit of privacy and of the split"
+        )
+    if not images or not all(images):
+        return LayoutError(f"{where} has no image, or an empty one; fill image, images or every image_<channel> column")
+    if split not in SPLITS:
+        return LayoutError(
+            f"{where} has the split {split!r}; expected train, holdout (also validation, test) or nothing"
+        )
+    return None
 
 
 def _images(row: Mapping[str, Any]) -> Sequence[str]:
@@ -124,6 +136,8 @@ def _label(folder: Path, row: Mapping[str, Any]) -> Path | int | None:
     if label is None or str(label).strip() == "":
         return None
     if re.fullmatch(r"-?\d+", str(label).strip()):
+        if len(str(label).strip()) > MOST_DIGITS:
+            raise LayoutError("a row of the manifest has a class of too many digits; correct its label")
         return int(label)
     return folder / str(label)
 

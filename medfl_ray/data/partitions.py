@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -50,13 +51,16 @@ def split_holdout(
     A split in the case list is kept. Patients without one are drawn by `fraction` when the list holds
     nobody out, and train otherwise. The draw depends on the seed and the patients' names alone.
 
-    With `independently` a patient's own name decides, so that one patient more never moves another to the
-    other side, which add/remove adjacency asks of private data; the share is then met on average only.
+    With `independently` a patient's own name decides for everybody without a split, whoever else has one, so that one
+    patient more never moves another to the other side, which add/remove adjacency asks of private data; the share is
+    then met on average only, and a side may be empty.
 
     Raises:
       LayoutError: one patient is on both sides, or a side is empty.
     """
     check_splits(cases)
+    if independently:
+        return _split_independently(cases, fraction, seed)
     held_out = {case.patient_id for case in cases if case.split == "holdout"}
     free = [p for p in shuffled_patients(cases, seed) if p not in {c.patient_id for c in cases if c.split}]
     num_patients = len({case.patient_id for case in cases})
@@ -66,13 +70,35 @@ def split_holdout(
         )
     if not held_out:
         wanted = int(np.clip(round(fraction * num_patients), 1, num_patients - 1))
-        held_out = {p for p in free if patient_draw(p, seed) < fraction} if independently else set(free[:wanted])
+        held_out = set(free[:wanted])
     if not held_out or len(held_out) == num_patients:
         side = "evaluate" if not held_out else "train"
         raise LayoutError(f"the split leaves no patient to {side} on; correct the case list's split column, or add one")
     return (
         tuple(case for case in cases if case.patient_id not in held_out),
         tuple(case for case in cases if case.patient_id in held_out),
+    )
+
+
+def _split_independently(
+    cases: Sequence[Case], fraction: float, seed: int
+) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    def is_held_out(case: Case) -> bool:
+        return case.split == "holdout" or (case.split is None and patient_draw(case.patient_id, seed) < fraction)
+
+    return tuple(c for c in cases if not is_held_out(c)), tuple(c for c in cases if is_held_out(c))
+
+
+def with_one_side_each(cases: Sequence[Case]) -> tuple[Case, ...]:
+    """Mark the cases of patients who are on two sides of the split as unusable, and leave all others as they are."""
+    sides: dict[str, set[str | None]] = {}
+    for case in cases:
+        if case.problem is None:
+            sides.setdefault(case.patient_id, set()).add(case.split)
+    torn = LayoutError("its patient is on two sides of the split; put every patient on one side")
+    return tuple(
+        replace(case, problem=torn) if case.problem is None and len(sides[case.patient_id]) > 1 else case
+        for case in cases
     )
 
 
@@ -97,13 +123,17 @@ def check_splits(cases: Sequence[Case]) -> None:
 def shuffled_patients(cases: Sequence[Case], seed: int) -> list[str]:
     """Return the patients in an order given by the seed and their names, whatever the order of the cases."""
     patients = {case.patient_id for case in cases}
-    return sorted(patients, key=lambda patient: hashlib.sha256(f"{seed}:{patient}".encode()).digest())
+    return sorted(patients, key=lambda patient: hashlib.sha256(_bytes(f"{seed}:{patient}")).digest())
 
 
 def patient_draw(patient: str, seed: int) -> float:
     """Return a patient's own draw in [0, 1), given by the seed and the name alone."""
-    digest = hashlib.sha256(f"holdout:{seed}:{patient}".encode()).digest()
+    digest = hashlib.sha256(_bytes(f"holdout:{seed}:{patient}")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # a file's name, and so a patient's, may hold bytes that are no text
 
 
 def _cases_of(cases: Sequence[Case], patients: set[str]) -> tuple[Case, ...]:

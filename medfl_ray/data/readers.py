@@ -6,7 +6,7 @@ the caller says which case it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,13 +35,28 @@ def read_volume(path: Path, series_uid: str = "") -> Volume:
     return _read(path, series_uid, as_label=False)
 
 
-def read_label(path: Path, reference: Volume, labels: Mapping[int, str] | None = None) -> Volume:
+def read_series_files(files: Sequence[Path]) -> Volume:
+    """Read one DICOM series from its files, wherever they lie.
+
+    Raises:
+      UnreadableFile, GeometryError: as of `read_volume`.
+    """
+    from medfl_ray.data.dicom_series import read_series
+
+    with _plain_errors():
+        return read_series(files)[0]
+
+
+def read_label(
+    path: Path, reference: Volume, labels: Mapping[int, str] | None = None, by_name_alone: bool = False
+) -> Volume:
     """Read a label volume [1, *S] on the grid of its image; values are whole numbers.
 
     Args:
       path: an image file, or a DICOM SEG or RTSTRUCT object.
       reference: the image as `read_volume` gave it.
       labels: names of the values; segments and regions of DICOM objects are matched to them by name.
+      by_name_alone: match none of them by number where no name fits.
 
     Raises:
       LabelError: values that are not whole numbers, or no region that is asked for.
@@ -52,7 +67,7 @@ def read_label(path: Path, reference: Volume, labels: Mapping[int, str] | None =
         from medfl_ray.data.dicom_labels import read_dicom_label
 
         with _plain_errors():
-            return read_dicom_label(path, reference, labels or {})
+            return read_dicom_label(path, reference, labels or {}, by_name_alone)
     label = _read(path, "", as_label=True)
     if label.array.shape[0] != 1:
         raise LabelError(f"the label has {label.array.shape[0]} channels; expected one whole number per voxel")

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from medfl_ray.config import DataConfig, Declared, HospitalConfig, RunConfig
 from medfl_ray.config_files import parse_model
 from medfl_ray.data.cache import MemoryBudget
+from medfl_ray.data.cache_folders import sweep_caches
 from medfl_ray.data.cases import Case, CaseIndex
 from medfl_ray.data.dataset import HospitalCases, HospitalData, PatchSampling
 from medfl_ray.data.layouts import discover_cases
-from medfl_ray.data.loading import CaseLoader, check_labelled, name_classes, pick_channels
+from medfl_ray.data.loading import (
+    CaseLoader,
+    check_labelled,
+    label_problem,
+    name_classes,
+    name_private_classes,
+    pick_channels,
+)
 from medfl_ray.data.partitions import partition_patients, split_holdout
 from medfl_ray.data.phantom_source import open_phantom_hospital, phantom_hospital_names, split_phantoms
 from medfl_ray.data.poison import alteration_of
@@ -46,28 +55,48 @@ def list_hospitals(run: RunConfig) -> list[SitePolicy]:
         return [_policy(run, name, "synthetic", count) for name, count in zip(names, counts, strict=True)]
     if run.data.directory is not None:
         return _partitioned_policies(run)
+    check_folders(run)
     return [_hospital_policy(run, hospital) for hospital in run.data.hospitals]
 
 
 def open_hospital_data(
-    run: RunConfig, hospital_ids: tuple[str, ...], budget: MemoryBudget | None = None
+    run: RunConfig,
+    hospital_ids: tuple[str, ...],
+    budget: MemoryBudget | None = None,
+    cache_root: Path | None = None,
 ) -> HospitalData:
     """Open one hospital's data, or the union of several inside one trust domain.
 
     Nothing is decoded before it is needed, unless training.num_workers asks for it. Prepared volumes count towards
-    `budget`, which several hospitals of one process may share.
+    `budget`, which several hospitals of one process may share. Private data are not decoded here:
+    `HospitalData.check_cases` does that, and leaves out what cannot be used.
+
+    Args:
+      cache_root: folder below which prepared volumes lie with data.cache: disk; a temporary folder when None.
 
     Raises:
-      ConfigError: a hospital is not in the run, or its folder does not exist.
+      ConfigError: a hospital is not in the run, its folder does not exist, or private data are not named.
       DataError: the folder or a case is not usable; the message says which case and why.
     """
+    if cache_root is not None:
+        sweep_caches(cache_root)  # whatever this run keeps, an earlier one may have been killed with volumes on disk
     opened = [_open(run, hospital_id) for hospital_id in hospital_ids]
     if not opened:
         raise ConfigError("no hospital was asked for; expected at least one of the run's")
     _check_one_network(opened)
     sampling = PatchSampling.from_config(run.training, run.patch_size)
-    data = HospitalData(opened, sampling, run.data, budget, alteration_of(run.attack, opened))
-    data.decode(_num_workers(run, hospital_ids))
+    data = HospitalData(
+        opened,
+        sampling,
+        run.data,
+        budget,
+        alteration_of(run.attack, opened),
+        cache_root=cache_root,
+        num_workers=_num_workers(run, hospital_ids),
+        blanks_unreadable=run.privacy.patient_level,
+    )
+    if data.declared != "private":
+        data.decode()
     return data
 
 
@@ -132,6 +161,40 @@ def _refuse_other_ledger(run: RunConfig, hospital: HospitalConfig) -> None:
             "where its ledger lies is not for a run to say. Leave it out; MEDFL_STATE_DIR of the hospital's machine "
             "names the folder"
         )
+
+
+def check_folders(run: RunConfig) -> None:
+    """Refuse one folder as two hospitals: its patients would have two accounts, and be charged twice or half.
+
+    Raises:
+      ConfigError: two hospitals have the same folder, or one has a folder inside the other's.
+    """
+    known: list[tuple[str, Path]] = []
+    for name, _, folder in declared_folders(run):
+        for other, place in known:
+            if folder == place or folder in place.parents or place in folder.parents:
+                raise ConfigError(
+                    f"hospitals {other!r} and {name!r} name one folder, or one inside the other; a patient "
+                    "belongs to one hospital: give each its own folder, or deal one folder of public data with "
+                    "data.directory and data.partition"
+                )
+        known.append((name, folder))
+
+
+def declared_folders(run: RunConfig) -> list[tuple[str, Declared, Path]]:
+    """Return hospital, declaration and resolved folder of whatever folders of images a run names and are found here."""
+    if run.data.directory is not None:
+        return [(run.data.name, run.data.declared, run.data.directory.resolve())]
+    found: list[tuple[str, Declared, Path]] = []
+    for hospital in run.data.hospitals:
+        if hospital.directory is None and hospital.site_config is None:
+            continue
+        try:
+            site = _locate(run, hospital)
+            found.append((hospital.id, site.declared, site.directory.resolve()))
+        except (ConfigError, OSError):  # the file lies on another machine, or says itself what is wrong with it
+            continue
+    return found
 
 
 def own_policy(run: RunConfig, hospital_id: str) -> SitePolicy | None:
@@ -208,7 +271,8 @@ def _find(run: RunConfig, hospital_id: str) -> tuple[Site, CaseIndex, tuple[Case
         return site, index, parts[_known(hospital_id, tuple(parts))]
     hospitals = {hospital.id: hospital for hospital in run.data.hospitals}
     site = _locate(run, hospitals[_known(hospital_id, tuple(hospitals))])
-    index = discover_cases(site.directory, site.data.format)
+    named = site.data.channels if is_private(site) else None
+    index = discover_cases(site.directory, site.data.format, named)
     return site, index, index.cases
 
 
@@ -220,37 +284,92 @@ def _known(hospital_id: str, names: tuple[str, ...]) -> str:
 
 def _open_cases(run: RunConfig, site: Site, index: CaseIndex, cases: tuple[Case, ...]) -> HospitalCases:
     data = site.data
+    if is_private(site):
+        return _open_private(run, site, index)
     check_labelled(cases, data.task)
     found = index.channels or _channels_of(cases[0])
     channels, picked = pick_channels(data.channels, found)
-    confidential = site.declared == "private" and run.privacy.enable_dp
-    if confidential and data.task == "classification" and not (data.labels or index.labels):
-        raise ConfigError(
-            f"hospital {site.hospital_id!r} has private data whose classes are not named, and to find them among its "
-            "patients would tell of these; name every class in data.labels"
-        )
     values, classes = name_classes(data.labels, index, data.task)
-    preprocessing = Preprocessing.from_config(
-        data, run.spatial_dims, channels, tuple(values) if data.task == "segmentation" else ()
-    )
-    train, holdout = split_holdout(cases, data.holdout_fraction, run.federation.seed, confidential)
+    train, holdout = split_holdout(cases, data.holdout_fraction, run.federation.seed)
     position = {id(case): i + 1 for i, case in enumerate(cases)}
+    preprocessing = _preprocessing(run, data, channels, values)
 
     def loader(case: Case) -> CaseLoader:
-        shown = "" if site.declared == "private" else f" ({case.images[0].name})"
-        where = f"hospital {site.hospital_id!r}, case {position[id(case)]} of {len(cases)}{shown}"
+        where = f"hospital {site.hospital_id!r}, case {position[id(case)]} of {len(cases)} ({case.images[0].name})"
         return CaseLoader(case, preprocessing, picked, values, where)
 
-    patients = sorted({case.patient_id for case in train})
     return HospitalCases(
         hospital_id=site.hospital_id,
         declared=site.declared,
         channels=channels,
         labels=classes,
         preprocessing=preprocessing,
-        train=tuple(tuple(loader(case) for case in train if case.patient_id == patient) for patient in patients),
+        train=by_patient(train, loader),
         holdout=tuple(loader(case) for case in sorted(holdout, key=lambda c: (c.patient_id, c.case_id))),
     )
+
+
+def is_private(site: Site) -> bool:
+    """Whether nothing may be derived from the hospital's cases as a whole, whatever the run's privacy is."""
+    return site.declared == "private"
+
+
+def _open_private(run: RunConfig, site: Site, index: CaseIndex) -> HospitalCases:
+    """Open private data: names from run and header alone, each case by itself; what cannot be used is left out.
+
+    One patient more, or less, moves no other: not by channels or labels, a split, an order or an error.
+    """
+    data, who = site.data, site.hospital_id
+    channels, picked = pick_channels(data.channels, index.channels)
+    if not channels:
+        raise ConfigError(
+            f"hospital {who!r} has private data whose channels are named neither by the run nor by the layout, and to "
+            "count them in an image would reveal what its patients have; name them in data.channels"
+        )
+    values, classes = name_private_classes(data.labels, index.labels, data.task, who)
+    num_classes = max(values) + 1 if data.task == "classification" else None
+    usable, notes = [], []
+    for number, case in enumerate(index.cases, start=1):
+        where = f"hospital {who!r}, case {number} of {len(index.cases)}"
+        problem = label_problem(case, data.task, where, num_classes)
+        if problem is None:
+            usable.append((case, where))
+        else:
+            notes.append(f"case {number} of {len(index.cases)} is not used: {problem}")
+    places = {id(case): where for case, where in usable}
+    train, holdout = split_holdout(
+        [case for case, _ in usable], data.holdout_fraction, run.federation.seed, independently=True
+    )
+    preprocessing = _preprocessing(run, data, channels, values)
+
+    def loader(case: Case) -> CaseLoader:
+        return CaseLoader(case, preprocessing, picked, values, places[id(case)], by_name_alone=True)
+
+    return HospitalCases(
+        hospital_id=who,
+        declared=site.declared,
+        channels=channels,
+        labels=classes,
+        preprocessing=preprocessing,
+        train=by_patient(train, loader),
+        holdout=tuple(loader(case) for case in sorted(holdout, key=lambda case: case.patient_id)),
+        notes=tuple(notes),
+    )
+
+
+def by_patient(cases: Sequence[Case], loader: Callable[[Case], CaseLoader]) -> tuple[tuple[CaseLoader, ...], ...]:
+    """Return the loaders of each patient's cases, patients in the order of their names."""
+    patients: dict[str, list[CaseLoader]] = {}
+    for case in cases:
+        patients.setdefault(case.patient_id, []).append(loader(case))
+    return tuple(tuple(patients[patient]) for patient in sorted(patients))
+
+
+def _preprocessing(
+    run: RunConfig, data: DataConfig, channels: tuple[str, ...], values: Mapping[int, str]
+) -> Preprocessing:
+    label_values = tuple(values) if data.task == "segmentation" else ()
+    return Preprocessing.from_config(data, run.spatial_dims, channels, label_values)
 
 
 def _channels_of(case: Case) -> tuple[str, ...]:

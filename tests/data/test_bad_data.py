@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -149,10 +150,15 @@ def test_broken_file(name, decathlon, write_nifti, make_run):
     spoil, kind, message = BROKEN_FILES[name]
     folder = decathlon(patient_id=["Mrs-A", "Mrs-B", "Mrs-C", "Mrs-D"])
     spoil(folder, write_nifti)
-    run = make_run({"hospitals": [{"id": "h", "directory": str(folder), "num_patients": 4}]})
+    hospital = {"id": "h", "directory": str(folder), "num_patients": 4}
+    data = open_hospital_data(make_run({"hospitals": [hospital], "declared": "private"}), ("h",))
+    data.check_cases()
+    assert data.num_train_patients + len(data.holdout) == 3, "the other patients stay"
+    (text,) = data.notes
+    assert re.search(message, text)
     with pytest.raises(kind, match=message) as caught:
-        open_hospital_data(run, ("h",)).decode(1)
-    text = str(caught.value)
+        open_hospital_data(make_run({"hospitals": [hospital], "declared": "public"}), ("h",)).decode(1)
+    assert "case 2 of 4" in str(caught.value)
     assert "case 2 of 4" in text
     assert "\n" not in text
     assert "Mrs" not in text

@@ -1,6 +1,8 @@
 """Prepared cases within a limit of memory: the longest unused goes first, and comes back the same."""
 
+import errno
 import gc
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from medfl_ray.data.cache import MemoryBudget, PreparedCases, num_bytes_of
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.data.phantom_source import phantom_hospital_names
 from medfl_ray.data.sources import open_hospital_data
+from medfl_ray.errors import UnreadableFile
 
 EDGE = 4
 CASE_BYTES = EDGE**3 * (4 + 1)
@@ -92,3 +95,73 @@ def test_patches_are_the_same_with_and_without_a_limit(cache_mb):
     )
     rng = np.random.default_rng(0)
     assert drawn == [free.train_patches(i % free.num_train_patients, 1, rng)[0].sum().item() for i in range(12)]
+
+
+def full_disk(monkeypatch, number, fails=lambda path: True):
+    """Let writing to the cache's own folder fail as a machine without space, files or permission does."""
+    import medfl_ray.data.cache as cache
+
+    real = cache._mapped
+
+    def fail(array, path):
+        if fails(path):
+            path.write_bytes(b"half of it")
+            raise OSError(number, os.strerror(number), str(path))
+        return real(array, path)
+
+    monkeypatch.setattr(cache, "_mapped", fail)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EIO, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("file", ["1.image.npy", "1.label.npy"])
+def test_hole_a_disk_that_is_full_excludes_no_case(monkeypatch, tmp_path, number, file):
+    full_disk(monkeypatch, number, lambda path: path.name == file)
+    loaders = Loaders(3)
+    cases = PreparedCases(loaders.all(), "disk", root=tmp_path)
+    assert cases.problems(2) == {}
+    assert [case.image.max() for case in [*cases, *cases]] == [0, 1, 2, 0, 1, 2]
+    assert loaders.calls == [1, 3, 1]
+    assert not list(tmp_path.rglob("1.*.npy")), "no half of a case is left on a full disk"
+    cases.close()
+
+
+def test_a_full_disk_is_told_once_in_the_hospitals_own_log_without_any_path(monkeypatch, tmp_path):
+    from structlog.testing import capture_logs
+
+    full_disk(monkeypatch, errno.ENOSPC)
+    with capture_logs() as lines:
+        assert PreparedCases(Loaders(3).all(), "disk", root=tmp_path).problems(1) == {}
+    (line,) = lines
+    assert (line["event"], line["reason"]) == ("cache_cannot_be_written", os.strerror(errno.ENOSPC))
+    assert str(tmp_path) not in str(line)
+
+
+def too_many_files_in_a_readers_words():
+    from medfl_ray.data.readers import _plain_errors
+
+    with _plain_errors():
+        raise OSError(errno.EMFILE, "Too many open files")
+
+
+def raises(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("load", "kind"),
+    [
+        (lambda: raises(MemoryError()), MemoryError),
+        (lambda: raises(OSError(errno.ENFILE, "Too many open files in system")), OSError),
+        (too_many_files_in_a_readers_words, UnreadableFile),
+    ],
+    ids=["memory", "files", "files in a reader's words"],
+)
+def test_hole_a_machine_without_memory_or_files_excludes_no_case(load, kind):
+    cases = PreparedCases([*Loaders(2).all(), load])
+    with pytest.raises(kind):
+        cases.problems(2)
+
+
+def test_a_file_that_cannot_be_read_is_its_own_cases_fault():
+    cases = PreparedCases([*Loaders(1).all(), lambda: raises(OSError(errno.EIO, "x")), lambda: raises(KeyError("x"))])
+    assert sorted(cases.problems(1)) == [1, 2]

@@ -121,7 +121,8 @@ def test_disk_cache_holds_no_identifier_and_is_removed():
     assert isinstance(cases[0].image, np.memmap)
     folder = cases._folder
     files = sorted(path.name for path in folder.iterdir())
-    assert files == ["0.image.npy", "0.label.npy"]
+    assert files == [".lock", "0.image.npy", "0.label.npy"]
+    assert all(path.stat().st_mode & 0o077 == 0 for path in folder.iterdir())
     assert all(b"Secret" not in path.read_bytes() for path in folder.iterdir())
     assert folder.stat().st_mode & 0o077 == 0
     del cases
