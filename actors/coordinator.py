@@ -27,6 +27,7 @@ from medfl_ray.federation.ports import ClientPool, Ledger
 from medfl_ray.federation.round_context import Combine
 from medfl_ray.federation.run import RunOutcome, RunParts, run_federation
 from medfl_ray.params import Layout, Vector
+from medfl_ray.round_times import clock_of, has_secret_cohorts
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.ledger_events import LedgerHead
 from medfl_ray.store.run_folder import RunFolder
@@ -76,12 +77,13 @@ def expected_heads(
     run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, root: Path
 ) -> dict[str, tuple[str, ...]]:
     """Return the rows that each hospital's ledger must hold: of the mirror, and of the run's last receipt."""
-    if not run.privacy.patient_level:
+    charged = [policy for policy in policies if run.privacy.patient_level or policy.declared == "private"]
+    if not charged:
         return {}
     mirror = run_mirror(run, policies, folder, root)
     receipts = receipt_heads(RunFolder(folder, run).signed_receipts())
     return {
-        policy.hospital: mirror.expected_heads(policy.hospital, receipts.get(policy.hospital)) for policy in policies
+        policy.hospital: mirror.expected_heads(policy.hospital, receipts.get(policy.hospital)) for policy in charged
     }
 
 
@@ -114,6 +116,7 @@ def open_federation_ledger(run: RunConfig, policies: tuple[SitePolicy, ...], fol
         one_run=one_run,
         unit="hospital",
         expected_heads=[LedgerHead.parse(head) for head in expected],
+        clock=clock_of(has_secret_cohorts(run)),
     )
 
 
@@ -209,7 +212,17 @@ class Coordinator:
     `run` goes on from the last published round.
     """
 
-    def __init__(self, policies: tuple[SitePolicy, ...], folder: Path, root: Path, gpus_per_actor: float) -> None:
+    def __init__(
+        self,
+        policies: tuple[SitePolicy, ...],
+        folder: Path,
+        root: Path,
+        gpus_per_actor: float,
+        umask: int | None = None,
+    ) -> None:
+        """Take what a run needs; `umask` is of whoever started it, for the files of the run's folder."""
+        if umask is not None:
+            os.umask(umask)
         self._policies, self._folder, self._root = policies, folder, root
         self._gpus_per_actor = gpus_per_actor
         self._events: deque[Event] = deque()

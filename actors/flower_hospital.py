@@ -22,14 +22,15 @@ from actors.hospital import HospitalSpec, build_hospital
 from medfl_ray.config import RunConfig
 from medfl_ray.config_files import load_run_config
 from medfl_ray.errors import ConfigError, FederationError, LedgerError, MedflError
+from medfl_ray.federation.failures import start_failure
 from medfl_ray.federation.hospital import Hospital
-from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.messages import ClientFailure, Mechanism
 from medfl_ray.params import Vector
 from medfl_ray.store.durable import replace_file
 from medfl_ray.store.state_folders import hospital_folder, state_root
 
 KEY_FILE, RESERVATIONS_FILE = "flower_signing_key", "flower_reservations.json"
+AGREED_FILE = "flower_agreed_runs.json"
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 Settings = Mapping[str, object]
 Reservation = tuple[str, Mechanism]
@@ -39,11 +40,15 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Node:
-    """What a SuperNode is to us: a hospital, and the run's YAML file; `is_own` where the node itself named both."""
+    """What a SuperNode is to us: a hospital, and the run's YAML file; `is_own` where the node itself named both.
+
+    `executions` is how many times the hospital lets its run file be carried out on private data.
+    """
 
     hospital: str
     run_file: Path
     is_own: bool = False
+    executions: int = 1
 
 
 def node_of(node: Settings, app: Settings) -> Node:
@@ -62,7 +67,7 @@ def node_of(node: Settings, app: Settings) -> Node:
                 "the SuperNode names its hospital but no run file; start it with --node-config "
                 '\'hospital="NAME" run="/path/of/run.yaml"\''
             )
-        return Node(str(node["hospital"]), Path(str(node["run"])), is_own=True)
+        return Node(str(node["hospital"]), Path(str(node["run"])), True, _executions(node.get("executions", 1)))
     if "partition-id" not in node or "run" not in app:
         raise ConfigError(
             "the node does not say which hospital it is; start the SuperNode with --node-config "
@@ -75,6 +80,12 @@ def node_of(node: Settings, app: Settings) -> Node:
     if number >= len(names):
         raise ConfigError(f"the simulation has more nodes than the run has hospitals ({len(names)}); start fewer")
     return Node(names[number], file)
+
+
+def _executions(value: object) -> int:
+    if not str(value).isdecimal() or int(str(value)) < 1:
+        raise ConfigError(f"the SuperNode's 'executions' is {value!r}; expected a whole number from 1")
+    return int(str(value))
 
 
 def answer(text: str, weights: Vector | None, node: Settings, app: Settings) -> Answer:
@@ -91,9 +102,9 @@ def answer(text: str, weights: Vector | None, node: Settings, app: Settings) -> 
         return ask_hospital(request, weights, known)
     except MedflError as error:
         return start_failure(request.hospital, error, number, attempt)
-    except Exception as error:
+    except Exception:
         log.exception("flower_node_failed", ask=request.ask, hospital=request.hospital)
-        reason = f"{type(error).__name__} at the hospital's node; its own log has the details"
+        reason = "the hospital's node failed; its own log has the details"
         return start_failure(request.hospital, reason, number, attempt)
 
 
@@ -107,9 +118,9 @@ def ask_hospital(request: Request, weights: Vector | None, node: Node) -> Answer
     """
     run = load_run_config(node.run_file)
     check_request(request, run, node)
-    expected = request.expected_heads if request.ask == "describe" else ()
-    hospital = hospital_of(node, request.job, request.index, expected)
+    hospital = hospital_of(node, request.job)
     if request.ask == "describe":
+        hospital.check_expected(request.expected_heads)
         return hospital.info()
     if request.ask == "ledger":
         return hospital.export_ledger()
@@ -145,8 +156,10 @@ def check_request(request: Request, run: RunConfig, node: Node) -> None:
 
 
 @lru_cache(maxsize=4)
-def hospital_of(node: Node, job: str, index: int, expected_heads: tuple[str, ...]) -> Hospital:
+def hospital_of(node: Node, job: str) -> Hospital:
     """Build this node's hospital for a run, in folders of the node's own machine.
+
+    Nothing that a request says but the job is part of it: else each new value would have all images read again.
 
     Raises:
       MedflError: as of `build_hospital`.
@@ -154,9 +167,11 @@ def hospital_of(node: Node, job: str, index: int, expected_heads: tuple[str, ...
     from medfl_ray.data.sources import list_hospitals
 
     run = load_run_config(node.run_file)
-    policy = next((policy for policy in list_hospitals(run) if policy.hospital == node.hospital), None)
-    if policy is None:
+    policies = list_hospitals(run)
+    index = next((place for place, policy in enumerate(policies) if policy.hospital == node.hospital), None)
+    if index is None:
         raise ConfigError(f"the run file has no hospital {node.hospital!r}; the node's configuration must name one")
+    policy = policies[index]
     if policy.declared == "private" and not node.is_own:
         raise ConfigError(
             f"hospital {node.hospital!r} has private data, and its node does not say itself what it trains; start the "
@@ -165,17 +180,43 @@ def hospital_of(node: Node, job: str, index: int, expected_heads: tuple[str, ...
     root = state_root(run)
     folder = hospital_folder(policy, root / "flower" / job, root)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if policy.declared == "private":
+        agree(folder / AGREED_FILE, run.config_hash, job, node)
     spec = HospitalSpec(
         run,
         policy,
         index,
         (policy.hospital,),
         folder,
-        expected_heads=expected_heads,
         signing_seed=None if run.privacy.patient_level else signing_seed(folder / KEY_FILE),
         job=job,
     )
     return build_hospital(spec, reservations=KeptReservations(folder / RESERVATIONS_FILE))
+
+
+def agree(file: Path, config_hash: str, job: str, node: Node) -> None:
+    """Note durably which job carries out the hospital's run file, or refuse one more: a new name is a new budget.
+
+    Raises:
+      ConfigError: the run file was carried out as often as the hospital allows.
+      LedgerError: the record cannot be read.
+    """
+    try:
+        agreed: dict[str, list[str]] = json.loads(file.read_text()) if file.is_file() else {}
+        known = [str(name) for name in agreed.get(config_hash, [])]
+    except (OSError, ValueError, AttributeError, TypeError):
+        raise LedgerError(
+            f"{file.name} in the hospital's state folder cannot be read; restore it from a backup"
+        ) from None
+    if job in known:
+        return
+    if len(known) >= node.executions:
+        raise ConfigError(
+            f"the run file of hospital {node.hospital!r} was carried out already, as {', '.join(known)}; its epsilon "
+            "is for one run. To let it be carried out once more, the hospital starts its SuperNode with "
+            f"executions={len(known) + 1} in --node-config"
+        )
+    replace_file(file, json.dumps({**agreed, config_hash: [*known, job]}, indent=1).encode(), private=True)
 
 
 def signing_seed(file: Path) -> bytes:
@@ -232,7 +273,7 @@ class KeptReservations(MutableMapping[RoundKey, Reservation]):
 
     def _write(self, reservations: Mapping[RoundKey, Reservation]) -> None:
         rows = [[*key, name, mechanism.model_dump()] for key, (name, mechanism) in reservations.items()]
-        replace_file(self._file, json.dumps(rows).encode())
+        replace_file(self._file, json.dumps(rows).encode(), private=True)
 
 
 def failure_of(hospital: str, reason: str, request: Request) -> ClientFailure:

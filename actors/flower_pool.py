@@ -15,7 +15,7 @@ from actors.flower_messages import Answer, Identity, Parcel, Request, unpack
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError, FederationError
 from medfl_ray.federation.baselines import CENTRAL
-from medfl_ray.federation.local_pool import deadline_failure, evaluation_failure, start_failure
+from medfl_ray.federation.failures import deadline_failure, evaluation_failure, start_failure
 from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
@@ -60,6 +60,7 @@ class FlowerPool:
         check_flower_run(run)
         self._link, self._run, self._job, self._wait_s = link, run, job, wait_s
         self._index = {policy.hospital: number for number, policy in enumerate(policies)}
+        self._keeps_accounts = any(policy.declared == "private" for policy in policies)
         self._heads = expected_heads
         self._nodes: dict[str, int] = {}
         self._clock: tuple[tuple[int, int], float] = ((0, 0), 0.0)
@@ -76,15 +77,17 @@ class FlowerPool:
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
         ends = self._ends_of(plan)
-        if not plan.mechanisms:  # nothing to reserve: a message each would start a process each
-            return dict.fromkeys(plan.hospitals)
+        if not plan.mechanisms and not self._keeps_accounts:
+            return dict.fromkeys(plan.hospitals)  # nothing to write down: a message each would start a process each
         calls: Calls = {n: (self._request("reserve", n, plan=plan.addressed_to(n)), None) for n in plan.hospitals}
         answers: dict[str, Any] = dict(self._ask(calls, PrivacySpent, ends or _in(START_TIMEOUT_S)))
         return answers
 
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
         if plan.mechanisms:
-            calls: Calls = {n: (self._request("release", n, plan=plan, reason=reason), None) for n in hospitals}
+            calls: Calls = {
+                n: (self._request("release", n, plan=plan.addressed_to(n), reason=reason), None) for n in hospitals
+            }
             list(self._ask(calls, type(None), _in(plan.deadline_s or START_TIMEOUT_S)))
 
     def train(
@@ -112,7 +115,7 @@ class FlowerPool:
             yield answer
 
     def export_ledgers(self) -> dict[str, dict[str, Any]]:
-        if not self._run.privacy.patient_level:
+        if not self._run.privacy.patient_level and not self._keeps_accounts:
             return {}
         calls: Calls = {name: (self._request("ledger", name), None) for name in self._nodes}
         answers = self._ask(calls, dict, _in(START_TIMEOUT_S))

@@ -1,37 +1,31 @@
-"""Building a hospital where it runs, and the plain class that Ray turns into an actor.
-
-This file imports no Ray: `ray.remote(HospitalActor)` is applied in ray_pool.py, and the same builder
-serves the in-process pool.
-"""
+"""Building a hospital where it runs, whichever pool it is for. This file imports no Ray."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actors.names import home_name
+import structlog
+
 from medfl_ray.config import RunConfig, TrainingConfig
-from medfl_ray.errors import ConfigError, DataError, LabelError, LedgerError, MedflError, PrivacyConfigError
-from medfl_ray.federation.hospital import Hospital, HospitalParts, is_confidential, shown_problem
-from medfl_ray.federation.local_pool import start_failure
+from medfl_ray.errors import ConfigError, DataError, LabelError, LedgerError, PrivacyConfigError
+from medfl_ray.federation.agreement import Agreement
+from medfl_ray.federation.answer_times import AnswerTimes, answer_step_s
+from medfl_ray.federation.hospital import Hospital, HospitalParts
 from medfl_ray.federation.planning import account_delta, budget_of, is_for_one_run
-from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Memory, Signer
+from medfl_ray.federation.ports import Ledger, Memory, Signer
+from medfl_ray.federation.private_answers import is_confidential, shown_reason
 from medfl_ray.messages import (
-    ClientFailure,
-    ClientUpdate,
-    HospitalInfo,
     Mechanism,
-    PrivacySpent,
-    RoundPlan,
-    SiteEvaluation,
 )
 from medfl_ray.params import Vector
 from medfl_ray.site_policy import SitePolicy
 
 PICTURES_PER_HOSPITAL = 2
+CACHE_FOLDER = "cache"
+log = structlog.get_logger()
 OpenData = Callable[[RunConfig, tuple[str, ...]], Any]
 Answer = TypeVar("Answer")
 
@@ -45,7 +39,7 @@ class HospitalSpec:
     `pooled` are the hospitals whose own ledgers are charged instead, where several hospitals' data are pooled.
     `expected_heads` are rows that the ledger must hold, from the coordinator's mirror and the run's last receipt.
     `job` is the run's, under which what the hospital remembers of it is kept.
-    `signing_seed` makes the key under which it signs updates; where it keeps a ledger, the ledger's key signs.
+    `signing_seed` makes the key under which it signs updates where it keeps no ledger; else the ledger's key signs.
     """
 
     run: RunConfig
@@ -63,12 +57,18 @@ Reservations = MutableMapping[tuple[str, int, int], tuple[str, Mechanism]]
 
 
 def build_hospital(
-    spec: HospitalSpec, open_data: OpenData | None = None, reservations: Reservations | None = None
+    spec: HospitalSpec,
+    open_data: OpenData | None = None,
+    reservations: Reservations | None = None,
+    times: AnswerTimes | None = None,
 ) -> Hospital:
     """Open data, network and ledger of one hospital; `reservations` are those left open by an earlier process.
 
+    Of private data it takes a time that follows from declared figures alone, whether it succeeds or not.
+
     Args:
       open_data: instead of `open_hospital_data`, where a process has the same images open already.
+      times: the clock of the hospital's answers.
 
     Raises:
       DataError, ModelError, PrivacyError: with the reason, in words that hold no identifier.
@@ -76,22 +76,79 @@ def build_hospital(
     from medfl_ray.models.light_monai import load_monai
 
     load_monai()  # not where the actor is made: until then Ray counts it as not there, and calls fail
+    configure_logs()
+    check_own_policy(spec)
+    if not is_confidential(spec.policy):
+        return _build(spec, open_data, reservations, times or AnswerTimes())
+    times = times or _kept_times(spec)
+    with times.padded("describe", answer_step_s(spec.policy)):
+        return _build(spec, open_data, reservations, times)
+
+
+def _build(
+    spec: HospitalSpec, open_data: OpenData | None, reservations: Reservations | None, times: AnswerTimes
+) -> Hospital:
+    if spec.run.training.client_algo is not None:
+        return algo_hospital(spec, times)
+    return _built(spec, _opened(spec, open_data), reservations, times)
+
+
+def _kept_times(spec: HospitalSpec) -> AnswerTimes:
+    """Return the clock of private answers, which remembers over restarts how often a step was too short."""
+    from medfl_ray.store.scoring_record import AnswerSteps
+
+    _make_state_folder(spec)
+    return AnswerTimes(doublings=AnswerSteps(spec.state_folder))
+
+
+def _opened(spec: HospitalSpec, open_data: OpenData | None) -> Any:
+    """Open the hospital's data; what is wrong with private ones stays in its own log."""
     from medfl_ray.data.sources import open_hospital_data
+
+    run, policy = spec.run, spec.policy
+    try:
+        if open_data is not None:
+            data = open_data(run, spec.members)
+        else:
+            data = open_hospital_data(run, spec.members, cache_root=cache_root(spec))
+        if is_confidential(policy):
+            _check_cases(data, policy.hospital)
+    except ConfigError:
+        raise  # of the run's own names, read before any case
+    except Exception as error:
+        if is_confidential(policy):
+            raise DataError(shown_reason(policy, error, "start")) from None
+        raise
+    return data
+
+
+def _check_cases(data: Any, hospital: str) -> None:
+    """Leave out what cannot be used: a broken case must not fail the round that first draws its patient."""
+    try:
+        data.check_cases()
+    finally:
+        for note in data.notes:
+            log.warning("case_not_used", hospital=hospital, note=note)
+
+
+def cache_root(spec: HospitalSpec) -> Path | None:
+    """Return where prepared volumes may lie on the disk: in the hospital's own folder, that of its ledger.
+
+    Also for a run that keeps none there: what a killed one left is swept when the next one starts.
+    """
+    if not is_confidential(spec.policy):
+        return None
+    _make_state_folder(spec)
+    return spec.state_folder / CACHE_FOLDER
+
+
+def _built(spec: HospitalSpec, data: Any, reservations: Reservations | None, times: AnswerTimes) -> Hospital:
+    from medfl_ray.store.scoring_record import ScoredModels
     from medfl_ray.training.local_passes import LocalRules
     from medfl_ray.training.optimizers import make_optimizer
     from medfl_ray.training.trainer import Trainer
 
-    configure_logs()
     run, policy = spec.run, spec.policy
-    check_own_policy(spec)
-    if run.training.client_algo is not None:
-        return algo_hospital(spec)
-    try:
-        data = (open_data or open_hospital_data)(run, spec.members)
-        if is_confidential(run, policy):
-            data.check_cases()  # else a broken case would fail the round that first draws its patient
-    except DataError as error:
-        raise type(error)(shown_problem(run, policy, error, "start")) from None
     check_classes(run, data.labels)
     check_channels(run, data.channels)
     trainer = Trainer(
@@ -110,7 +167,7 @@ def build_hospital(
     if run.privacy.patient_level:
         trainer.group_size()  # refuses here, before anything is charged, a network that mixes patients
     _make_state_folder(spec)
-    ledger = open_ledger(spec) if run.privacy.patient_level else None
+    ledger = open_ledger(spec) if keeps_account(spec) else None
 
     def local_report(
         round: int, values: Mapping[str, float], scores: Sequence[Any], pictures: tuple[bytes, ...]
@@ -121,15 +178,41 @@ def build_hospital(
         spent = ledger.spent() if ledger is not None else None
         write_local_report(spec.state_folder, policy.hospital, run, round, values, figures, pictures, spent)
 
-    rules, key, memory = LocalRules(trainer, run.aggregation), signing_key(spec), open_memory(spec)
-    kept: Reservations = {} if reservations is None else reservations
-    parts = HospitalParts(
-        run, policy, spec.index, trainer, rules, data, ledger, make_pictures, local_report, key, memory, kept
+    return Hospital(
+        HospitalParts(
+            run=run,
+            policy=policy,
+            index=spec.index,
+            trainer=trainer,
+            rules=LocalRules(trainer, run.aggregation),
+            data=data,
+            ledger=ledger,
+            make_pictures=make_pictures,
+            write_local_report=local_report,
+            signer=signing_key(spec),
+            memory=open_memory(spec),
+            reservations={} if reservations is None else reservations,
+            agreement=agreement_of(spec),
+            times=times,
+            scored=ScoredModels(spec.state_folder, spec.job) if is_confidential(policy) else None,
+        )
     )
-    return Hospital(parts)
 
 
-def algo_hospital(spec: HospitalSpec) -> Hospital:
+def agreement_of(spec: HospitalSpec) -> Agreement:
+    """Return what a hospital agreed to: the run of its specification, and no other."""
+    return Agreement(spec.run, spec.policy, spec.job, [member.policy for member in spec.pooled])
+
+
+def keeps_account(spec: HospitalSpec) -> bool:
+    """Whether the data set has a ledger: where patients are charged, and of private data always.
+
+    What leaves private data without a charge stands there too.
+    """
+    return spec.run.privacy.patient_level or is_confidential(spec.policy)
+
+
+def algo_hospital(spec: HospitalSpec, times: AnswerTimes) -> Hospital:
     """Return a hospital that trains by the ClientAlgo which its run names, and opens no data of its own.
 
     Raises:
@@ -158,8 +241,21 @@ def algo_hospital(spec: HospitalSpec) -> Hospital:
     data: Any = AlgoData(run.data.channels, run.data.labels)
     nothing: Any = lambda *given: None  # noqa: E731 - no pictures, no report of its own
     rules: Any = None  # a ClientAlgo trains by its own
-    key = signing_key(spec)
-    parts = HospitalParts(run, spec.policy, spec.index, algo, rules, data, None, nothing, nothing, key)
+    _make_state_folder(spec)
+    parts = HospitalParts(
+        run=run,
+        policy=spec.policy,
+        index=spec.index,
+        trainer=algo,
+        rules=rules,
+        data=data,
+        ledger=open_ledger(spec) if keeps_account(spec) else None,
+        make_pictures=nothing,
+        write_local_report=nothing,
+        signer=signing_key(spec),
+        agreement=agreement_of(spec),
+        times=times,
+    )
     return AlgoHospital(parts, algo)
 
 
@@ -246,6 +342,7 @@ def open_ledger(spec: HospitalSpec) -> Ledger:
             one_run=is_for_one_run(of.policy),
             max_steps=of.policy.max_total_steps,
             expected_heads=[LedgerHead.parse(head) for head in of.expected_heads],
+            allow_unprotected=of.policy.allow_unprotected,
         )
 
     return PooledLedger([account(member) for member in spec.pooled]) if spec.pooled else account(spec)
@@ -265,10 +362,9 @@ def signing_key(spec: HospitalSpec) -> Signer | None:
     from medfl_ray.store.ledger_file import KEY_NAME
     from medfl_ray.store.signing_key import SigningKey, load_key
 
-    if spec.signing_seed is not None:
-        return SigningKey.from_seed(spec.signing_seed)
-    keeps_account = spec.run.privacy.patient_level and not spec.pooled
-    return load_key(spec.state_folder / KEY_NAME) if keeps_account else None
+    if keeps_account(spec) and not spec.pooled:
+        return load_key(spec.state_folder / KEY_NAME)
+    return SigningKey.from_seed(spec.signing_seed) if spec.signing_seed is not None else None
 
 
 def _make_state_folder(spec: HospitalSpec) -> None:
@@ -293,62 +389,3 @@ def make_pictures(trainer: Any, weights: Vector, data: Any) -> tuple[bytes, ...]
         )
         pictures.append(picture)
     return tuple(pictures)
-
-
-class HospitalActor:
-    """One or several hospitals in a process of their own."""
-
-    def __init__(self, specs: Sequence[HospitalSpec], num_threads: int = 1) -> None:
-        import torch
-
-        torch.set_num_threads(num_threads)
-        self._specs = {spec.policy.hospital: spec for spec in specs}
-        self._hospitals: dict[str, Hospital] = {}
-
-    def __repr__(self) -> str:
-        return f"HospitalActor({home_name(list(self._specs))})"
-
-    def describe(self, hospital: str) -> HospitalInfo | ClientFailure:
-        """Build a hospital and say what is public about it."""
-        return self._asked(hospital, 0, 0, lambda built: built.info())
-
-    def reserve(self, hospital: str, plan: RoundPlan) -> PrivacySpent | ClientFailure | None:
-        """See Hospital.reserve."""
-        return self._asked(hospital, plan.round, plan.attempt, lambda built: built.reserve(plan))
-
-    def release(self, hospital: str, plan: RoundPlan, reason: str) -> None:
-        """See Hospital.release."""
-        self._hospital(hospital).release(plan, reason)
-
-    def train(self, hospital: str, plan: RoundPlan, weights: Vector) -> ClientUpdate | ClientFailure:
-        """See Hospital.train."""
-        return self._asked(hospital, plan.round, plan.attempt, lambda built: built.train(plan, weights))
-
-    def evaluate(self, hospital: str, round: int, weights: Vector, pictures: bool) -> SiteEvaluation | ClientFailure:
-        """See Hospital.evaluate."""
-        return self._asked(hospital, round, 0, lambda built: built.evaluate(round, weights, pictures))
-
-    def train_alone(self, hospital: str, plan: AlonePlan, weights: Vector) -> AloneResult | ClientFailure:
-        """See Hospital.train_alone."""
-        return self._asked(hospital, 0, 0, lambda built: built.train_alone(plan, weights))
-
-    def export_ledger(self, hospital: str) -> dict[str, Any]:
-        """See Hospital.export_ledger."""
-        return self._hospital(hospital).export_ledger()
-
-    def process_id(self) -> int:
-        """Return the actor's process id, for tools that watch or end it."""
-        return os.getpid()
-
-    def _asked(self, name: str, round: int, attempt: int, ask: Callable[[Hospital], Answer]) -> Answer | ClientFailure:
-        """Ask a hospital, which is built first where this process is new: after a restart that may fail."""
-        try:
-            hospital = self._hospital(name)
-        except MedflError as error:
-            return start_failure(name, error, round, attempt)
-        return ask(hospital)
-
-    def _hospital(self, name: str) -> Hospital:
-        if name not in self._hospitals:
-            self._hospitals[name] = build_hospital(self._specs[name])
-        return self._hospitals[name]

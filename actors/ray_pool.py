@@ -17,18 +17,20 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.cluster import check_pinned
-from actors.hospital import HospitalActor, HospitalSpec
+from actors.hospital import HospitalSpec
+from actors.hospital_actor import HospitalActor
 from actors.names import actor_name, home_name
 from actors.placement import Place, Policy, place_actors
 from medfl_ray.errors import ClusterError
 from medfl_ray.federation.baselines import CENTRAL
-from medfl_ray.federation.local_pool import deadline_failure, evaluation_failure, start_failure
+from medfl_ray.federation.failures import deadline_failure, evaluation_failure, start_failure
 from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation, Stage
 from medfl_ray.params import Vector
 
 START_TIMEOUT_S = 600.0
 NAME_TIMEOUT_S = 60.0
+CLOSE_TIMEOUT_S = 5.0
 PATIENCE = 10
 """After so many deadlines, none taken for shorter than SHORT_S, a process that has not answered is ended."""
 SHORT_S = 30.0
@@ -92,7 +94,8 @@ class RayPool:
         return {name: answers[name] for name in plan.hospitals}
 
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
-        calls = {name: (lambda actor, name=name: actor.release.remote(name, plan, reason)) for name in hospitals}
+        told = {name: plan.addressed_to(name) for name in hospitals}
+        calls = {name: (lambda actor, name=name: actor.release.remote(name, told[name], reason)) for name in hospitals}
         fail, ends = failure_of(plan, "reserve", left_host=False), self._ends(plan.deadline_s or START_TIMEOUT_S)
         list(self._gather(calls, fail, f"releasing round {plan.round}", ends))
 
@@ -138,6 +141,10 @@ class RayPool:
         return {name: answer for name, answer in answers if isinstance(answer, dict)}
 
     def close(self) -> None:
+        """End the actors; each first removes what it keeps of images, as far as it answers in time."""
+        closing = [actor.close.remote() for actor in self._actors.values()]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_TIMEOUT_S)
         for actor in self._actors.values():
             ray.kill(actor, no_restart=True)
         self._actors.clear()
@@ -227,9 +234,8 @@ class RayPool:
             return ray.get(reference)
         except RayActorError:
             return fail(name, "the hospital's process ended before it answered; Ray restarts it", True)
-        except RayTaskError as error:
-            reason = f"{type(error.cause).__name__} in the hospital's process; its own log has the details"
-            return fail(name, reason, False)
+        except RayTaskError:  # which error it was may tell of a patient
+            return fail(name, "the hospital's process failed; its own log has the details", False)
         except RayError as error:
             return fail(name, f"Ray lost the hospital's answer ({type(error).__name__})", True)
 
@@ -312,9 +318,11 @@ def failure_of(plan: RoundPlan, stage: Stage, left_host: bool = True) -> Fail:
 def ledgers_to_pin(specs: Sequence[HospitalSpec]) -> list[str]:
     """Return the hospitals whose ledger outlives the run and so belongs to one node.
 
-    The central baseline is among them: it opens every hospital's ledger, which only one node could have.
+    The central baseline is among them: it opens every hospital's ledger, which only one node could have. Private data
+    have one whatever the run's privacy.
     """
-    return [s.policy.hospital for s in specs if s.run.privacy.enable_dp and s.policy.declared != "synthetic"]
+    kept = ("private", "public") if specs and specs[0].run.privacy.enable_dp else ("private",)
+    return [spec.policy.hospital for spec in specs if spec.policy.declared in kept]
 
 
 def deal(names: Sequence[str], num_actors: int | None) -> list[tuple[str, ...]]:

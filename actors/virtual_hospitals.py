@@ -27,8 +27,8 @@ from medfl_ray.aggregation.fixed_point import PartialSum, add_updates, empty_sum
 from medfl_ray.config import Declared, RunConfig
 from medfl_ray.data.cache import MemoryBudget
 from medfl_ray.errors import MedflError, UpdateRejected
+from medfl_ray.federation.failures import start_failure
 from medfl_ray.federation.labels import labelled
-from medfl_ray.federation.local_pool import start_failure
 from medfl_ray.federation.ports import SummedUpdates, TrainedHospital
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, SiteEvaluation
 from medfl_ray.params import Layout, Vector

@@ -24,7 +24,7 @@ from actors.virtual_hospitals import VirtualHospitals
 from actors.virtual_work import Assignment, Finished, Memories, OpenData, Scoring, Turn
 from medfl_ray.config import Declared, RunConfig
 from medfl_ray.errors import ConfigError, FederationError, MedflError, PrivacyError
-from medfl_ray.federation.local_pool import deadline_failure, start_failure
+from medfl_ray.federation.failures import deadline_failure, start_failure
 from medfl_ray.federation.planning import aggregation_weight, check_limits, check_terms
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Answer, SummedUpdates
 from medfl_ray.messages import (
@@ -216,11 +216,7 @@ class VirtualPool:
         return self._ledgers
 
     def _spent(self, hospitals: Sequence[str], heads: Mapping[str, str]) -> dict[str, PrivacySpent]:
-        shown = self._run.privacy.epsilon
-        return {
-            name: spent if spent.budget is not None else spent.model_copy(update={"budget": shown})
-            for name, spent in self._accounts().spent(hospitals, heads).items()
-        }
+        return self._accounts().spent(hospitals, heads)
 
     def _refusal(self, plan: RoundPlan, name: str) -> str | None:
         mechanism, policy = plan.mechanisms.get(name), self._policies[name]
@@ -287,10 +283,10 @@ def check_simulation(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
     if run.federation.baselines:
         raise ConfigError("federation.baselines are not trained with virtual hospitals; use --pool ray or local")
     private = [policy.hospital for policy in policies if policy.declared == "private"]
-    if run.privacy.enable_dp and private:
+    if private:
         raise ConfigError(
-            f"hospital {private[0]!r} has private data, of which a simulation would tell more than differential "
-            "privacy covers; use --pool ray or local"
+            f"hospital {private[0]!r} has private data, and a simulation keeps no account of what leaves them; use "
+            "--pool ray or local"
         )
     real = [policy.hospital for policy in policies if policy.declared != "synthetic"]
     if run.privacy.patient_level and real:

@@ -58,8 +58,13 @@ class PrivacyConfig(Section):
     enable_dp: bool = Field(True, description="Train with DP; off means that the weights may reveal patients.")
     epsilon: PositiveFloat | None = Field(
         None,
-        description="Epsilon that the whole run may spend: patient-level at each hospital, or hospital-level at the "
-        "coordinator, by `unit`.",
+        description="Epsilon that the federated run may spend, its baselines and studies apart: patient-level at each "
+        "hospital, or hospital-level at the coordinator, by `unit`.",
+    )
+    extra_epsilon: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Patient-level epsilon that the run's baselines and studies may spend together at each hospital, "
+        "beside `epsilon`; when absent none on private data, and on others what max_epsilon leaves.",
     )
     delta: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="Delta; min(1e-5, 1 / (10 N)) when absent, with N patients or hospitals by `unit`."

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from medfl_ray.config import Declared, HospitalId, Positive, PositiveFloat, RunConfig, Section
 from medfl_ray.config_files import parse_model, read_yaml
@@ -45,6 +45,11 @@ class SitePolicy(Section):
         None, description="Tasks that the hospital takes part in; all when absent."
     )
     require_dp: bool = Field(False, description="Refuse every job without differential privacy.")
+    allow_unprotected: bool = Field(
+        False,
+        description="Train without patient-level differential privacy on private data although a budget is declared or "
+        "something was charged; the epsilon of the account is infinite from then on.",
+    )
 
     @property
     def effective_delta(self) -> float:
@@ -126,10 +131,24 @@ class SitePrivacySection(Section):
     allowed_tasks: tuple[Literal["segmentation", "classification"], ...] | None = Field(
         None, description="Tasks that the hospital takes part in; all when absent."
     )
+    allow_unprotected: bool = Field(
+        False,
+        description="Train without patient-level differential privacy on private data although a budget is declared or "
+        "something was charged; the epsilon of the account is infinite from then on. Needs enable_dp: false.",
+    )
     num_patients: Positive = Field(description="Rounded, public number of training patients.")
     num_cases: Positive | None = Field(
         None, description="Rounded, public number of training cases, for aggregation.weighting: cases."
     )
+
+    @model_validator(mode="after")
+    def _one_answer(self) -> Self:
+        if self.enable_dp and self.allow_unprotected:
+            raise ValueError(
+                "privacy.allow_unprotected and privacy.enable_dp contradict each other: with enable_dp every job "
+                "without differential privacy is refused; set enable_dp: false, or leave allow_unprotected out"
+            )
+        return self
 
 
 class LoggingSection(Section):
@@ -166,6 +185,7 @@ class SiteConfig(Section):
             max_total_steps=self.privacy.max_total_steps,
             allowed_tasks=self.privacy.allowed_tasks,
             require_dp=self.privacy.enable_dp,
+            allow_unprotected=self.privacy.allow_unprotected,
         )
 
 

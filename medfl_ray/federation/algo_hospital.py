@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from medfl_ray.federation.hospital import Hospital
-from medfl_ray.messages import ClientFailure, RoundPlan, SiteEvaluation
+from medfl_ray.messages import RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
 
 if TYPE_CHECKING:
@@ -29,10 +29,6 @@ class AlgoHospital(Hospital):
         outcome = self._train_plainly(plan, sent, job)
         return replace(outcome, delta=shortened(outcome.delta, self._parts.run.aggregation.max_update_norm))
 
-    def evaluate(self, round: int, weights: Vector, pictures: bool = False) -> SiteEvaluation | ClientFailure:
+    def _score(self, round: int, weights: Vector, pictures: bool) -> SiteEvaluation:
         """Have the ClientAlgo score the weights."""
-
-        def work() -> SiteEvaluation:
-            return SiteEvaluation(hospital=self.id, round=round, metrics=self._labelled(self._algo.metrics(weights)))
-
-        return self._guarded(round, 0, "evaluate", False, work)
+        return SiteEvaluation(hospital=self.id, round=round, metrics=self._labelled(self._algo.metrics(weights)))

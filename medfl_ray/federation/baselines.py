@@ -11,11 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from medfl_ray.config import RunConfig
-from medfl_ray.errors import ConfigError
+from medfl_ray.errors import ConfigError, PrivacyConfigError
 from medfl_ray.federation.events import BaselineProgress, Event, Notice, PhaseStarted
-from medfl_ray.federation.planning import check_limits, mechanism_for, steps_in_round, steps_per_round
+from medfl_ray.federation.planning import (
+    check_limits,
+    extra_budget,
+    mechanism_for,
+    steps_in_round,
+    steps_of_run,
+    steps_per_round,
+)
 from medfl_ray.federation.ports import AlonePlan, AloneResult, PieceKeeper
-from medfl_ray.federation.round_context import RoundContext
+from medfl_ray.federation.round_context import RoundContext, foreign_rows
 from medfl_ray.federation.study_checks import check_studies
 from medfl_ray.messages import (
     ClientFailure,
@@ -27,6 +34,7 @@ from medfl_ray.messages import (
     mean_over_hospitals,
 )
 from medfl_ray.params import Vector
+from medfl_ray.privacy.accountant import Segment, epsilon_spent
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.study_records import Piece
 from medfl_ray.training.schedules import learning_rate
@@ -55,9 +63,11 @@ def check_baselines(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
     Raises:
       ConfigError: some data are private and the hospitals are separate trust domains, or a hospital has the
         name under which the central baseline runs.
-      PrivacyConfigError: a hospital does not allow as many steps as the central baseline takes, or its task.
+      PrivacyConfigError: a hospital does not allow as many steps as the central baseline takes, or its task; or the
+        baselines cost more than privacy.extra_epsilon.
     """
     check_studies(run, policies)
+    check_extra_epsilon(run, policies)
     if any(policy.hospital == CENTRAL for policy in policies):
         raise ConfigError(f"a hospital is named {CENTRAL!r}, which is the name of the central baseline; rename it")
     if CENTRAL not in run.federation.baselines:
@@ -72,6 +82,50 @@ def check_baselines(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
             f"the central baseline would pool the private data of {', '.join(private)}. Remove 'central' from "
             "federation.baselines, or set data.trust_domain: single where one institution may pool them."
         )
+
+
+def check_extra_epsilon(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
+    """Refuse baselines that a hospital's extra epsilon does not cover, before anything of the run is charged.
+
+    Raises:
+      PrivacyConfigError: with what they cost and what is allowed.
+    """
+    has_local = "local" in run.federation.baselines or run.evaluation.cross_site
+    has_central = CENTRAL in run.federation.baselines
+    limits = {policy.hospital: extra_budget(run, policy) for policy in policies}
+    if not run.privacy.patient_level or not (has_local or has_central) or set(limits.values()) == {None}:
+        return
+    planned = {policy.hospital: mechanism_for(run, policy) for policy in policies}
+    charges = {name: charge_of_run(run, mechanism) for name, mechanism in planned.items() if mechanism is not None}
+    central = pooled_charge(list(charges.values())) if has_central and charges else None
+    for policy in policies:
+        limit, mechanism = limits[policy.hospital], planned[policy.hospital]
+        if limit is None or mechanism is None:
+            continue
+        own = [charges[policy.hospital]] if has_local else []
+        cost = epsilon_spent([*own, *([central] if central is not None else [])], mechanism.delta)
+        if cost > limit:
+            raise PrivacyConfigError(
+                f"the run's baselines would spend epsilon={cost:.2f} (patient-level, add/remove adjacency, "
+                f"delta={mechanism.delta:g}) at hospital {policy.hospital!r} beside the run's own epsilon; "
+                f"privacy.extra_epsilon allows {limit:g}. Set privacy.extra_epsilon to at least that, or leave "
+                "federation.baselines and evaluation.cross_site out"
+            )
+
+
+def charge_of_run(run: RunConfig, mechanism: Mechanism) -> Segment:
+    """Return what all rounds of a run cost at a hospital that has the mechanism in its first round."""
+    steps = steps_of_run(run, mechanism.num_steps)
+    return Segment(mechanism.noise_multiplier, mechanism.sample_rate, steps)
+
+
+def pooled_charge(charges: Sequence[Segment]) -> Segment:
+    """Return what the central baseline costs each hospital: everybody's steps at the largest noise and rate."""
+    return Segment(
+        max(charge.noise_multiplier for charge in charges),
+        max(charge.sample_rate for charge in charges),
+        sum(charge.num_steps for charge in charges),
+    )
 
 
 def central_policy(policies: Sequence[SitePolicy], data_set: str) -> SitePolicy:
@@ -96,6 +150,7 @@ def central_policy(policies: Sequence[SitePolicy], data_set: str) -> SitePolicy:
         max_steps_per_round=min(steps) if steps else None,
         allowed_tasks=tuple(sorted(set.intersection(*tasks))) if tasks else None,
         require_dp=any(policy.require_dp for policy in policies),
+        allow_unprotected=all(policy.allow_unprotected for policy in policies),
     )
 
 
@@ -166,7 +221,7 @@ def as_piece(result: AloneResult) -> Piece:
     document = {
         "hospital": result.hospital,
         "metrics": {name: metric.model_dump() for name, metric in result.metrics.items()},
-        "spent": result.spent.model_dump() if result.spent is not None else None,
+        "spent": result.spent.to_json() if result.spent is not None else None,
         "patient_scores": result.patient_scores,
         "curve": {
             number: {name: metric.model_dump() for name, metric in table.items()}
@@ -207,7 +262,10 @@ def _mirrored(context: RoundContext, result: AloneResult) -> AloneResult:
     """Keep the ledger rows that a baseline wrote, and take them off its result."""
     if result.spent is None:
         return result
-    problems = context.mirror.keep(result.spent.ledger_rows)
+    foreign = foreign_rows(result.hospital, result.spent, context.available if result.hospital == CENTRAL else ())
+    if foreign is not None:
+        context.emit(Notice(message=f"note: the baseline of {result.hospital}: {foreign}; none of its rows was taken"))
+    problems = context.mirror.keep(result.spent.ledger_rows if foreign is None else ())
     for reason in problems.values():
         context.emit(Notice(message=f"note: {reason}"))
     return replace(result, spent=result.spent.model_copy(update={"ledger_rows": ()}))
@@ -284,7 +342,7 @@ def as_plain(baselines: Baselines) -> Mapping[str, object]:
         return {name: metric.model_dump() for name, metric in metrics.items()}
 
     def spent(value: PrivacySpent | None) -> object:
-        return value.model_dump() if value is not None else None
+        return value.to_json() if value is not None else None
 
     document: dict[str, object] = {}
     if baselines.local:

@@ -6,7 +6,7 @@ Each round is reserved and charged like one of the run, under a job of its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -41,6 +41,9 @@ class NoMirror:
     """The mirror of a federation that charges nothing."""
 
     def heads(self, hospitals: Sequence[str]) -> dict[str, str]:
+        return {}
+
+    def pin(self, keys: Mapping[str, str]) -> dict[str, str]:
         return {}
 
     def keep(self, rows: Iterable[LedgerRows]) -> dict[str, str]:

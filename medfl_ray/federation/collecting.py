@@ -16,7 +16,7 @@ from medfl_ray.federation.attacks import altered_updates
 from medfl_ray.federation.events import HospitalState
 from medfl_ray.federation.policies import asked_again, pause_before
 from medfl_ray.federation.ports import Answer, FederationState, SummedUpdates, TrainedHospital
-from medfl_ray.federation.round_context import RoundContext, Tally
+from medfl_ray.federation.round_context import RoundContext, Tally, foreign_rows
 from medfl_ray.federation.screening import Expected, why_rejected
 from medfl_ray.federation.signatures import update_digest
 from medfl_ray.messages import ClientFailure, ClientUpdate, RoundPlan
@@ -160,6 +160,7 @@ def screen_and_add(
     """Add an update that belongs to this round and is sound; UpdateRejected says why one is not."""
     is_late = expected.plan is context.past.owed.get(update.hospital)
     reason = why_rejected(update, expected, tally.late if is_late else tally.trained | tally.held.keys())
+    reason = reason or foreign_rows(update.hospital, update.spent)
     if reason is not None:
         raise UpdateRejected(reason)
     checksum = params.checksum(update.delta)
@@ -230,6 +231,10 @@ def add_sum(
         raise UpdateRejected("the sum's layout or number of updates is not what it says")
     if tally.updates is not None:
         raise UpdateRejected("the updates came as a sum; a robust rule needs each of them")
+    for one in answer.trained:
+        foreign = foreign_rows(one.hospital, one.spent)
+        if foreign is not None:
+            raise UpdateRejected(foreign)
     if not set(hospitals) <= plan.num_steps.keys() - tally.trained or len(set(hospitals)) < len(hospitals):
         raise UpdateRejected("the sum holds a hospital that was not asked or has delivered already")
     total = merge_sums(total, answer.total)
@@ -246,7 +251,7 @@ def note_trained(
     failpoint("round.update")
     for one in those:
         tally.trained.add(one.hospital)
-        tally.metrics[one.hospital] = dict(one.metrics)
+        tally.metrics[one.hospital] = {} if context.secret_cohorts else dict(one.metrics)
         if one.spent is not None:
             tally.spent[one.hospital] = tally.take_rows(one.spent)
 

@@ -52,13 +52,23 @@ class RoundClosed(Message):
 
 
 class RoundTimed(Message):
-    """Where the time of a simulated round went: seconds by name, of which `wait` is processes with nothing to do."""
+    """Where the time of a simulated round went: seconds by name, of which `wait` is processes with nothing to do.
+
+    There is none for a round whose cohort is secret, since a larger cohort takes longer.
+    """
 
     type: Literal["timing"] = "timing"
     round: int
     num_hospitals: int
     duration_s: float
     seconds: dict[str, float]
+
+
+class AccountsClosed(Message):
+    """Everything of the run is charged, baselines and studies included; what each account holds now."""
+
+    type: Literal["accounts"] = "accounts"
+    spent: dict[str, PrivacySpent]
 
 
 class BaselineProgress(Message):
@@ -84,7 +94,7 @@ class RunEnded(Message):
     message: str
 
 
-Event = PhaseStarted | HospitalState | RoundClosed | RoundTimed | BaselineProgress | Notice | RunEnded
+Event = PhaseStarted | HospitalState | RoundClosed | RoundTimed | AccountsClosed | BaselineProgress | Notice | RunEnded
 _ANY_EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
 

@@ -7,7 +7,7 @@ of an unexpected error go to the hospital's own log, because its text might hold
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,12 +16,15 @@ import structlog
 
 from medfl_ray import params
 from medfl_ray.config import RunConfig
-from medfl_ray.errors import DataError, MedflError, PrivacyConfigError
+from medfl_ray.errors import PrivacyConfigError, PrivacyError
+from medfl_ray.federation.agreement import Agreement
+from medfl_ray.federation.answer_times import AnswerTimes, answer_step_s
 from medfl_ray.federation.labels import labelled
-from medfl_ray.federation.planning import aggregation_weight, budget_of, check_limits, check_terms
+from medfl_ray.federation.planning import aggregation_weight
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Memory, Signer
+from medfl_ray.federation.private_answers import ScoringRecord, is_confidential, is_suppressed, shown_reason
 from medfl_ray.federation.signatures import update_digest
-from medfl_ray.federation.site_evaluation import figures_of, score_patients, site_evaluation
+from medfl_ray.federation.site_evaluation import score_site, suppressed_scores
 from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,
@@ -55,7 +58,8 @@ class HospitalParts:
     """What a hospital is built from; see actors/hospital.py for the composition.
 
     `memory` is there where the strategy has hospitals remember something. `reservations` are those that are open; where
-    each request has a process of its own, they lie in a file.
+    each request has a process of its own, they lie in a file. `agreement` is what the hospital takes part in; `scored`
+    is there where scores of private patients are kept for the hospital's own report.
     """
 
     run: RunConfig
@@ -70,6 +74,9 @@ class HospitalParts:
     signer: Signer | None = None
     memory: Memory | None = None
     reservations: MutableMapping[tuple[str, int, int], tuple[str, Mechanism]] = field(default_factory=dict)
+    agreement: Agreement | None = None
+    times: AnswerTimes = field(default_factory=AnswerTimes)
+    scored: ScoringRecord | None = None
 
 
 class Hospital:
@@ -78,28 +85,39 @@ class Hospital:
     def __init__(self, parts: HospitalParts) -> None:
         self._parts = parts
         self._reservations = parts.reservations
+        self._agreement = parts.agreement or Agreement(parts.run, parts.policy)
 
     @property
     def id(self) -> str:
         """Name of the hospital."""
         return self._parts.policy.hospital
 
-    def info(self) -> HospitalInfo:
-        """Say what is public about this hospital."""
-        parts = self._parts
-        return HospitalInfo(
-            hospital=self.id,
-            declared=parts.policy.declared,
-            data_set=parts.policy.data_set,
-            num_patients=parts.policy.num_patients,
-            num_channels=len(parts.data.channels),
-            labels=dict(parts.data.labels),
-            layout_checksum=parts.trainer.layout.checksum,
-            device=str(parts.trainer.device),
-            patient_group_size=parts.trainer.group_size() if parts.run.privacy.patient_level else None,
-            public_key=parts.signer.public_key if parts.signer is not None else None,
-            spent=self._spent(),
-        )
+    def info(self) -> HospitalInfo | ClientFailure:
+        """Say what is public about this hospital, or why it takes no part in the run."""
+
+        def work() -> HospitalInfo:
+            parts = self._parts
+            if not parts.run.privacy.patient_level:
+                self._check_unprotected()
+            if parts.run.privacy.central:
+                # Now and not when it is first asked to train: when that was would tell of a secret cohort.
+                self._mark_unprotected(self._agreement.job)
+            return HospitalInfo(
+                hospital=self.id,
+                declared=parts.policy.declared,
+                data_set=parts.policy.data_set,
+                num_patients=parts.policy.num_patients,
+                num_channels=len(parts.data.channels),
+                labels=dict(parts.data.labels),
+                layout_checksum=parts.trainer.layout.checksum,
+                device=str(parts.trainer.device),
+                patient_group_size=parts.trainer.group_size() if parts.run.privacy.patient_level else None,
+                public_key=parts.signer.public_key if parts.signer is not None else None,
+                spent=self._described_spent(),
+            )
+
+        answer = self._guarded(0, 0, "start", False, work)
+        return answer.model_copy(update={"config_fault": True}) if isinstance(answer, ClientFailure) else answer
 
     def reserve(self, plan: RoundPlan) -> PrivacySpent | ClientFailure | None:
         """Charge the plan's worst case in this hospital's ledger, or say why it cannot take part.
@@ -112,18 +130,23 @@ class Hospital:
             failure = self._guarded(plan.round, plan.attempt, "reserve", False, forget)
             if failure is not None:
                 return failure
-        return self._reserve(plan, self._parts.run.privacy.epsilon)
+        return self._reserve(plan)
 
-    def _reserve(self, plan: RoundPlan, run_budget: float | None) -> PrivacySpent | ClientFailure | None:
+    def _reserve(self, plan: RoundPlan) -> PrivacySpent | ClientFailure | None:
 
         def work() -> PrivacySpent | None:
             mechanism = self._agreed_mechanism(plan)
             ledger = self._parts.ledger
-            if mechanism is None or ledger is None:
+            if ledger is None:
                 return None
             ledger.check_heads(plan.ledger_heads)
+            if mechanism is None:
+                # Written, and with a plain plan mirrored, before anything leaves.
+                self._mark_unprotected(plan.job)
+                return self._with_rows(ledger.spent(), plan) if plan.clip_norm is None else None
             key = (plan.job, plan.round, plan.attempt)
-            self._reservations[key] = ledger.reserve(*key, mechanism, run_budget), mechanism
+            budget = self._agreement.budget_of(plan.job)
+            self._reservations[key] = ledger.reserve(*key, mechanism, budget), mechanism
             return self._with_rows(ledger.spent(), plan)
 
         return self._guarded(plan.round, plan.attempt, "reserve", False, work)
@@ -149,7 +172,9 @@ class Hospital:
         answer = self._train(plan, weights, self._train_by_rule)
         if isinstance(answer, ClientFailure):
             return answer
-        spent = self._with_rows(answer.spent, plan) if answer.spent is not None else None
+        # Who took part in a secret cohort shows in no row that is sent.
+        sent = answer.spent if plan.clip_norm is None else None
+        spent = self._with_rows(sent, plan) if sent is not None else None
         return self._signed(replace(answer, spent=spent), plan.job)
 
     def _signed(self, update: ClientUpdate, job: str) -> ClientUpdate:
@@ -202,44 +227,50 @@ class Hospital:
         """Score weights on the held-out patients; per-patient figures and pictures only of data that may be shown.
 
         Where the strategy gives the hospital a model of its own, that is what is scored; the shared one's headline
-        stands beside it. In round 0 nothing is remembered, and the weights are scored as they are.
+        stands beside it. In round 0 nothing is remembered, and the weights are scored as they are. Where the figures
+        are suppressed, the answer does not depend on the patients, nor on whether they could be scored.
         """
+        if self._suppresses_scores():
+            return suppressed_scores(self._parts, round, weights, pictures, self._score)
 
         def work() -> SiteEvaluation:
-            parts, run, policy = self._parts, self._parts.run, self._parts.policy
-            own = self._own(round, weights)
-            scores, bins = score_patients(parts.trainer, own, parts.data, run, is_last=pictures)
-            shared = self._shared_scores(round, own, weights, scores)
-            values = figures_of(run, policy, parts.data.labels, scores, is_last=pictures, shared=shared)
-            drawn = parts.make_pictures(parts.trainer, own, parts.data) if pictures else ()
-            if policy.declared == "private" and pictures:
-                parts.write_local_report(round, values, scores, drawn)
-            return site_evaluation(run, policy, round, values, scores, bins, drawn, is_last=pictures)
+            self._mark_unprotected(self._agreement.job)
+            return self._score(round, weights, pictures)
 
         return self._guarded(round, 0, "evaluate", False, work)
 
-    def _own(self, round: int, weights: Vector) -> Vector:
-        """Return what this hospital would use of the weights after a round."""
+    def _suppresses_scores(self) -> bool:
+        """Whether scores stay here: by the run's privacy, or because this hospital shows nothing unprotected."""
         parts = self._parts
-        return weights if parts.memory is None else parts.rules.evaluated(parts.memory.before(round + 1), weights)
+        if is_suppressed(parts.run, parts.policy):
+            return True
+        try:
+            self._check_unprotected()
+        except PrivacyError:
+            return is_confidential(parts.policy)
+        return False
 
-    def _shared_scores(
-        self, round: int, own: Vector, weights: Vector, scores: list[PatientScore]
-    ) -> list[PatientScore] | None:
-        """Score the shared model too where the hospital has one of its own; None where it has none."""
-        if not round or not self._parts.run.aggregation.is_personal:
-            return None
-        return scores if own is weights else self._parts.trainer.evaluate(weights, self._parts.data)
+    def _score(self, round: int, weights: Vector, pictures: bool) -> SiteEvaluation:
+        return score_site(self._parts, round, weights, pictures)
 
     def train_alone(self, plan: AlonePlan, weights: Vector) -> AloneResult | ClientFailure:
         """Run a baseline here: every round reserved and charged like a round of the federation.
 
-        The lifetime budget of the data set binds it; the run's epsilon does not, for the central baseline
-        takes more steps than a hospital does in the run and reports an epsilon of its own.
+        The run's extra epsilon and the lifetime budget of the data set bind it; the run's own epsilon does not.
         """
+        parts = self._parts
+        if not is_confidential(parts.policy):
+            return self._train_alone(plan, weights)
+        with parts.times.padded("alone", answer_step_s(parts.policy, len(plan.rounds))):
+            return self._train_alone(plan, weights)
+
+    def _train_alone(self, plan: AlonePlan, weights: Vector) -> AloneResult | ClientFailure:
+        refused = self._guarded(0, 0, "reserve", False, partial(self._agreement.check_baseline, plan.rounds))
+        if refused is not None:
+            return refused
         current, curve = weights, {}
         for round_plan in plan.rounds:
-            reserved = self._reserve(round_plan, None)
+            reserved = self._reserve(round_plan)
             if isinstance(reserved, ClientFailure):
                 return reserved
             answer = self._train(round_plan, current, self._train_plainly)
@@ -261,9 +292,25 @@ class Hospital:
         kept = current if plan.returns_weights else None
         return AloneResult(self.id, evaluation.metrics, spent, kept, evaluation.patient_scores, curve)
 
+    def check_expected(self, heads: Iterable[str]) -> None:
+        """Refuse to go on where the account lacks a row that the coordinator has seen.
+
+        Raises:
+          LedgerError: it lacks one.
+        """
+        ledger = self._parts.ledger
+        if ledger is None:
+            return
+        for head in heads:
+            ledger.check_heads({self.id: head})
+
     def export_ledger(self) -> dict[str, Any]:
         """Return the account's events, or nothing where DP is off."""
         return self._parts.ledger.export() if self._parts.ledger is not None else {}
+
+    def close(self) -> None:
+        """Leave nothing of the images on the disk."""
+        self._parts.data.close()
 
     def _with_rows(self, spent: PrivacySpent, plan: RoundPlan) -> PrivacySpent:
         """Add the ledger's rows that the coordinator has not seen, for its mirror."""
@@ -272,36 +319,36 @@ class Hospital:
         return spent.model_copy(update={"ledger_rows": rows})
 
     def _spent(self) -> PrivacySpent | None:
+        return self._parts.ledger.spent() if self._parts.ledger is not None else None
+
+    def _described_spent(self) -> PrivacySpent | None:
+        """Return what the account holds at the start; under hospital-level privacy with its rows, for the mirror.
+
+        A plan of a secret cohort asks for no rows, for they would tell who was asked.
+        """
         ledger = self._parts.ledger
         if ledger is None:
             return None
-        return ledger.spent().model_copy(update={"budget": self._shown_budget()})
-
-    def _shown_budget(self) -> float | None:
-        lifetime = budget_of(self._parts.run, self._parts.policy)
-        return lifetime if lifetime is not None else self._parts.run.privacy.epsilon
+        rows = ledger.rows_after({}) if self._parts.run.privacy.central else ()
+        return ledger.spent().model_copy(update={"ledger_rows": rows})
 
     def _agreed_mechanism(self, plan: RoundPlan) -> Mechanism | None:
-        mechanism = plan.mechanisms.get(self.id)
-        policy = self._parts.policy
-        if self._parts.run.privacy.central and plan.clip_norm is None:
-            raise PrivacyConfigError(f"the plan of round {plan.round} has no clip norm, which privacy.unit asks for")
-        if mechanism is None and (policy.require_dp or self._parts.run.privacy.patient_level):
-            raise PrivacyConfigError(f"the plan of round {plan.round} has no privacy mechanism for {self.id!r}")
-        if mechanism is not None and mechanism.num_patients != policy.num_patients:
-            raise PrivacyConfigError(
-                f"the plan assumes {mechanism.num_patients} patients at {self.id!r}; "
-                f"its policy declares {policy.num_patients}"
-            )
-        if mechanism is not None and mechanism.num_steps != plan.num_steps[self.id]:
-            raise PrivacyConfigError(
-                f"the plan asks {self.id!r} for {plan.num_steps[self.id]} steps and its mechanism charges "
-                f"{mechanism.num_steps}; every step that is trained must be charged"
-            )
-        if mechanism is not None:
-            check_terms(self._parts.run, policy, mechanism)
-        check_limits(policy, self._parts.run.data.task, plan.num_steps[self.id], mechanism)
+        self._agreement.check_plan(plan)
+        mechanism = self._agreement.check_mechanism(plan)
+        if mechanism is None:
+            self._check_unprotected()
         return mechanism
+
+    def _check_unprotected(self) -> None:
+        ledger = self._parts.ledger
+        self._agreement.check_unprotected(ledger is not None and ledger.has_charges())
+
+    def _mark_unprotected(self, job: str) -> None:
+        """Write down that something of private data leaves without patient-level differential privacy."""
+        if is_confidential(self._parts.policy) and self._parts.ledger is not None:
+            unit = "hospital-level" if self._parts.run.privacy.central else "no"
+            reason = f"trained and shown with {unit} differential privacy: no patient-level epsilon bounds it"
+            self._parts.ledger.mark_unprotected(job.partition("/")[0], reason)
 
     def _claim(self, plan: RoundPlan) -> LocalJob:
         """Settle the reservation and hand out the job; settled first, so that no crash in training can undercount."""
@@ -320,7 +367,9 @@ class Hospital:
                     f"the mechanism of round {plan.round}, attempt {plan.attempt} is not the one that was reserved; "
                     "what was charged and nothing else is trained"
                 )
-            self._parts.ledger.settle(reservation)
+            self._parts.ledger.settle(reservation, mechanism=mechanism)
+        elif is_confidential(self._parts.policy):
+            self._mark_unprotected(plan.job)
         seed_key = (abs(self._parts.run.federation.seed), plan.round, self._parts.index)
         return LocalJob(plan.num_steps[self.id], plan.learning_rate, mechanism, seed_key)
 
@@ -329,35 +378,11 @@ class Hospital:
     ) -> Answer | ClientFailure:
         try:
             return work()
-        except DataError as error:
-            reason = shown_problem(self._parts.run, self._parts.policy, error, stage, round)
-        except MedflError as error:
-            reason = str(error)
-        except Exception as error:
-            log.exception("hospital_failed", hospital=self.id, stage=stage, round=round)
-            reason = f"{type(error).__name__} in the hospital's process; its own log has the details"
+        except Exception as error:  # noqa: BLE001 - whatever it is passes the gate
+            reason = shown_reason(self._parts.policy, error, stage, round)
         return ClientFailure(
             hospital=self.id, round=round, attempt=attempt, stage=stage, reason=reason, left_host=left_host
         )
 
     def _labelled(self, values: Mapping[str, float]) -> dict[str, Metric]:
         return labelled(values, self._parts.policy.declared, self._parts.run.privacy.enable_dp)
-
-
-def is_confidential(run: RunConfig, policy: SitePolicy) -> bool:
-    """Whether only what the ledger has paid for may leave: private data of a run with DP."""
-    return policy.declared == "private" and run.privacy.enable_dp
-
-
-def shown_problem(run: RunConfig, policy: SitePolicy, error: DataError, stage: Stage, round: int = 0) -> str:
-    """Return a problem of the data in the words that may leave: under DP, of private data, only its kind.
-
-    Which case a step tripped over says that this patient was drawn, and how many cases there are.
-    """
-    if not is_confidential(run, policy):
-        return str(error)
-    log.error("hospital_data_problem", hospital=policy.hospital, stage=stage, round=round, problem=str(error))
-    return (
-        f"{type(error).__name__} in this hospital's private data; the case is in the hospital's own log. "
-        "Run medfl-ray data inspect at the hospital"
-    )

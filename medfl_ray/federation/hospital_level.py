@@ -35,6 +35,7 @@ from medfl_ray.privacy.planner import (
     solve_tree_epsilon,
     solve_tree_noise_multiplier,
 )
+from medfl_ray.round_times import has_secret_cohorts
 from medfl_ray.site_policy import SitePolicy, default_delta
 
 FEDERATION = "federation"
@@ -180,7 +181,7 @@ class HospitalLevel:
         self._tree_first, self._tree_rounds = 0, 0
         self._reservation: str | None = None
         self._num_within = 0
-        self.secret_cohorts = plan.rounds_per_tree is None and plan.sample_rate < 1
+        self.secret_cohorts = has_secret_cohorts(run)
 
     def restore(self, server_state: ServerState) -> None:
         """Take over the clip norm of a checkpoint, where it adapts."""
@@ -263,6 +264,4 @@ class HospitalLevel:
         )
 
     def _spent(self) -> PrivacySpent:
-        spent = self._ledger.spent()
-        budget = spent.budget if spent.budget is not None else self._run.privacy.epsilon
-        return spent.model_copy(update={"budget": budget})
+        return self._ledger.spent()

@@ -7,14 +7,14 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from medfl_ray.errors import ConfigError, MedflError, ModelError, PrivacyConfigError
+from medfl_ray.errors import MedflError
+from medfl_ray.federation.failures import deadline_failure, evaluation_failure, start_failure
 from medfl_ray.federation.hospital import Hospital
 from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
 
 Answer = TypeVar("Answer")
-CONFIG_FAULTS = (ConfigError, ModelError, PrivacyConfigError)
 
 
 class LocalPool:
@@ -39,7 +39,9 @@ class LocalPool:
 
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
         for name in hospitals:
-            self._asked(name, plan.round, plan.attempt, lambda built: built.release(plan, reason))
+            self._asked(
+                name, plan.round, plan.attempt, lambda built: built.release(plan.addressed_to(built.id), reason)
+            )
 
     def train(
         self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector
@@ -80,6 +82,8 @@ class LocalPool:
         return {name: hospital.export_ledger() for name, hospital in self._hospitals.items()}
 
     def close(self) -> None:
+        for hospital in self._hospitals.values():
+            hospital.close()
         self._hospitals.clear()
 
     def _tell(self, name: str, plan: RoundPlan, ask: Callable[[Hospital, RoundPlan], Answer]) -> Answer | ClientFailure:
@@ -95,32 +99,3 @@ class LocalPool:
             except MedflError as error:
                 return start_failure(name, error, round, attempt)
         return ask(self._hospitals[name])
-
-
-def start_failure(hospital: str, problem: str | MedflError, round: int = 0, attempt: int = 0) -> ClientFailure:
-    """Say that a hospital could not start, or start again within a round."""
-    return ClientFailure(
-        hospital=hospital,
-        round=round,
-        attempt=attempt,
-        stage="start",
-        reason=str(problem),
-        left_host=False,
-        config_fault=isinstance(problem, CONFIG_FAULTS),
-    )
-
-
-def evaluation_failure(hospital: str, round: int, reason: str) -> ClientFailure:
-    """Say why a hospital did not score the weights."""
-    return ClientFailure(hospital=hospital, round=round, attempt=0, stage="evaluate", reason=reason, left_host=False)
-
-
-def deadline_failure(hospital: str, plan: RoundPlan) -> ClientFailure:
-    """Say that a hospital's answer did not arrive in time; its privacy cost stays spent."""
-    return ClientFailure(
-        hospital=hospital,
-        round=plan.round,
-        attempt=plan.attempt,
-        stage="late",
-        reason=f"no update within deadline_s={plan.deadline_s:g}; the round closed without it and its cost stays spent",
-    )

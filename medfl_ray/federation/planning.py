@@ -10,6 +10,7 @@ from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError, PrivacyConfigError
 from medfl_ray.federation.selection import num_wanted
 from medfl_ray.messages import Mechanism
+from medfl_ray.privacy.account import extra_limit
 from medfl_ray.privacy.planner import solve_noise_multiplier
 from medfl_ray.site_policy import SitePolicy
 
@@ -79,12 +80,12 @@ def is_for_one_run(policy: SitePolicy) -> bool:
 def budget_of(run: RunConfig, policy: SitePolicy) -> float | None:
     """Return the lifetime epsilon budget of a hospital's data set.
 
-    Private data without a declared budget get the run's epsilon, and a second run is refused until
-    somebody decides; public and synthetic data have no lifetime budget unless one is declared.
+    Private data without a declared budget get what the run may spend, extra epsilon included, and a second run is
+    refused until somebody decides; public and synthetic data have no lifetime budget unless one is declared.
     """
-    if policy.max_epsilon is not None or policy.declared != "private":
+    if policy.max_epsilon is not None or policy.declared != "private" or run.privacy.epsilon is None:
         return policy.max_epsilon
-    return run.privacy.epsilon
+    return run.privacy.epsilon + (run.privacy.extra_epsilon or 0.0)
 
 
 def check_limits(policy: SitePolicy, task: str, num_steps: int, mechanism: Mechanism | None) -> None:
@@ -132,21 +133,13 @@ def check_terms(run: RunConfig, policy: SitePolicy, mechanism: Mechanism) -> Non
         )
 
 
-def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = None) -> Mechanism | None:
-    """Return the first round's mechanism at a hospital, or None with patient-level DP off.
+def check_account(run: RunConfig, policy: SitePolicy) -> None:
+    """Check that patients can be charged at all; asked when a run is planned, and by the hospital itself.
 
     Raises:
-      PrivacyConfigError: the site requires DP, or does not allow what the run asks (see `check_limits`), the
-        private data set has no budget at all, or its delta is not below 1 / num_patients.
+      PrivacyConfigError: delta is not below 1 / num_patients, or private data have no budget anywhere.
     """
-    if not run.privacy.patient_level:
-        if policy.require_dp:
-            raise PrivacyConfigError(
-                f"hospital {policy.hospital!r} trains only with differential privacy; set privacy.enable_dp: true"
-            )
-        check_limits(policy, run.data.task, steps_per_round(run, policy), None)
-        return None
-    q, steps, delta = sample_rate(run, policy), steps_per_round(run, policy), delta_of(run, policy)
+    delta = delta_of(run, policy)
     if delta >= 1 / policy.num_patients:
         raise PrivacyConfigError(
             f"delta={delta:g} is not below 1 / num_patients = {1 / policy.num_patients:g} of hospital "
@@ -157,6 +150,54 @@ def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = N
             f"hospital {policy.hospital!r} has private data and no budget; declare max_epsilon in its site policy "
             "or privacy.epsilon in the run"
         )
+
+
+def check_may_be_unprotected(policy: SitePolicy, has_charges: bool = False) -> None:
+    """Refuse to train without patient-level differential privacy where a policy, a budget or a charge forbids it.
+
+    A budget that bound only runs with differential privacy would bind nobody: raw updates reveal more than any charge.
+
+    Args:
+      has_charges: whether the data set's ledger holds charges, which the hospital alone knows.
+
+    Raises:
+      PrivacyConfigError: with the reason and what to change.
+    """
+    who = f"hospital {policy.hospital!r}"
+    if policy.require_dp:
+        raise PrivacyConfigError(
+            f"{who} trains only with differential privacy of its patients; set privacy.enable_dp: true and unit: "
+            "patient, or leave the hospital out"
+        )
+    if policy.declared != "private" or policy.allow_unprotected:
+        return
+    if policy.max_epsilon is not None or has_charges:
+        why = "a budget (max_epsilon)" if policy.max_epsilon is not None else "charges in its ledger"
+        raise PrivacyConfigError(
+            f"{who} has private data with {why}, so that it trains only with patient-level differential privacy; set "
+            "privacy.enable_dp: true and unit: patient. A hospital that gives the protection up says so in its own "
+            "policy: privacy.allow_unprotected: true, and its epsilon is infinite from then on"
+        )
+
+
+def extra_budget(run: RunConfig, policy: SitePolicy) -> float | None:
+    """Return the epsilon that a run's baselines and studies may spend together at a hospital; None for no limit."""
+    return extra_limit(run, policy.declared)
+
+
+def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = None) -> Mechanism | None:
+    """Return the first round's mechanism at a hospital, or None with patient-level DP off.
+
+    Raises:
+      PrivacyConfigError: the site requires DP, or does not allow what the run asks (see `check_limits`), the
+        private data set has no budget at all, or its delta is not below 1 / num_patients.
+    """
+    if not run.privacy.patient_level:
+        check_may_be_unprotected(policy)
+        check_limits(policy, run.data.task, steps_per_round(run, policy), None)
+        return None
+    check_account(run, policy)
+    q, steps, delta = sample_rate(run, policy), steps_per_round(run, policy), delta_of(run, policy)
     sigma = run.privacy.noise_multiplier
     if sigma is None:
         assert run.privacy.epsilon is not None  # the schema asks for one of the two

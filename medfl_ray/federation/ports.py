@@ -103,8 +103,8 @@ class Ledger(Protocol):
     def reserve(self, job: str, round: int, attempt: int, mechanism: Mechanism, budget: float | None) -> str:
         """Charge the worst case in advance; BudgetExceeded where it would not fit."""
 
-    def settle(self, reservation: str) -> None:
-        """Mark a reservation as used."""
+    def settle(self, reservation: str, mechanism: Mechanism | None = None) -> None:
+        """Mark a reservation as used; LedgerError where what is to be trained is not what was charged."""
 
     def release(self, reservation: str, reason: str) -> None:
         """Give a reservation back, only where provably nothing left the host."""
@@ -114,6 +114,12 @@ class Ledger(Protocol):
 
     def export(self) -> dict[str, Any]:
         """The account's events as plain data."""
+
+    def mark_unprotected(self, job: str, reason: str) -> None:
+        """Write down, once per job, that something leaves without protection: the epsilon is infinite from then on."""
+
+    def has_charges(self) -> bool:
+        """Whether the account holds any row of a run with differential privacy."""
 
     def check_heads(self, heads: Mapping[str, str]) -> None:
         """LedgerError where the account lacks the row that the mapping names for its hospital."""
@@ -140,6 +146,9 @@ class LedgerKeeper(Protocol):
 
     def heads(self, hospitals: Sequence[str]) -> dict[str, str]:
         """The last row seen of each hospital's ledger; nothing of a hospital that has shown none."""
+
+    def pin(self, keys: Mapping[str, str]) -> dict[str, str]:
+        """Pin the key of each hospital's ledger at first contact; per hospital that shows another key, the reason."""
 
     def keep(self, rows: Iterable[LedgerRows]) -> dict[str, str]:
         """Keep new rows durably; per hospital whose rows do not follow those kept, the reason."""

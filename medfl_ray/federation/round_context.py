@@ -73,6 +73,20 @@ class RoundContext:
             self.emit(state)
 
 
+def foreign_rows(sender: str, spent: PrivacySpent | None, members: Sequence[str] = ()) -> str | None:
+    """Say why ledger rows of an answer are not taken: they name another hospital's account; None where none does.
+
+    Args:
+      sender: the hospital that answered.
+      members: those whose data it pools, where it is the central baseline.
+    """
+    own = {sender, *members}
+    others = sorted({rows.hospital for rows in (spent.ledger_rows if spent is not None else ())} - own)
+    if not others:
+        return None
+    return f"its answer holds rows of the ledger of {', '.join(others)}; a hospital writes into its own account alone"
+
+
 @dataclass
 class Tally:
     """What has happened in the round so far; `late` are hospitals whose update of an earlier round is in the sum.

@@ -7,7 +7,6 @@ with a receipt that names everybody who was asked and what became of them.
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
 
 from medfl_ray import params
 from medfl_ray.aggregation.fixed_point import PartialSum, weighted_mean
@@ -23,10 +22,11 @@ from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION
 from medfl_ray.federation.planning import mechanism_in_round, steps_in_round
 from medfl_ray.federation.policies import Decision, asked_again, judge_round
 from medfl_ray.federation.ports import FederationState
-from medfl_ray.federation.round_context import RoundContext, Tally
+from medfl_ray.federation.round_context import RoundContext, Tally, foreign_rows
 from medfl_ray.federation.selection import enough_updates
 from medfl_ray.messages import ClientFailure, PrivacySpent, Receipt, RoundPlan, RoundResult, SiteEvaluation
 from medfl_ray.params import Vector
+from medfl_ray.round_times import clock_of, stamp
 from medfl_ray.site_policy import budget_hash
 from medfl_ray.training.schedules import learning_rate
 
@@ -98,7 +98,8 @@ def plan_round(context: RoundContext, state: FederationState, tally: Tally) -> R
         deadline_s=run.federation.deadline_s,
         enough=enough,
         clip_norm=context.central.clip_norm if context.central is not None else None,
-        ledger_heads=context.mirror.heads([h for h in hospitals if h in context.mechanisms]),
+        # Of a secret cohort no ledger is charged, and which rows were seen of it is nobody's business.
+        ledger_heads=context.mirror.heads(hospitals) if context.central is None else {},
     )
 
 
@@ -133,6 +134,11 @@ def reserve(context: RoundContext, plan: RoundPlan, tally: Tally) -> list[str]:
     for hospital, answer in ask_to_reserve(context, plan, tally).items():
         if isinstance(answer, ClientFailure):
             exclude(context, tally, answer)
+            continue
+        foreign = foreign_rows(hospital, answer)
+        if foreign is not None:
+            context.pool.release(plan, [hospital], foreign)
+            exclude(context, tally, reserve_failure(plan, hospital, foreign))
             continue
         if answer is not None:
             tally.spent[hospital] = tally.take_rows(answer)
@@ -178,12 +184,13 @@ def mirror_rows(context: RoundContext, plan: RoundPlan, tally: Tally) -> set[str
     if FEDERATION in problems:
         raise LedgerError(problems[FEDERATION])
     for hospital, reason in problems.items():
-        exclude(
-            context,
-            tally,
-            ClientFailure(hospital=hospital, round=plan.round, attempt=plan.attempt, stage="reserve", reason=reason),
-        )
+        exclude(context, tally, reserve_failure(plan, hospital, reason))
     return set(problems)
+
+
+def reserve_failure(plan: RoundPlan, hospital: str, reason: str) -> ClientFailure:
+    """Say why a hospital's reservation was not accepted."""
+    return ClientFailure(hospital=hospital, round=plan.round, attempt=plan.attempt, stage="reserve", reason=reason)
 
 
 def apply_updates(context: RoundContext, state: FederationState, total: PartialSum, tally: Tally) -> FederationState:
@@ -246,7 +253,7 @@ def close_round(
         spent=dict(sorted(tally.spent.items())),
         weights_after=weights_after,
         published=weights_after is not None,
-        ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        ended_at=stamp(clock_of(context.secret_cohorts)()),
         secret_cohort=context.secret_cohorts,
         reason=reason,
         late=dict(sorted(tally.late.items())),
@@ -268,6 +275,12 @@ def shown_plan(context: RoundContext, plan: RoundPlan) -> RoundPlan:
 
 def without_cohort(tally: Tally) -> Tally:
     """Leave out what would tell who was asked; the evaluation asks everybody, so that its failures stay."""
-    failures = [failure for failure in tally.failures if failure.stage == "evaluate"]
+    # In one and the same words: what a process was busy with would tell that it was asked to train.
+    failures = [
+        failure.model_copy(update={"reason": "it did not score the weights", "passing": False})
+        for failure in tally.failures
+        if failure.stage == "evaluate"
+    ]
     evaluated = {hospital: metrics for hospital, metrics in sorted(tally.metrics.items()) if metrics}
-    return Tally(spent=tally.spent, failures=failures, metrics=evaluated)
+    spent = {name: spent for name, spent in tally.spent.items() if name == FEDERATION}
+    return Tally(spent=spent, failures=failures, metrics=evaluated)

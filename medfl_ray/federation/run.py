@@ -15,14 +15,15 @@ from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError, FederationError, QuorumLost
 from medfl_ray.federation.attacks import check_attack
 from medfl_ray.federation.baselines import as_plain, check_baselines, run_baselines
-from medfl_ray.federation.events import HospitalState, Notice, PhaseStarted, RoundClosed
+from medfl_ray.federation.events import AccountsClosed, HospitalState, Notice, PhaseStarted, RoundClosed
+from medfl_ray.federation.failures import start_failure
 from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
 from medfl_ray.federation.planning import aggregation_weight, check_rule, mechanisms, steps_per_round
 from medfl_ray.federation.policies import Standings, can_start, pause_before
 from medfl_ray.federation.ports import (
     FederationState,
 )
-from medfl_ray.federation.round_context import Combine, Past, RoundContext
+from medfl_ray.federation.round_context import Combine, Past, RoundContext, foreign_rows
 from medfl_ray.federation.rounds import run_round
 from medfl_ray.federation.run_parts import RunOutcome, RunParts, RunStore
 from medfl_ray.federation.selection import select_evaluated, select_of_run
@@ -33,9 +34,11 @@ from medfl_ray.messages import (
     HospitalInfo,
     LedgerRows,
     Mechanism,
+    PrivacySpent,
     SiteEvaluation,
 )
 from medfl_ray.params import Layout, Vector
+from medfl_ray.site_policy import SitePolicy
 from medfl_ray.study_records import STOPPING_FILE, STUDIES_FILE
 
 __all__ = ["RunOutcome", "RunParts", "RunStore", "run_federation"]
@@ -54,7 +57,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
     check_attack(parts.run, parts.policies)
     central, planned = plan_central(parts.run, parts.policies), mechanisms(parts.run, parts.policies)
     announce(parts)
-    infos, absent = gather(parts)
+    infos, absent = with_pinned_keys(parts, *gather(parts))
     check_rule(parts.run, len(infos))
     layout, initial = parts.initial_weights(*network_shape(parts.run, infos))
     check_layouts(infos, layout)
@@ -129,8 +132,21 @@ def never_asked(parts: RunParts, context: RoundContext) -> set[str]:
 def announce(parts: RunParts) -> None:
     """Say that the run starts, and that it contains attackers where it does."""
     parts.emit(PhaseStarted(name="start", total_rounds=parts.run.federation.rounds))
+    for note in notes_of_budgets(parts.run, parts.policies):
+        parts.emit(Notice(message=note))
     if parts.run.attack is not None:
         parts.emit(Notice(message=f"WARNING: this run contains attackers: {parts.run.attack.words}"))
+
+
+def notes_of_budgets(run: RunConfig, policies: Sequence[SitePolicy]) -> list[str]:
+    """Say which budgets do not bind a run without patient-level privacy: those of data that are not private."""
+    idle = sorted(p.hospital for p in policies if p.max_epsilon is not None and p.declared != "private")
+    if run.privacy.patient_level or not idle:
+        return []
+    return [
+        f"note: {', '.join(idle)} declared max_epsilon for data that are not private; this run has no patient-level "
+        "differential privacy and charges nothing to it"
+    ]
 
 
 def rule_of(run: RunConfig) -> Combine | None:
@@ -177,6 +193,46 @@ def gather(parts: RunParts) -> tuple[list[HospitalInfo], list[ClientFailure]]:
             raise ConfigError(why)
         raise QuorumLost(why)
     return infos, absent
+
+
+def with_pinned_keys(
+    parts: RunParts, infos: Sequence[HospitalInfo], absent: Sequence[ClientFailure]
+) -> tuple[list[HospitalInfo], list[ClientFailure]]:
+    """Pin the key of each hospital's ledger and mirror the rows that it shows at the start.
+
+    One that shows another key than before, or rows that do not follow those kept, takes no part.
+
+    Raises:
+      QuorumLost: too few hospitals are left.
+    """
+    private = {policy.hospital for policy in parts.policies if policy.declared == "private"}
+    keys = {
+        info.hospital: info.public_key
+        for info in infos
+        if info.public_key is not None and (parts.run.privacy.patient_level or info.hospital in private)
+    }
+    problems = dict(parts.mirror.pin(keys))
+    for info in infos:
+        foreign = foreign_rows(info.hospital, info.spent)
+        if foreign is not None:
+            problems[info.hospital] = foreign
+        elif info.spent is not None and info.hospital not in problems:
+            problems |= parts.mirror.keep(info.spent.ledger_rows)
+    infos = [_without_rows(info) for info in infos]
+    refused = [start_failure(hospital, reason) for hospital, reason in problems.items()]
+    for failure in refused:
+        parts.emit(HospitalState(hospital=failure.hospital, state="failed", detail=failure.reason))
+    left = [info for info in infos if info.hospital not in problems]
+    decision = can_start(parts.run.federation, len(left))
+    if refused and decision.verdict == "stop":
+        raise QuorumLost(f"{decision.reason}. {reasons([*absent, *refused])}")
+    return left, [*absent, *refused]
+
+
+def _without_rows(info: HospitalInfo) -> HospitalInfo:
+    if info.spent is None:
+        return info
+    return info.model_copy(update={"spent": info.spent.model_copy(update={"ledger_rows": ()})})
 
 
 def reasons(failures: Sequence[ClientFailure]) -> str:
@@ -287,8 +343,13 @@ def finish(
     follow_up(parts, context, initial)
     ledgers = parts.pool.export_ledgers()
     central = {} if context.central is None else {FEDERATION: context.central.export()}
-    parts.store.save_ledgers({**ledgers, **central})
-    exports = [export for export in (*ledgers.values(), *central.values()) if export]
+    own = {name: export for name, export in ledgers.items() if export and export.get("hospital") == name}
+    for name in sorted(name for name, export in ledgers.items() if export and name not in own):
+        parts.emit(Notice(message=f"note: {name} exported a ledger of another hospital, which is not kept"))
+    exports = [*own.values(), *(export for export in central.values() if export)]
+    parts.store.save_ledgers({**own, **central})
+    spent = {export["hospital"]: PrivacySpent.model_validate(export["spent"]) for export in exports}
+    parts.emit(AccountsClosed(spent=spent))
     for reason in parts.mirror.keep(rows_of(export) for export in exports).values():
         parts.emit(Notice(message=f"note: {reason}"))
     return state

@@ -34,6 +34,8 @@ class ReliabilityCounter:
         from monai.metrics.calibration import calibration_binning
 
         chosen = probabilities[first_class:].reshape(1, len(self._names), -1)
+        if not torch.isfinite(chosen).all():
+            return  # what is not a number lies in no bin
         values = torch.arange(first_class, first_class + len(self._names)).reshape(1, -1, 1)
         right = (truth.reshape(1, 1, -1) == values).float()
         given, true, count = calibration_binning(chosen, right, num_bins=NUM_BINS)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medfl_ray.errors import ConfigError, ModelError
+from medfl_ray.errors import ConfigError, ModelError, NotFitForDP
 from medfl_ray.named_code import named_function
 from medfl_ray.params import Layout, Vector, to_tensors
 
@@ -30,6 +30,9 @@ class AlgoData:
 
     channels: tuple[str, ...]
     labels: Mapping[int, str]
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class AlgoTrainer:
@@ -56,10 +59,16 @@ class AlgoTrainer:
         """Have the ClientAlgo train from the given weights and return their change.
 
         Raises:
+          NotFitForDP: the job has a patient-level mechanism, which a ClientAlgo does not carry out.
           ModelError: it returned no weights of the run's network, or took other steps than the plan's.
         """
         from medfl_ray.training.local_job import LocalOutcome
 
+        if job.mechanism is not None:
+            raise NotFitForDP(
+                "a ClientAlgo takes its own steps, which nothing clips and noises patient by patient; train with the "
+                "run's own network, or without patient-level differential privacy"
+            )
         self._algo.train(self._exchange(weights))
         found = self._algo.get_weights()
         returned = vector_of(found.weights, self.layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -100,7 +101,9 @@ def _summarise_dice(scores: Sequence[PatientScore]) -> dict[str, float]:
 def _summarise_classes(scores: Sequence[PatientScore]) -> dict[str, float]:
     probabilities = np.array([score.probabilities for score in scores])
     truth = np.array([score.truth for score in scores])
-    summary = {"accuracy": float((probabilities.argmax(axis=1) == truth).mean())}
+    # A figure of what is not a number is none: argmax would name a class.
+    is_known = bool(np.isfinite(probabilities).all())
+    summary = {"accuracy": float((probabilities.argmax(axis=1) == truth).mean()) if is_known else math.nan}
     auc = area_under_curve(probabilities, truth)
     return summary if auc is None else {"auc": auc, **summary}
 
@@ -109,8 +112,10 @@ def area_under_curve(probabilities: npt.NDArray[np.float64], truth: npt.NDArray[
     """Return the area under the ROC curve, for more than two classes the mean of one against the rest.
 
     Args:
-      probabilities: [N, L]; truth: [N]. None when fewer than two classes occur.
+      probabilities: [N, L]; truth: [N]. None when fewer than two classes occur, NaN where one is not a number.
     """
+    if not np.isfinite(probabilities).all():
+        return math.nan
     from sklearn.metrics import roc_auc_score
 
     present = np.unique(truth)

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Error, Message, RecordDict
+from loop_grid import LoopGrid
+from private_hospitals import private_run, write_patients
 from small_runs import small_run
 
 from actors import flower_hospital
 from actors.coordinator import hospital_specs, local_pool, run_in_process
-from actors.flower_app import GridLink, client_app
-from actors.flower_hospital import answer, node_of
+from actors.flower_app import GridLink
+from actors.flower_hospital import answer, hospital_of, node_of
 from actors.flower_messages import Request, pack, text_of, unpack
 from actors.flower_pool import FlowerPool
 from actors.flower_run import run_over_flower
@@ -24,50 +25,6 @@ from medfl_ray.messages import ClientFailure, HospitalInfo, Metric, SiteEvaluati
 from medfl_ray.store.run_folder import RunFolder
 
 PRIVATE = {"enable_dp": True, "noise_multiplier": 1.0, "sample_rate": 0.5, "max_grad_norm": 0.5, "delta": 1e-5}
-
-
-class LoopGrid(Grid):
-    """Nodes of this process: each message goes to the ClientApp at once, in a process that remembers nothing."""
-
-    def __init__(self, nodes, app, forgets=False):
-        self._nodes, self._app, self._forgets = nodes, app, forgets
-        self._replies, self.sent = {}, []
-
-    def set_run(self, run): ...
-
-    @property
-    def run(self):
-        raise NotImplementedError
-
-    def create_message(self, *args, **kwargs):
-        raise NotImplementedError
-
-    def send_and_receive(self, messages, *, timeout=None):
-        raise NotImplementedError
-
-    def get_node_ids(self):
-        return list(self._nodes)
-
-    def push_messages(self, messages):
-        from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
-
-        numbers = []
-        for message in messages:
-            number = f"message-{len(self.sent)}"
-            message.metadata.__dict__["_message_id"] = number
-            self.sent.append(message)
-            assert all(b"pickle" not in part.deflate() for part in get_all_nested_objects(message).values())
-            if self._forgets:
-                flower_hospital.hospital_of.cache_clear()
-            context = Context(
-                1, message.metadata.dst_node_id, self._nodes[message.metadata.dst_node_id], RecordDict(), self._app
-            )
-            self._replies[number] = client_app(message, context)
-            numbers.append(number)
-        return numbers
-
-    def pull_messages(self, message_ids):
-        return [self._replies.pop(number) for number in message_ids if number in self._replies]
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +157,28 @@ def test_private_data_are_trained_on_only_where_the_node_itself_names_the_run(tm
     assert "does not say itself what it trains" in found.reason
     found = answer(request, None, {"hospital": "north", "run": str(file)}, {})
     assert "does not say itself" not in found.reason  # it goes on to the data, which are not there
+
+
+def test_hole_a_run_file_over_private_data_is_carried_out_as_often_as_the_hospital_says(tmp_path):
+    run = private_run(tmp_path / "images", output={"state_directory": str(tmp_path / "state")})
+    write_patients(tmp_path / "images", 12)
+    file = file_of(run, tmp_path)
+    config_hash = load_run_config(file).config_hash
+
+    def described(job, **node):
+        request = text_of(Request(ask="describe", hospital="a", job=job, config_hash=config_hash))
+        hospital_of.cache_clear()  # a process of its own for every message
+        return answer(request, None, {"hospital": "a", "run": str(file), **node}, {})
+
+    assert isinstance(described("first"), HospitalInfo)
+    assert isinstance(described("first"), HospitalInfo)
+    assert hospital_of.cache_info().currsize == 1
+    refused = described("second")
+    assert "was carried out already, as first" in refused.reason
+    assert "executions=2" in refused.reason
+    assert isinstance(described("second", executions=2), HospitalInfo)
+    assert isinstance(described("third", executions=2), ClientFailure)
+    assert "whole number from 1" in described("third", executions="many").reason
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def adapter(stub):
 
 
 def test_weights_and_differences_are_told_apart_and_others_refused():
-    start, job = np.array([1, 2, 3], np.float32), SimpleNamespace(num_steps=4)
+    start, job = np.array([1, 2, 3], np.float32), SimpleNamespace(num_steps=4, mechanism=None)
     named = {"a": torch.tensor([2.0, 2.0]), "b": torch.tensor(5.0)}
     assert adapter(Stub(named, WeightType.WEIGHTS)).train(start, None, job).delta.tolist() == [1, 0, 2]
     assert adapter(Stub(named, WeightType.WEIGHT_DIFF)).train(start, None, job).delta.tolist() == [2, 2, 5]

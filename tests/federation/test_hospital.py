@@ -8,6 +8,7 @@ from small_runs import small_run
 from actors.hospital import HospitalSpec, build_hospital
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import LabelError, UnreadableFile
+from medfl_ray.federation.agreement import Agreement
 from medfl_ray.federation.hospital import Hospital
 from medfl_ray.federation.labels import labelled
 from medfl_ray.federation.planning import mechanism_for
@@ -73,12 +74,21 @@ def test_the_hospitals_own_policy_wins_over_any_plan(tmp_path, limit, reason):
     assert hospital.export_ledger()["events"] == []
 
 
-@pytest.mark.parametrize("changes", [{"noise_multiplier": 0.1}, {"sample_rate": 1.0}, {"max_grad_norm": 9.0}])
-def test_only_the_reserved_mechanism_is_trained(hospital, changes):
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"noise_multiplier": 0.1}, "noise_multiplier 0.1"),
+        ({"noise_multiplier": 900.0}, "not the one that was reserved"),
+        ({"sample_rate": 1.0}, "at rate 1"),
+        ({"sample_rate": 0.1}, "not the one that was reserved"),
+        ({"max_grad_norm": 9.0}, "clips patients of 'university' at 9"),
+    ],
+)
+def test_only_the_reserved_mechanism_is_trained(hospital, changes, reason):
     assert not isinstance(hospital.reserve(plan_for(hospital)), ClientFailure)
     answer = hospital.train(plan_for(hospital, **changes), weights_of(hospital))
     assert isinstance(answer, ClientFailure)
-    assert "not the one that was reserved" in answer.reason
+    assert reason in answer.reason
     assert hospital.info().spent.epsilon > 0
 
 
@@ -102,8 +112,10 @@ class BrokenData:
 
 @pytest.mark.parametrize("declared", ["private", "public"])
 def test_a_broken_case_of_private_data_is_not_named_outside(hospital, declared, capsys):
+    policy = hospital._parts.policy.model_copy(update={"declared": declared, "max_epsilon": 100.0})
+    run = small_run(privacy=PRIVACY, federation={"local_steps": 20})
     parts = dataclasses.replace(
-        hospital._parts, data=BrokenData(), policy=hospital._parts.policy.model_copy(update={"declared": declared})
+        hospital._parts, data=BrokenData(), run=run, policy=policy, agreement=Agreement(run, policy)
     )
     changed = Hospital(parts)
     plan = plan_for(hospital, num_steps=20)
@@ -113,8 +125,9 @@ def test_a_broken_case_of_private_data_is_not_named_outside(hospital, declared, 
     changed.reserve(plan)
     answer = changed.train(plan, weights_of(hospital))
     assert isinstance(answer, ClientFailure)
-    assert "UnreadableFile" in answer.reason if declared == "private" else "case 5 of 43" in answer.reason
+    assert ("case 5 of 43" in answer.reason) == (declared == "public")
     if declared == "private":
+        assert "UnreadableFile" not in answer.reason
         assert not any(character.isdigit() for character in answer.reason)
         assert "case 5 of 43" in capsys.readouterr().out
 

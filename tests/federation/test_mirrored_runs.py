@@ -1,5 +1,6 @@
 """A ledger that lost what the coordinator has seen does not train until it is charged again, in whole runs."""
 
+import dataclasses
 import shutil
 import sqlite3
 import threading
@@ -10,14 +11,21 @@ import pytest
 from small_runs import small_run
 
 from actors.coordinator import hospital_specs, local_pool, run_in_process
-from actors.hospital import HospitalActor, build_hospital
+from actors.hospital import build_hospital
+from actors.hospital_actor import HospitalActor
 from medfl_ray.cli.privacy_ledger import recover
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.federation.local_pool import LocalPool
 from medfl_ray.federation.planning import mechanism_for
-from medfl_ray.messages import ClientFailure, ClientUpdate, RoundPlan
-from medfl_ray.store.ledger_mirror import MIRROR_NAME, LedgerMirror
+from medfl_ray.messages import ClientFailure, ClientUpdate, Mechanism, RoundPlan
+from medfl_ray.store.ledger import PrivacyLedger
+from medfl_ray.store.ledger_mirror import LedgerMirror
+from medfl_ray.store.mirror_file import MIRROR_NAME
 from medfl_ray.store.run_folder import RunFolder
+
+MECHANISM = Mechanism(
+    noise_multiplier=1.0, sample_rate=0.5, max_grad_norm=1.0, num_steps=4, num_patients=20, delta=1e-5
+)
 
 
 def private_run(rounds=1):
@@ -170,6 +178,51 @@ def test_rows_that_do_not_follow_are_not_trained_under_and_their_charge_is_given
     assert "row 1" in receipt.failures[0].reason
 
 
+@pytest.mark.parametrize("stage", ["reserve", "train"])
+def test_hole_rows_of_another_hospital_are_not_taken_and_its_sender_takes_no_part(tmp_path, stage):
+    """One hospital's answer carries rows of the other's account, with a key of its own."""
+    hospital, other = names()
+    (tmp_path / "evil").mkdir(mode=0o700)
+    evil = PrivacyLedger.open(tmp_path / "evil" / "ledger.sqlite", other, "dataset", 1e-5, None)
+    evil.reserve("x", 1, 1, MECHANISM, None)
+    (foreign,) = evil.rows_after({})
+
+    def with_foreign(spent):
+        return spent.model_copy(update={"ledger_rows": (*spent.ledger_rows, foreign)})
+
+    class Lying(LocalPool):
+        def reserve(self, plan):
+            answers = dict(super().reserve(plan))
+            if stage == "reserve":
+                answers[hospital] = with_foreign(answers[hospital])
+            return answers
+
+        def train(self, plan, hospitals, weights):
+            for answer in super().train(plan, hospitals, weights):
+                lies = stage == "train" and answer.hospital == hospital
+                yield dataclasses.replace(answer, spent=with_foreign(answer.spent)) if lies else answer
+
+    def pool_of(specs):
+        return Lying({spec.policy.hospital: partial(build_hospital, spec) for spec in specs})
+
+    outcome, folder = start(tmp_path, rounds=2, pool_of=pool_of)
+    assert outcome.completed
+    for result in folder.results():
+        assert result.receipt.trained == (other,)
+        assert f"rows of the ledger of {other}" in next(f.reason for f in result.receipt.failures)
+    copies = LedgerMirror(tmp_path / "state" / "_mirror").export(other, "dataset")["events"]
+    assert {row["job"] for row in copies} == {folder.job}
+
+
+def test_hole_a_hospital_that_shows_another_key_takes_no_part(tmp_path):
+    hospital, other = names()
+    start(tmp_path)
+    shutil.rmtree(tmp_path / "state" / hospital)
+    outcome, folder = start(tmp_path)
+    assert outcome.absent == (hospital,)
+    assert folder.results()[0].receipt.trained == (other,)
+
+
 def test_a_synthetic_run_keeps_its_mirror_inside_its_folder(tmp_path):
     run = small_run(
         privacy={"enable_dp": True, "noise_multiplier": 30.0, "sample_rate": 0.5},
@@ -204,7 +257,7 @@ def test_an_actor_that_restarts_without_its_ledger_says_why(tmp_path):
     (spec, _) = hospital_specs(run, policies, tmp_path, tmp_path / "state")
     name = spec.policy.hospital
     plan = RoundPlan(
-        job="job",
+        job=spec.job,
         round=1,
         attempt=1,
         config_hash="",

@@ -204,7 +204,11 @@ def test_suppressed_scores_decide_nothing(sections, words):
 
 def test_of_some_private_hospitals_the_matrix_has_the_others(tmp_path):
     public = PRIVATE[1].model_copy(update={"declared": "public"})
-    check_baselines(tiny(privacy=DP, evaluation={"cross_site": True}), [PRIVATE[0], public])
+    check_baselines(tiny(privacy={**DP, "extra_epsilon": 5.0}, evaluation={"cross_site": True}), [PRIVATE[0], public])
+    for too_little in (None, 3.0):
+        privacy = {**DP, "extra_epsilon": too_little}
+        with pytest.raises(PrivacyConfigError, match="beside the run's own epsilon"):
+            check_baselines(tiny(privacy=privacy, evaluation={"cross_site": True}), [PRIVATE[0], public])
     with pytest.raises(ConfigError, match="compare hospitals"):
         check_baselines(tiny(evaluation={"cross_site": True}), PRIVATE[:1])
 
@@ -253,17 +257,16 @@ def test_the_last_evaluation_has_every_figure_with_intervals(tmp_path):
 
 
 def test_confidential_figures_leave_by_name_alone():
-    from medfl_ray.federation.site_evaluation import figures_of, site_evaluation
-    from medfl_ray.training.evaluation import PatientScore
+    from medfl_ray.federation.private_answers import suppressed_evaluation
 
     raw = {"name": "r", "data": {"directory": "x", "declared": "private"}, "privacy": DP,
            "evaluation": {"metrics": ["dice", "hd95"], "calibration": True}}  # fmt: skip
     run = parse_run_config(raw)
-    for scores in ([], [PatientScore(dice={"core": 0.5}, more={"hd95": 3.0, "hd95/core": 3.0})]):
-        values = figures_of(run, PRIVATE[0], {1: "core"}, scores, is_last=True)
-        site = site_evaluation(run, PRIVATE[0], 1, values, scores, {}, (b"png",), is_last=True)
-        assert set(site.metrics) == {"dice", "dice/core", "hd95", "hd95/core"}
+    for is_last, names in ((False, {"dice", "dice/core"}), (True, {"dice", "dice/core", "hd95", "hd95/core"})):
+        site = suppressed_evaluation(run, PRIVATE[0], {1: "core"}, 1, is_last)
+        assert set(site.metrics) == names
         assert {metric.value for metric in site.metrics.values()} == {None}
+        assert {metric.label for metric in site.metrics.values()} == {"suppressed"}
         assert site.pictures == ()
         assert {site.intervals, site.patients, site.calibration, site.patient_scores} == {None}
 

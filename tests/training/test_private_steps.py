@@ -105,3 +105,36 @@ def test_weights_move_by_the_charged_noise(trainer: Trainer, changes: dict[str, 
     assert stats.chi2.sf((outcome.delta.astype(float) ** 2).sum() / std**2, size) > 1e-6
     assert stats.chi2.cdf((outcome.delta.astype(float) ** 2).sum() / std**2, size) > 1e-6
     assert abs(outcome.delta.mean()) < 6 * std / math.sqrt(size)
+
+
+class OneUnreadable(Register):
+    """Patients of whom one turned unreadable, whose patches are no numbers."""
+
+    def train_patches(self, patient_index: int, num_patches: int, rng: Generator) -> tuple[Tensor, Tensor]:
+        images, targets = super().train_patches(patient_index, num_patches, rng)
+        return (
+            (torch.full_like(images, math.nan), torch.zeros_like(targets)) if patient_index == 0 else (images, targets)
+        )
+
+
+class Absent(Register):
+    """The same patients without that one."""
+
+    def train_patches(self, patient_index: int, num_patches: int, rng: Generator) -> tuple[Tensor, Tensor]:
+        return super().train_patches(patient_index + 1, num_patches, rng)
+
+
+@pytest.mark.parametrize("engine", ["single", "grouped"])
+def test_hole_a_patient_who_cannot_be_read_adds_nothing_and_moves_nobody(engine: str) -> None:
+    training = TrainingConfig(
+        device="cpu", momentum=0.0, patient_gradients=engine, patient_group_size=4, augment=False, optimizer="sgd"
+    )
+    model = ModelConfig(type="unet2d", features=(4, 8))
+    trainer = Trainer(model, training, "segmentation", 2, 1, 2, (8, 8), for_dp=True)
+    job = LocalJob(1, 1.0, mechanism_of(sample_rate=1.0, noise_multiplier=1e-7), (0, 0, 0))
+    start = trainer.initial_weights(0)
+    with_one = trainer.train(start, OneUnreadable(), job).delta
+    without = trainer.train(start, Absent(NUM_PATIENTS - 1), job).delta
+    assert np.isfinite(with_one).all()
+    assert float(np.abs(without).max()) > 1e-3
+    np.testing.assert_allclose(with_one, without, atol=2e-6)
