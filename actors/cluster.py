@@ -10,27 +10,41 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from actors.session_folders import claim_root, discard, hold, owner_only_files, session_root, sweep
 from medfl_ray.errors import ClusterError
 
 OUR_PACKAGES = ("actors", "serve", "tune")
+_sessions: list[tuple[Path, int]] = []
+"""The session of a cluster that this process started and has not ended, with the descriptor that marks it alive."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connection; `started` says whether closing it ends the cluster."""
+    """A connection; `started` says whether closing it ends the cluster.
+
+    `umask` is this process's own, which the processes of a cluster that it started do not have: theirs is 077.
+    """
 
     started: bool
     num_cpus: float
     num_gpus: float
     dashboard_url: str | None
+    umask: int | None = None
 
 
-def connect(address: str | None = None, num_cpus: int | None = None, dashboard: bool = False) -> Cluster:
+def connect(
+    address: str | None = None, num_cpus: int | None = None, dashboard: bool = False, metrics: bool = True
+) -> Cluster:
     """Join the cluster at `address` (or RAY_ADDRESS), or start one of our own.
+
+    Args:
+      metrics: whether a cluster of our own counts tasks, cores and our figures on its page for Prometheus, which asks
+        for no token.
 
     Raises:
       ClusterError: the cluster cannot be reached or started, or a foreign package shadows one of ours.
@@ -43,20 +57,18 @@ def connect(address: str | None = None, num_cpus: int | None = None, dashboard: 
 
     if address is None:
         _check_token_mode()
+        sessions = claim_root(session_root())
+        sweep(sessions)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     options["runtime_env"] = {"env_vars": worker_environment()}
+    umask: int | None = None
     try:
         if address is not None:
             context = ray.init(address=address, **options)
         else:
-            context = ray.init(
-                address="local",
-                num_cpus=num_cpus or os.cpu_count(),
-                include_dashboard=dashboard,
-                dashboard_host="127.0.0.1",
-                _node_ip_address="127.0.0.1",
-                **options,
-            )
+            options |= {"num_cpus": num_cpus or os.cpu_count(), "include_dashboard": dashboard}
+            options["_system_config"] = {"enable_metrics_collection": metrics}
+            context, umask = _start(sessions, options)
     except Exception as error:  # noqa: BLE001 - whatever Ray says becomes one sentence
         where = f"the Ray cluster at {address}" if address else "a local Ray cluster"
         raise ClusterError(
@@ -69,7 +81,25 @@ def connect(address: str | None = None, num_cpus: int | None = None, dashboard: 
         num_cpus=float(resources.get("CPU", 1)),
         num_gpus=float(resources.get("GPU", 0)),
         dashboard_url=getattr(context, "dashboard_url", None) or None,
+        umask=umask,
     )
+
+
+def _start(sessions: Path, options: Mapping[str, Any]) -> tuple[Any, int]:
+    """Start a cluster on loopback whose session nobody else may read; return its context and this process's umask."""
+    import ray
+
+    with owner_only_files() as before:
+        context = ray.init(
+            address="local",
+            dashboard_host="127.0.0.1",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(sessions),
+            **options,
+        )
+    session = Path(context.address_info["session_dir"])  # type: ignore[attr-defined]
+    _sessions.append((session, hold(session)))
+    return context, before
 
 
 def disconnect() -> None:
@@ -77,6 +107,11 @@ def disconnect() -> None:
     import ray
 
     ray.shutdown()
+    while _sessions:
+        session, lock = _sessions.pop()
+        with suppress(FileNotFoundError):  # somebody has emptied the folder of temporary files
+            discard(session)
+        os.close(lock)
 
 
 def secure_environment() -> None:

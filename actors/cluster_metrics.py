@@ -3,11 +3,14 @@
 That page asks for no token. So it holds no more than a receipt does: rounds, sizes, charged epsilons, and of the
 figures of data only those labelled public or charged. Ray drops a gauge once it was scraped, so that each is said again
 every few seconds as long as the run lasts, and it counts a histogram's values as the middle of their bucket.
+
+Where cohorts are secret, rounds appear by the hour: whoever stores scrapes would else know how long each of them took.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from statistics import fmean
@@ -15,8 +18,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from medfl_ray.config import RunConfig
-from medfl_ray.federation.events import Event, HospitalState, PhaseStarted, RoundClosed, RoundTimed
+from medfl_ray.federation.events import AccountsClosed, Event, HospitalState, PhaseStarted, RoundClosed, RoundTimed
 from medfl_ray.messages import HEADLINES, Metric, PrivacySpent, Receipt, RoundResult
+from medfl_ray.round_times import Clock, exact_now, has_secret_cohorts
 from medfl_ray.site_policy import SitePolicy
 
 if TYPE_CHECKING:
@@ -49,8 +53,14 @@ GAUGES = {
     "medfl_auc": ("Area under the ROC curve on held-out patients; public or charged figures only.", HOSPITAL),
     "medfl_accuracy": ("Accuracy on held-out patients; public or charged figures only.", HOSPITAL),
     "medfl_train_loss": ("Mean training loss; public or charged figures only.", HOSPITAL),
-    "medfl_epsilon_spent": (f"Epsilon charged so far, {EPSILON} and adjacency in the labels.", ACCOUNT),
-    "medfl_epsilon_budget": (f"Epsilon that may be charged, {EPSILON} and adjacency in the labels.", ACCOUNT),
+    "medfl_epsilon_spent": (
+        f"Epsilon of the data set's account so far, {EPSILON} and adjacency in the labels.",
+        ACCOUNT,
+    ),
+    "medfl_epsilon_budget": (
+        f"Epsilon that may be charged to the account in all, where declared, {EPSILON} and adjacency in the labels.",
+        ACCOUNT,
+    ),
     "medfl_simulation_seconds": ("Where the last simulated round's time went.", ("run", "part")),
 }
 COUNTERS = {
@@ -69,7 +79,14 @@ HISTOGRAMS = {
 class ClusterMetrics:
     """Keeps a run's gauges up to date from `with` to its end; `update` takes the run's events as they happen."""
 
-    def __init__(self, run: RunConfig, name: str, policies: Sequence[SitePolicy], repeat_s: float = REPEAT_S) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        name: str,
+        policies: Sequence[SitePolicy],
+        repeat_s: float = REPEAT_S,
+        clock: Clock = exact_now,
+    ) -> None:
         """Make the figures, in a process that has joined a Ray cluster; `name` is the run's label."""
         from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -78,7 +95,7 @@ class ClusterMetrics:
         self._histograms: dict[str, Histogram] = {
             key: Histogram(key, text, list(edges), tags) for key, (text, tags, edges) in HISTOGRAMS.items()
         }
-        self._run, self._name, self._repeat_s = run, name, repeat_s
+        self._run, self._name, self._repeat_s, self._clock = run, name, repeat_s, clock
         # A round takes as long as its slowest hospital, whose time tells how many of its patients were drawn.
         self._shows_times = all(policy.declared != "private" for policy in policies)
         self._many = len(policies) > MOST_HOSPITALS
@@ -86,6 +103,7 @@ class ClusterMetrics:
         self._missed: dict[str, int] = {}
         self._present: set[str] = set()
         self._absent: set[str] = set()
+        self._held_back: deque[RoundResult] = deque()
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._repeater = threading.Thread(target=self._repeat, name="cluster-metrics", daemon=True)
@@ -107,8 +125,12 @@ class ClusterMetrics:
             self._set("medfl_rounds_planned", event.total_rounds or 0)
         elif isinstance(event, HospitalState):
             self._heard_of(event)
+        elif isinstance(event, RoundClosed) and event.result.receipt.secret_cohort:
+            self._held_back.append(event.result)
         elif isinstance(event, RoundClosed):
             self._closed(event.result)
+        elif isinstance(event, AccountsClosed) and not has_secret_cohorts(self._run):
+            self._set_accounts(event.spent)
         elif isinstance(event, RoundTimed) and self._shows_times:
             for part, seconds in event.seconds.items():
                 self._set("medfl_simulation_seconds", seconds, part)
@@ -124,6 +146,11 @@ class ClusterMetrics:
             self._observe("medfl_update_bytes", state.update_bytes, self._label(state.hospital))
         if state.duration is not None:
             self._observe("medfl_client_seconds", shown(state.duration), self._label(state.hospital))
+
+    def show_due(self) -> None:
+        """Show the rounds with secret cohorts whose time in the receipt, which is rounded up, has come."""
+        while self._held_back and datetime.fromisoformat(self._held_back[0].receipt.ended_at) <= self._clock():
+            self._closed(self._held_back.popleft())
 
     def _closed(self, result: RoundResult) -> None:
         receipt = result.receipt
@@ -141,7 +168,10 @@ class ClusterMetrics:
             found = {hospital: shown(figures[name]) for hospital, figures in result.metrics.items() if name in figures}
             may_be_seen = {hospital: value for hospital, value in found.items() if value is not None}
             self._set_each(f"medfl_{name}", may_be_seen, fmean)
-        accounts = receipt.spent if not self._many or not receipt.spent else {ALL: nearest_to_budget(receipt.spent)}
+        self._set_accounts(receipt.spent)
+
+    def _set_accounts(self, by_hospital: Mapping[str, PrivacySpent]) -> None:
+        accounts = by_hospital if not self._many or not by_hospital else {ALL: nearest_to_budget(by_hospital)}
         for hospital, spent in accounts.items():
             account = (hospital, spent.unit, f"{spent.delta:g}", spent.adjacency)
             self._set("medfl_epsilon_spent", spent.epsilon, *account)
@@ -184,6 +214,7 @@ class ClusterMetrics:
 
     def _repeat(self) -> None:
         while not self._ended.wait(self._repeat_s):
+            self.show_due()
             with self._lock:
                 values = dict(self._values)
             for (name, labels), value in values.items():

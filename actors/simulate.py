@@ -182,7 +182,8 @@ class Simulation:
         for note in self.pool.notes:
             emit(Notice(message=note))
         self.pool.notes.clear()
-        if isinstance(event, RoundClosed):
+        # Of a secret cohort neither its size is said nor how long it took, which depends on it.
+        if isinstance(event, RoundClosed) and not event.result.receipt.secret_cohort:
             result = event.result
             seconds = where_time_went(self.pool, result.duration_s)
             asked = len(result.receipt.asked)

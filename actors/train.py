@@ -17,6 +17,7 @@ from medfl_ray.config import RunConfig
 from medfl_ray.errors import ClusterError, MedflError
 from medfl_ray.federation.events import Event, Notice, RoundClosed
 from medfl_ray.federation.run import RunOutcome
+from medfl_ray.round_times import has_secret_cohorts
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.run_folder import RunFolder
 from medfl_ray.store.state_folders import state_root
@@ -52,7 +53,8 @@ def drive(
                 return run_in_process(run, policies, folder, pool, emit, stop)
         from actors.cluster import connect, disconnect
 
-        cluster = connect(address, dashboard=dashboard)
+        # Ray's own figures count who is asked to train, on a page that asks for no token.
+        cluster = connect(address, dashboard=dashboard, metrics=not has_secret_cohorts(run))
         try:
             if dashboard and cluster.dashboard_url:
                 emit(Notice(message=f"Ray dashboard: http://{cluster.dashboard_url}"))
@@ -60,7 +62,7 @@ def drive(
                 from actors.simulate import simulate
 
                 return simulate(run, policies, folder, emit, stop=stop)
-            return _follow(run, policies, folder, emit, stop)
+            return _follow(run, policies, folder, emit, stop, cluster.umask)
         finally:
             disconnect()
 
@@ -88,7 +90,12 @@ def tracked(run: RunConfig, folder: Path, emit: Emit) -> Emit:
 
 
 def _follow(
-    run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, emit: Emit, stop: threading.Event
+    run: RunConfig,
+    policies: tuple[SitePolicy, ...],
+    folder: Path,
+    emit: Emit,
+    stop: threading.Event,
+    umask: int | None,
 ) -> RunOutcome:
     """Have a coordinator run the federation and show what happens; Ray starts it again where its process ends.
 
@@ -106,7 +113,8 @@ def _follow(
         max_restarts=-1,
         max_task_retries=0,
     )
-    coordinator: Any = remote.remote(policies, folder.resolve(), state_root(run), run.training.gpus_per_hospital)
+    arguments = (policies, folder.resolve(), state_root(run), run.training.gpus_per_hospital, umask)
+    coordinator: Any = remote.remote(*arguments)
     lives, published = 1, -1
     try:
         while True:

@@ -63,7 +63,8 @@ def live(ray_cluster, tmp_path_factory):
     run = small_run(
         privacy={"enable_dp": True, "epsilon": 99.0, "noise_multiplier": 2.0, "max_grad_norm": 1.0, "sample_rate": 0.5},
     )
-    policies, folder = tuple(list_hospitals(run)), folder_of(run, tmp_path_factory.mktemp("run"))
+    policies = tuple(policy.model_copy(update={"max_epsilon": 99.0}) for policy in list_hospitals(run))
+    folder = folder_of(run, tmp_path_factory.mktemp("run"))
     simulated = balls(federation={"rounds": 1, "num_actors": 1})
     virtual, other = tuple(list_hospitals(simulated)), folder_of(simulated, tmp_path_factory.mktemp("simulation"))
     served = ServingMetrics(drift_threshold=1.0, drift_smoothing=1.0, ray_too=True)

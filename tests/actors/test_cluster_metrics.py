@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
@@ -54,8 +55,9 @@ def run_with_metrics(run, tmp_path, pool_of, then, also=lambda event: None):
 
 
 def private_run(tmp_path, **privacy):
+    budget = {"max_epsilon": 60.0} if privacy["enable_dp"] else {}
     hospitals = [
-        {"id": name, "directory": str(write_patients(tmp_path / name)), "num_patients": 20, "max_epsilon": 60.0}
+        {"id": name, "directory": str(write_patients(tmp_path / name)), "num_patients": 20, **budget}
         for name in ("north", "south")
     ]
     return parse_run_config(
@@ -95,6 +97,8 @@ def watched(monkeypatch):
 
 @pytest.mark.parametrize("enable_dp", [True, False], ids=["suppressed", "unprotected"])
 def test_nothing_computed_from_private_data_is_in_a_scrape(ray_cluster, monkeypatch, tmp_path, enable_dp):
+    # A charge of another test would refuse the run without protection.
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     figures = watched(monkeypatch)
     privacy = {**DP, "epsilon": None, "noise_multiplier": 2.0} if enable_dp else {"enable_dp": False}
     labels = set()
@@ -197,6 +201,34 @@ def test_silence_is_counted_until_an_update_arrives_and_is_neither_a_spent_budge
     assert metrics._missed == {"a": 0, "b": 0, "absent": 3}
     metrics.update(closed(4, (), (), secret_cohort=True, asked=()))
     assert metrics._missed == {"a": 0, "b": 0, "absent": 3}
+
+
+def test_hole_rounds_of_a_secret_cohort_appear_at_full_hours(ray_cluster):
+    """Prometheus keeps when `medfl_round` moved: without the grid, how long every round took."""
+    now = [datetime(2025, 1, 2, 3, 59, 59, tzinfo=UTC)]
+    metrics = ClusterMetrics(small_run(), "secret", (), clock=lambda: now[0])
+    for number, hour in ((1, 4), (2, 4), (3, 5)):
+        metrics.update(closed(number, (), (), secret_cohort=True, asked=(), published=True, ended_at=at_hour(hour)))
+    metrics.show_due()
+    assert metrics._values == {}
+    now[0] = datetime(2025, 1, 2, 4, tzinfo=UTC)
+    metrics.show_due()
+    assert metrics._values["medfl_round", ()] == 2
+    assert metrics._values["medfl_round_closed_timestamp_seconds", ()] == now[0].timestamp()
+    now[0] = datetime(2025, 1, 2, 5, 0, 1, tzinfo=UTC)
+    metrics.show_due()
+    assert metrics._values["medfl_round", ()] == 3
+    assert {name for name, _ in metrics._values} == {"medfl_round", "medfl_round_closed_timestamp_seconds"}
+
+
+def test_a_round_whose_cohort_is_known_appears_at_once(ray_cluster):
+    metrics = ClusterMetrics(small_run(), "known", ())
+    metrics.update(closed(1, ("a",), ()))
+    assert metrics._values["medfl_round", ()] == 1
+
+
+def at_hour(hour):
+    return f"2025-01-02T{hour:02d}:00:00+00:00"
 
 
 def test_one_series_stands_for_more_than_a_hundred_hospitals(ray_cluster):

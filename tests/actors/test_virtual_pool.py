@@ -19,6 +19,7 @@ from actors.simulate import Simulation, open_ledgers, simulate, undisturbed, whe
 from actors.virtual_pool import VirtualPool
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import ConfigError, DataError
+from medfl_ray.federation.events import RoundClosed, RoundTimed
 from medfl_ray.federation.planning import mechanisms
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
 from medfl_ray.store.run_folder import RunFolder
@@ -239,10 +240,24 @@ def test_hospital_level_noise_gets_every_update(ray_cluster, tmp_path):
         aggregation={"weighting": "uniform"},
         federation={"fraction": 0.5},
     )
-    outcome, folder = simulated(run, tmp_path)
+    seen = []
+    outcome, folder = simulated(run, tmp_path, seen.append)
     assert outcome.completed
     assert all(result.receipt.spent["federation"].unit == "hospital" for result in folder.results())
     assert all(result.receipt.trained == () for result in folder.results())  # the cohort is secret
+    assert [event for event in seen if isinstance(event, RoundTimed)] == []
+
+
+@pytest.mark.parametrize(("secret", "timed"), [(True, 0), (False, 1)])
+def test_hole_a_simulation_does_not_say_how_long_a_secret_cohort_took(secret, timed):
+    """Its processes' seconds are in proportion to the hospitals that they have trained."""
+    pool = SimpleNamespace(notes=[], seconds={"train": 6.0, "wall": 5.0}, num_actors=2)
+    result = SimpleNamespace(
+        round=1, duration_s=0.0 if secret else 7.0, receipt=SimpleNamespace(secret_cohort=secret, asked=("a",))
+    )
+    seen = []
+    Simulation._timed(SimpleNamespace(pool=pool), seen.append, RoundClosed.model_construct(result=result))
+    assert [type(event).__name__ for event in seen] == ["RoundClosed", *["RoundTimed"] * timed]
 
 
 def test_what_a_simulation_cannot_do_is_refused(ray_cluster):

@@ -8,9 +8,8 @@ import pytest
 from small_runs import small_run
 
 from actors.coordinator import hospital_specs, local_pool, run_in_process
+from medfl_ray import round_times
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.federation import rounds
-from medfl_ray.store import ledger, round_journal
 from medfl_ray.store.ledger_export import verify_export
 from medfl_ray.store.receipts import read_receipts, verify_receipts
 from medfl_ray.store.run_folder import RunFolder
@@ -32,8 +31,7 @@ class Jumping:
 @pytest.mark.parametrize("deadline_s", [None, 60.0])
 def test_a_run_does_not_mind_a_jumping_clock(tmp_path, monkeypatch, deadline_s):
     clock = Jumping()
-    for module in (rounds, ledger, round_journal):
-        monkeypatch.setattr(module, "datetime", clock)
+    monkeypatch.setattr(round_times, "datetime", clock)
     monkeypatch.setattr("time.time", lambda: 0.0)
     run = small_run(
         federation={"rounds": 5, "local_steps": 1, "deadline_s": deadline_s},
