@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import BudgetExceeded, ConfigError, PrivacyConfigError
 from medfl_ray.federation.planning import account_delta, delta_of, mechanisms, steps_of_run
+from medfl_ray.privacy.account import INFINITE, epsilon_words
 from medfl_ray.privacy.accountant import Charge, Segment, epsilon_spent
 from medfl_ray.privacy.search_cost import merge_kinds, selected_epsilon, worst_case_epsilon
 from medfl_ray.site_policy import SitePolicy
-from tune.space import Parameters, SearchConfig, trial_run
+from tune.accounts import Past
+from tune.private_folders import refuse_private_folders
+from tune.space import Parameters, SearchConfig, trial_run, with_parameters
 
 TERMS = "unit patient, adjacency add/remove"
 
@@ -89,22 +92,25 @@ def check_terms(
     search: SearchConfig,
     raw: Mapping[str, Any],
     policies: Sequence[SitePolicy],
-    charged: Mapping[str, Sequence[Charge]],
+    past: Past,
     num_left: int,
 ) -> Terms:
     """Decide how a search is accounted, or refuse it.
 
     Args:
-      charged: what each hospital's ledger holds already, this search's earlier trials included.
-      num_left: trials that are not finished yet.
+      past: what each hospital's ledger holds already, this search's earlier trials included.
+      num_left: trials that are not finished yet; with none left only what there is already is said.
 
     Raises:
       ConfigError: the trials could not be judged, or are no private runs.
       PrivacyConfigError: the accounting that was asked for does not hold for these data.
-      BudgetExceeded: the worst case of all trials passes a hospital's budget.
+      BudgetExceeded: the worst case of all trials passes a hospital's budget, or its account is infinite.
     """
     run = check_judgement(search, raw, policies)
+    refuse_private_folders(run, with_parameters(search, raw, first_point(search)), search.score_data)
     deltas = {policy.hospital: account_delta(run, policy) for policy in policies}
+    if search.accounting != "compose":
+        refuse_own_accounts(run, policies)
     if search.accounting == "public":
         refuse_private([policy.hospital for policy in policies if policy.declared == "private"])
         return Terms("public", PUBLIC_WORDS, max(deltas.values()), {})
@@ -116,16 +122,18 @@ def check_terms(
     kinds = {policy.hospital: [each[policy.hospital] for each in segments] for policy in policies}
     if search.accounting == "select":
         return _selected(search, kinds, deltas)
-    worst = {
-        policy.hospital: worst_case_epsilon(
-            charged.get(policy.hospital, ()), kinds[policy.hospital], num_left, deltas[policy.hospital]
-        )
-        for policy in policies
-        if num_left
-    }
-    refuse_over_budget(policies, worst, deltas, num_left)
-    refuse_too_many_steps(policies, kinds, charged, num_left)
-    return Terms("compose", COMPOSED_WORDS, max(deltas.values()), worst)
+    worst = {name: _worst_case(name, past, kinds[name], num_left, delta) for name, delta in deltas.items()}
+    if num_left:
+        refuse_unprotected(policies, past.unprotected)
+        refuse_over_budget(policies, worst, deltas, num_left)
+        refuse_too_many_steps(policies, kinds, past.charged, num_left)
+    return Terms("compose", composed_words(past.unprotected), max(deltas.values()), worst)
+
+
+def _worst_case(hospital: str, past: Past, kinds: Sequence[Segment], num_left: int, delta: float) -> float:
+    if hospital in past.unprotected or not num_left:
+        return past.epsilon(hospital, delta)
+    return worst_case_epsilon(past.charged.get(hospital, ()), kinds, num_left, delta)
 
 
 PUBLIC_WORDS = (
@@ -135,12 +143,24 @@ PUBLIC_WORDS = (
 COMPOSED_WORDS = (
     "The trials ran on private data. Each was a run of its own, reserved and charged in the hospitals' ledgers and "
     "composed by privacy loss distributions (PLD). The search began only because the worst case of all its trials "
-    "fitted every budget."
+    "fitted every budget{}."
 )
 SELECTED_WORDS = (
     "The best of a secret, random number of trials is released and nothing else: neither the other trials nor how "
     "many there were. Its epsilon is that of repeat-and-select (Renyi, dp-accounting), and holds for this release."
 )
+
+
+def composed_words(unprotected: Collection[str]) -> str:
+    """Say how trials on private data were accounted, and of which hospitals no budget says anything any more."""
+    if not unprotected:
+        return COMPOSED_WORDS.format("")
+    names = ", ".join(repr(name) for name in sorted(unprotected))
+    return (
+        COMPOSED_WORDS.format(" that still holds")
+        + f" The epsilon of {names} is {INFINITE}: the data were used without patient-level differential privacy, so "
+        "that no epsilon bounds what was revealed of a patient, whatever the trials themselves were charged."
+    )
 
 
 def check_judgement(search: SearchConfig, raw: Mapping[str, Any], policies: Sequence[SitePolicy]) -> RunConfig:
@@ -150,11 +170,7 @@ def check_judgement(search: SearchConfig, raw: Mapping[str, Any], policies: Sequ
       ConfigError: it cannot, or they have no epsilon.
     """
     run = trial_run(search, raw, first_point(search))
-    if not run.privacy.patient_level:
-        raise ConfigError(
-            "a search weighs patient-level epsilon against Dice; set privacy.enable_dp: true and privacy.unit: patient "
-            "in the run's file"
-        )
+    check_patient_level(run)
     if run.data.task != "segmentation":
         raise ConfigError("a search judges its trials by Dice; data.task is 'classification': use a segmentation run")
     shows = any(policy.declared != "private" for policy in policies)
@@ -172,6 +188,19 @@ def check_judgement(search: SearchConfig, raw: Mapping[str, Any], policies: Sequ
             "pool: virtual is for synthetic hospitals, which keep no ledger of their own; use pool: local"
         )
     return run
+
+
+def check_patient_level(run: RunConfig) -> None:
+    """Refuse a trial without patient-level differential privacy: it has no epsilon, and may leave an infinite one.
+
+    Raises:
+      ConfigError: that is so.
+    """
+    if not run.privacy.patient_level:
+        raise ConfigError(
+            "a search weighs patient-level epsilon against Dice; set privacy.enable_dp: true and privacy.unit: patient "
+            "in the run's file"
+        )
 
 
 def first_point(search: SearchConfig) -> Parameters:
@@ -193,6 +222,38 @@ def refuse_private(private: Sequence[str]) -> None:
             f"hospital {private[0]!r} has private data, and accounting: public charges no trial. Give the search "
             "phantoms or a public set under data, or set accounting: compose, with which every trial is charged"
         )
+
+
+def refuse_own_accounts(run: RunConfig, policies: Iterable[SitePolicy]) -> None:
+    """Refuse to call trials free, or their number a secret, where a ledger that outlives the search holds them.
+
+    Where a hospital's own file says what it declares, the search cannot give it another ledger.
+
+    Raises:
+      PrivacyConfigError: a hospital has public data, and that of it or another one is said in such a file.
+    """
+    public = [policy.hospital for policy in policies if policy.declared == "public"]
+    if public and any(hospital.site_config is not None for hospital in run.data.hospitals):
+        raise PrivacyConfigError(
+            f"hospital {public[0]!r} has public data and a ledger that outlives the search, in which every trial would "
+            "be charged; set accounting: compose, or search on phantoms (data)"
+        )
+
+
+def refuse_unprotected(policies: Iterable[SitePolicy], unprotected: Collection[str]) -> None:
+    """Refuse data whose account is infinite, unless the hospital's own policy gives the protection up.
+
+    Raises:
+      BudgetExceeded: names the first such hospital.
+    """
+    for policy in policies:
+        bound = policy.declared == "private" or policy.max_epsilon is not None
+        if bound and policy.hospital in unprotected and not policy.allow_unprotected:
+            raise BudgetExceeded(
+                f"the epsilon of hospital {policy.hospital!r} on data set {policy.data_set!r} is {INFINITE}: it was "
+                "used without patient-level differential privacy, and no trial fits any budget. Only the hospital's "
+                "own policy can allow more: privacy.allow_unprotected. Else search on phantoms (data)"
+            )
 
 
 def refuse_cut_short(policies: Iterable[SitePolicy]) -> None:
@@ -234,10 +295,11 @@ def refuse_over_budget(
     """
     for policy in policies:
         after, limit = worst.get(policy.hospital, 0.0), policy.max_epsilon
+        if math.isinf(after) and policy.allow_unprotected:
+            continue  # the hospital's ledger no longer asks for its lifetime budget either
         if limit is not None and after > limit:
-            reached = f"{math.ceil(after * 100) / 100:.2f}"
             raise BudgetExceeded(
-                f"{num_left} trials could bring hospital {policy.hospital!r} to epsilon={reached}; "
+                f"{num_left} trials could bring hospital {policy.hospital!r} to epsilon={epsilon_words(after)}; "
                 f"its budget is {limit:g} ({TERMS}, delta={deltas[policy.hospital]:g}, what it has spent included). "
                 "Lower trials or space.epsilon, raise space.noise_multiplier, or search on phantoms (data)"
             )

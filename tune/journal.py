@@ -24,10 +24,11 @@ State = Literal["started", "finished", "stopped", "failed"]
 class Result(BaseModel):
     """What a trial came to. epsilon and size_bytes are those of its whole run, also where it was stopped early.
 
-    spent: the largest epsilon that its own charges alone amount to at a hospital (patient, add/remove).
+    spent: the largest epsilon that its own charges alone amount to at a hospital (patient, add/remove). In JSON an
+    infinite one is the string "Infinity".
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     epsilon: float
     dice: float
@@ -42,7 +43,7 @@ class Result(BaseModel):
 class Trial(BaseModel):
     """One line of the journal: what is known of a trial at its start or end."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings")
 
     number: int
     state: State

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from medfl_ray.analytics.report import config_text
 from medfl_ray.analytics.search_report import write_search_report
 from medfl_ray.analytics.search_summary import SearchSummary, TrialRow
 from medfl_ray.errors import ConfigError
+from tune.budget import composed_words
 from tune.journal import Journal, Trial, points
 from tune.pareto import Point, epsilon_for, front, privacy_front
-from tune.search import Outcome, Search, open_results, recommended_run
+from tune.search import Outcome, Search, known_accounts, open_results, recommended_run
 from tune.space import SearchConfig
 
 ENOUGH_FOR_IMPORTANCE = 6
@@ -32,6 +34,8 @@ def summarise(outcome: Outcome) -> SearchSummary:
     search, config = outcome.search, outcome.search.plan.search
     best = next((t for t in outcome.trials if outcome.best and t.number == outcome.best.number), None)
     trials = [best] if config.accounting == "select" and best is not None else outcome.trials
+    worst_case = known_accounts(search)
+    infinite = [hospital for hospital, epsilon in worst_case.items() if math.isinf(epsilon)]
     on_front = {point.number for point in front(points(trials))}
     return SearchSummary(
         name=config.name,
@@ -40,9 +44,9 @@ def summarise(outcome: Outcome) -> SearchSummary:
         num_trials=search.num_trials,
         planned_rounds=search.rounds,
         accounting=config.accounting,
-        words=search.terms.words,
+        words=composed_words(infinite) if config.accounting == "compose" else search.terms.words,
         delta=search.terms.delta,
-        worst_case=search.terms.worst_case,
+        worst_case=worst_case,
         selected=search.terms.selected,
         importance=importance(config, trials),
         judged_on=judged_on(search),

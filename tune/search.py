@@ -24,9 +24,9 @@ from medfl_ray.config import RunConfig
 from medfl_ray.config_files import dump_yaml, parse_model, read_yaml
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import CheckpointError, ClusterError, ConfigError, FederationError
-from medfl_ray.privacy.accountant import Charge
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.durable import replace_file
+from tune.accounts import Past, largest_known, past_of
 from tune.budget import Terms, check_terms, first_point
 from tune.journal import Journal, Trial, points
 from tune.pareto import Point, balanced, cheapest
@@ -74,7 +74,7 @@ def create_search(search: SearchConfig) -> Search:
       MedflError: it is refused before anything is made; see `check_terms`.
     """
     raw = base_run(search)
-    _check(TrialPlan(search, raw, Path()), search.trials, None)
+    _check(TrialPlan(search, raw, Path()), search.trials)
     folder = search.directory / f"{datetime.now():%Y%m%d-%H%M%S}-{search.name}"
     try:
         folder.mkdir(parents=True)
@@ -100,9 +100,8 @@ def open_search(folder: Path) -> Search:
     plan = read_plan(folder)
     secret = folder / SECRET
     num_trials = int(secret.read_text()) if secret.is_file() else plan.search.trials
-    journal = Journal(plan.folder)
-    ended = sum(trial.ended for trial in journal.trials())
-    policies, terms = _check(plan, num_trials - ended, journal)
+    ended = sum(trial.ended for trial in Journal(plan.folder).trials())
+    policies, terms = _check(plan, num_trials - ended)
     return Search(plan, policies, _first_run(plan).federation.rounds, terms, num_trials)
 
 
@@ -113,7 +112,7 @@ def open_results(folder: Path) -> Search:
       ConfigError: the folder is not a search's.
     """
     plan = read_plan(folder)
-    policies, terms = _check(plan, 0, None)
+    policies, terms = _check(plan, 0)
     return Search(plan, policies, _first_run(plan).federation.rounds, terms, plan.search.trials)
 
 
@@ -169,33 +168,24 @@ def _first_run(plan: TrialPlan) -> RunConfig:
     return trial_run(plan.search, plan.raw, first_point(plan.search))
 
 
-def _check(plan: TrialPlan, num_left: int, journal: Journal | None) -> tuple[tuple[SitePolicy, ...], Terms]:
+def _check(plan: TrialPlan, num_left: int) -> tuple[tuple[SitePolicy, ...], Terms]:
     run = _first_run(plan)
     policies = tuple(list_hospitals(run))
-    charged = spent_before(run, policies, plan) if plan.search.accounting == "compose" else {}
-    return policies, check_terms(plan.search, plan.raw, policies, charged, max(0, num_left))
+    past = past_of(run, policies, plan.folder) if plan.search.accounting == "compose" else Past()
+    return policies, check_terms(plan.search, plan.raw, policies, past, max(0, num_left))
 
 
-def spent_before(run: RunConfig, policies: Sequence[SitePolicy], plan: TrialPlan) -> dict[str, tuple[Charge, ...]]:
-    """Return what each hospital's ledger holds; nothing where it has none yet.
+def known_accounts(search: Search) -> dict[str, float]:
+    """Return per hospital the epsilon for the report: the checked worst case, or what its ledger holds where more.
 
     Raises:
       LedgerError: a ledger is damaged.
     """
-    from medfl_ray.federation.planning import account_delta
-    from medfl_ray.store.ledger import PrivacyLedger
-    from medfl_ray.store.ledger_events import charged_segments
-    from medfl_ray.store.ledger_file import LEDGER_NAME
-    from medfl_ray.store.state_folders import hospital_folder, state_root
-
-    found: dict[str, tuple[Charge, ...]] = {}
-    for policy in policies:
-        path = hospital_folder(policy, plan.folder, state_root(run)) / LEDGER_NAME
-        if path.is_file():
-            delta = account_delta(run, policy)
-            ledger = PrivacyLedger.open(path, policy.hospital, policy.data_set, delta, policy.max_epsilon)
-            found[policy.hospital] = charged_segments(ledger.events())
-    return found
+    if search.plan.search.accounting != "compose":
+        return dict(search.terms.worst_case)
+    run = _first_run(search.plan)
+    past = past_of(run, search.policies, search.folder)
+    return largest_known(search.terms.worst_case, past, run, search.policies)
 
 
 def run_search(search: Search, num_cpus: float, progress: Any = None) -> Outcome:
@@ -222,6 +212,7 @@ def _tune(search: Search, left: int, num_cpus: float, progress: Any) -> None:
     from ray.exceptions import RayError
 
     from tune.searcher import JournaledSearch, build_scheduler
+    from tune.trial_pool import sweep_after
 
     config = search.plan.search
     at_once = 1 if config.accounting == "compose" else config.max_concurrent
@@ -252,6 +243,22 @@ def _tune(search: Search, left: int, num_cpus: float, progress: Any) -> None:
                 f"Ray Tune ended with {type(error).__name__}; nothing that has ended is lost: medfl-ray tune --resume "
                 f"{search.folder.name}"
             ) from None
+        finally:
+            sweep_after(cache_folders(search))
+
+
+def cache_folders(search: Search) -> list[Path]:
+    """Return where this machine's hospitals may keep prepared images of private patients on the disk."""
+    from actors.hospital import CACHE_FOLDER
+    from medfl_ray.federation.private_answers import is_confidential
+    from medfl_ray.store.state_folders import hospital_folder, state_root
+
+    run = _first_run(search.plan)
+    if run.data.cache != "disk":
+        return []
+    root = state_root(run)
+    private = [policy for policy in search.policies if is_confidential(policy)]
+    return [hospital_folder(policy, search.folder, root) / CACHE_FOLDER for policy in private]
 
 
 def resources(search: SearchConfig) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import statistics
@@ -21,12 +22,11 @@ from medfl_ray.errors import CheckpointError, FederationError, MedflError
 from medfl_ray.federation.events import Event, RoundClosed
 from medfl_ray.federation.planning import delta_of
 from medfl_ray.messages import Metric, SiteEvaluation
-from medfl_ray.privacy.accountant import epsilon_spent
+from medfl_ray.privacy.account import INFINITE, Budgets, account_of
 from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.durable import replace_file
-from medfl_ray.store.ledger_events import LedgerEvent, charged_segments
 from medfl_ray.store.run_folder import RunFolder
-from tune.budget import trial_epsilon, with_noise
+from tune.budget import check_patient_level, trial_epsilon, with_noise
 from tune.journal import RESULT, Result, trial_folder
 from tune.space import Parameters, SearchConfig, trial_run
 
@@ -50,6 +50,7 @@ class TrialPlan:
           MedflError: the parameters do not fit together, or a hospital refuses them.
         """
         run = trial_run(self.search, self.raw, parameters)
+        check_patient_level(run)
         policies = tuple(list_hospitals(run))
         run = with_noise(run, policies)
         output = {"directory": self.folder / "trials"}
@@ -138,6 +139,12 @@ def _federate(plan: TrialPlan, folder: Path, number: int, parameters: Parameters
         outcome = _run(store.run, policies, folder, emit)
         if not outcome.completed:
             raise FederationError(f"the trial ended early: {outcome.reason}")
+        spent = own_spending(folder, run, policies, store.job)
+        if math.isinf(spent):
+            raise FederationError(
+                "the trial used a hospital's data without patient-level differential privacy; its epsilon is "
+                f"{INFINITE}, and no Dice is weighed against that"
+            )
         dice, low, high = score(plan, folder, run)
         return Result(
             epsilon=epsilon,
@@ -146,7 +153,7 @@ def _federate(plan: TrialPlan, folder: Path, number: int, parameters: Parameters
             high=high,
             size_bytes=whole_bytes(folder, run),
             rounds=outcome.rounds_done,
-            spent=own_spending(folder, run, policies, store.job),
+            spent=spent,
             seconds=time.monotonic() - started,
         )
 
@@ -256,10 +263,16 @@ def score_folder(folder: Path, run: RunConfig, directory: Path) -> list[float]:
 
 
 def own_spending(folder: Path, run: RunConfig, policies: Sequence[SitePolicy], job: str) -> float:
-    """Return the largest epsilon that this trial's own charges alone amount to at a hospital, from the ledgers."""
+    """Return the largest epsilon that this trial's own job amounts to at a hospital, from the ledgers.
+
+    Infinite where the job used a hospital's data without patient-level protection.
+    """
     exports = json.loads((folder / "ledger.json").read_bytes())
     found = 0.0
     for policy in policies:
-        events = [LedgerEvent.from_mapping(row) for row in exports.get(policy.hospital, {}).get("events", ())]
-        found = max(found, epsilon_spent(charged_segments(events, job), delta_of(run, policy)))
+        rows = exports.get(policy.hospital, {}).get("events", ())
+        account = (policy.hospital, policy.data_set)
+        own = account_of(account, rows, job, delta_of(run, policy), Budgets()).run
+        assert own is not None  # there are rows, not a receipt alone
+        found = max(found, own.epsilon)
     return found

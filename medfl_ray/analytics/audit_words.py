@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from medfl_ray.privacy.account import epsilon_words
 from medfl_ray.privacy.audit_record import AuditedEpsilon, AuditRecord, MechanismAudit, MembershipAttack
 
 NOT_AUDITED = "not audited"
@@ -43,7 +44,11 @@ def audit_facts(record: AuditRecord | None) -> list[tuple[str, str]]:
 def _mechanism_facts(mechanism: MechanismAudit) -> list[tuple[str, str]]:
     found = mechanism.headline
     facts = [
-        ("Claimed", f"epsilon = {found.claimed:.2f} ({_terms(found)}) for {', '.join(mechanism.hospitals)}"),
+        (
+            "Claimed for the rounds",
+            f"epsilon = {epsilon_words(found.claimed)} ({_terms(found)}) at {', '.join(mechanism.hospitals)}; "
+            "baselines, studies and other runs come on top",
+        ),
         (
             "Lower bound",
             f"epsilon >= {found.lower_bound:.2f} at {_percent(mechanism.confidence)} confidence ({_terms(found)}): "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from medfl_ray.analytics.headline import exposed_words
 from medfl_ray.analytics.summary import RunSummary
 from medfl_ray.messages import Label
 
@@ -64,22 +65,37 @@ def caveats(summary: RunSummary) -> tuple[str, ...]:
     """Return what the guarantees of this run do not cover."""
     words = [
         "Aggregation mode is plain: the coordinator sees each hospital's own update, not only their sum. "
-        + (
-            "Each update is noised at the hospital before it leaves, so that the epsilon above holds against the "
-            "coordinator too."
-            if summary.private_training
-            else "Without differential privacy an update may reveal patients to the coordinator."
-        ),
+        + _against_the_coordinator(summary),
         "One Ray cluster is one trust domain: whoever can reach it can run code on it.",
         "Nothing here protects against a hospital host that is itself compromised.",
     ]
-    if summary.private_training:
+    if summary.config.privacy.patient_level:
         words.append(
             "The guarantee is (epsilon, delta) for one patient's data at one hospital, add/remove adjacency. A patient "
             "known to several hospitals is protected by the sum of what they spent."
         )
-        words.append("A hospital's epsilon counts everything ever charged to its data set, earlier runs included.")
+        words.append(
+            "A hospital's epsilon counts everything ever charged to its data set, earlier runs, baselines and studies "
+            "included, as its ledger stood at the end of this run. The budget of the run bounds its rounds alone; the "
+            "lifetime budget bounds everything."
+        )
+    if summary.unprotected:
+        words.append(exposed_words(summary))
     return tuple(words)
+
+
+def _against_the_coordinator(summary: RunSummary) -> str:
+    if summary.config.privacy.patient_level:
+        return (
+            "Each update is noised at the hospital before it leaves, so that the epsilon above holds against the "
+            "coordinator too."
+        )
+    if summary.config.privacy.central:
+        return (
+            "Updates reach the coordinator without noise, so that the hospital-level epsilon above holds against "
+            "whoever sees what it publishes, and not against the coordinator itself."
+        )
+    return "Without differential privacy an update may reveal patients to the coordinator."
 
 
 def _weights_label(summary: RunSummary) -> Label:
@@ -89,6 +105,8 @@ def _weights_label(summary: RunSummary) -> Label:
 
 
 def _weights_words(summary: RunSummary) -> str:
+    if summary.config.privacy.central:
+        return "Clipped per hospital; their sum is noised by the coordinator; the cost is in the federation's ledger."
     words = {
         "charged": "Clipped per patient and noised inside the hospital before they leave; the cost is in its ledger.",
         "public": "Trained without differential privacy on public or synthetic data.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,12 +15,15 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from medfl_ray.analytics.summary import Curve, HospitalSummary, RunSummary, Spread, shown
+from medfl_ray.privacy.account import epsilon_words
 
 FEDERATED, LOCAL, CENTRAL = "#0b6e99", "#c05a00", "#6b4fa0"
 INK, GRID, FAINT = "#1f2933", "#e3e8ee", "#98a4b3"
 HOSPITALS = ("#0f8f80", "#d1495b", "#8a6d00", "#5b6ee1", "#a0522d", "#3c7d2a", "#b0408f", "#4a6572")
 MOST_NAMED = len(HOSPITALS)
 MOST_COMPARED = 40
+SAME = 0.005
+"""Epsilons this near each other are the same: receipts and the ledger's export are computed separately."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,9 @@ def comparison(summary: RunSummary) -> Chart | None:
 
 
 def epsilon_curves(summary: RunSummary) -> Chart | None:
-    """Draw each hospital's cumulative epsilon over rounds, with its budget."""
-    rows = [h for h in summary.hospitals if h.spending]
+    """Draw what was ever charged to each hospital's data after each round, with the budgets that bound it."""
+    finite = {h.hospital: [s for s in h.spending if math.isfinite(s[1].epsilon)] for h in summary.hospitals}
+    rows = [h for h in summary.hospitals if finite[h.hospital]]
     if not rows:
         return None
     figure, axes = new_figure()
@@ -101,22 +106,41 @@ def epsilon_curves(summary: RunSummary) -> Chart | None:
         colour, alpha = (HOSPITALS[place], 1.0) if few else (FAINT, 0.35)
         label = (", ".join(names) if len(names) <= 3 else f"{len(names)} hospitals") if few else None
         axes.plot(x, y, color=colour, linewidth=2.2, marker="o", markersize=4, alpha=alpha, label=label)
-    for budget in sorted({s.budget for h in rows for _, s in h.spending if s.budget is not None})[:MOST_NAMED]:
-        axes.axhline(budget, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"budget {budget:g}")
+    for label, budget in _budgets(rows):
+        axes.axhline(budget, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"{label} {budget:g}")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("round")
-    axes.set_ylabel("epsilon (patient, add/remove)")
+    axes.set_ylabel("epsilon of the data set so far\n(patient, add/remove)")
     _finish(axes, columns=3)
-    words = "; ".join(f"{h.hospital} {h.spending[-1][1].epsilon:.2f}" for h in rows[:MOST_NAMED])
-    alt = f"Line chart of cumulative patient-level epsilon (add/remove) over rounds per hospital; at the end: {words}."
+    words = "; ".join(f"{h.hospital} {epsilon_words(h.spending[-1][1].epsilon)}" for h in rows[:MOST_NAMED])
+    deltas = sorted({f"{s.delta:.2g}".replace("e-0", "e-") for h in rows for _, s in h.spending}, key=float)
+    alt = (
+        "Line chart of everything ever charged to each hospital's data, as patient-level epsilon (add/remove, delta = "
+        f"{' to '.join(dict.fromkeys((deltas[0], deltas[-1])))}) after each round; after the last one: {words}. What "
+        "baselines and studies cost comes on top."
+    )
     return Chart("Epsilon over rounds", svg_text(figure), alt)
+
+
+def _budgets(rows: Sequence[HospitalSummary]) -> list[tuple[str, float]]:
+    """Return the budgets that bound what is drawn: a run's own only where nothing was charged before it."""
+    found = set()
+    for hospital in rows:
+        account, last = hospital.account, hospital.spending[-1][1].epsilon
+        if account is None or account.run is None:
+            continue
+        if account.total.budget is not None:
+            found.add(("lifetime budget", account.total.budget))
+        if account.run.budget is not None and abs(last - account.run.epsilon) < SAME:
+            found.add(("budget of the run", account.run.budget))
+    return sorted(found, key=lambda one: one[1])[:MOST_NAMED]
 
 
 def _same_spending(rows: Sequence[HospitalSummary]) -> dict[Curve, list[str]]:
     """Group hospitals whose lines would hide each other."""
     groups: dict[Curve, list[str]] = {}
     for hospital in rows:
-        curve = tuple((number, round(spent.epsilon, 2)) for number, spent in hospital.spending)
+        curve = tuple((n, round(s.epsilon, 2)) for n, s in hospital.spending if math.isfinite(s.epsilon))
         groups.setdefault(curve, []).append(hospital.hospital)
     return groups
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from medfl_ray.analytics.audit_words import audit_tile
 from medfl_ray.analytics.figures import metric_name
 from medfl_ray.analytics.summary import HospitalSummary, RunSummary, Spread
+from medfl_ray.privacy.account import INFINITE, PrivacyAccount, epsilon_words, parts_words
+
+PRIVACY_OFF = "Differential privacy was off"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def badges(summary: RunSummary) -> list[str]:
         f"{config.data.task}, {config.spatial_dims}D",
         config.model.type,
         f"{' and '.join(declared)} data",
-        "patient-level differential privacy" if summary.private_training else "no differential privacy",
+        f"{config.privacy.unit}-level differential privacy" if summary.private_training else "no differential privacy",
         f"{config.aggregation.strategy}, {config.aggregation.mode} aggregation",
         *config.tags,
     ]
@@ -73,7 +76,7 @@ def small_number(value: float) -> str:
 
 def delta_words(summary: RunSummary) -> str:
     """Return the accounts' delta, or the range of them."""
-    deltas = sorted({h.spent.delta for h in summary.hospitals if h.spent is not None})
+    deltas = sorted({account.total.delta for account in summary.own_accounts})
     if not deltas:
         return ""
     few = small_number(deltas[0])
@@ -159,32 +162,53 @@ def _score_sentence(summary: RunSummary) -> str:
     )
 
 
+def terms_words(summary: RunSummary) -> str:
+    """Return what stands beside every epsilon of the run: unit, delta, adjacency."""
+    adjacencies = sorted({account.adjacency.replace("_", "/") for account in summary.own_accounts}) or ["add/remove"]
+    parts = [f"{summary.config.privacy.unit}-level", delta_words(summary), " or ".join(adjacencies)]
+    return ", ".join(part for part in parts if part)
+
+
+def exposed_words(summary: RunSummary) -> str:
+    """Name the hospitals of which no epsilon bounds what was revealed; empty where there are none."""
+    if not summary.unprotected:
+        return ""
+    names = ", ".join(summary.unprotected)
+    return f"Data of {names} were used without patient-level protection: the patient-level epsilon is {INFINITE}."
+
+
 def _privacy_sentence(summary: RunSummary) -> str:
+    exposed = exposed_words(summary)
     if not summary.private_training:
-        return "Differential privacy was off: nothing bounds what the weights reveal of a patient."
-    worst, total = summary.largest_spent, summary.largest_total
+        return " ".join(filter(None, (f"{PRIVACY_OFF}: nothing bounds what the weights reveal of a patient.", exposed)))
+    worst = summary.largest_account
     if worst is None:
-        return "Nothing was charged to a privacy ledger."
-    terms = f"patient-level, {delta_words(summary)}, add/remove"
-    more = f"; {_charged_too(summary)}, charged too, brought that to {total.epsilon:.2f}" if total else ""
-    return (
-        f"After the last round no hospital had spent more than epsilon = {worst.epsilon:.2f} ({terms}){more}; "
-        f"{audit_tile(summary.audit)}."
+        return f"{exposed} Nothing was charged to a privacy ledger.".strip()
+    audit = audit_tile(summary.audit)
+    if worst.is_unprotected:
+        return f"{exposed} {_sentence_case(audit)}."
+    what = "the federation has" if worst.unit == "hospital" else "no hospital's data have"
+    most = "" if worst.unit == "hospital" else "more than "
+    words = (
+        f"In all, {what} spent {most}epsilon = {epsilon_words(worst.total.epsilon)} ({terms_words(summary)}): "
+        f"{_parts(summary, worst)}; {audit}."
     )
+    return " ".join(filter(None, (words, exposed)))
 
 
-def _charged_too(summary: RunSummary) -> str:
-    """Return what was trained beside the rounds."""
-    studies, baselines = summary.config.evaluation.has_studies, summary.config.federation.baselines
-    return "the baselines and studies" if studies and baselines else "the studies" if studies else "the baselines"
+def _sentence_case(words: str) -> str:
+    return words[:1].upper() + words[1:]
+
+
+def _parts(summary: RunSummary, account: PrivacyAccount) -> str:
+    beside = "the baselines" if not summary.config.evaluation.has_studies else "its baselines and studies"
+    return parts_words(account).replace("its baselines and studies", beside)
 
 
 def _privacy_tile(summary: RunSummary) -> Tile:
-    worst, total = summary.largest_spent, summary.largest_total
-    if not summary.private_training or worst is None:
+    worst = summary.largest_account
+    if worst is None or not summary.private_training:
         why = "nothing was charged" if summary.private_training else "differential privacy was off"
-        return Tile("eps", "Epsilon", "none", why)
-    budget = f"of a budget of {worst.budget:g}; " if worst.budget is not None else ""
-    more = f"; {total.epsilon:.2f} with {_charged_too(summary)}" if total else ""
-    terms = f"{budget}patient-level, {delta_words(summary)}, add/remove{more}; {audit_tile(summary.audit)}"
-    return Tile("eps", "Largest epsilon spent", f"{worst.epsilon:.2f}", terms)
+        return Tile("eps", "Epsilon", INFINITE if summary.unprotected else "none", why)
+    more = f"{terms_words(summary)}; {_parts(summary, worst)}; {audit_tile(summary.audit)}"
+    return Tile("eps", "Largest epsilon spent, in all", epsilon_words(worst.total.epsilon), more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,17 @@ from matplotlib.figure import Figure
 from medfl_ray.analytics.figures import FAINT, FEDERATED, GRID, HOSPITALS, INK, MOST_NAMED, metric_name
 from medfl_ray.analytics.summary import Curve, summarise_run
 from medfl_ray.errors import ConfigError
+from medfl_ray.privacy.account import epsilon_words
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One finished run as a point: what its hospitals spent at most, and how well its model does."""
+    """One finished run as a point: what its rounds cost a hospital at most, and how well its model does.
+
+    What baselines, studies and other runs cost is left out, for they did not make the model.
+    """
 
     name: str
     epsilon: float
@@ -39,8 +44,10 @@ def finished_runs(folder: Path) -> list[FinishedRun]:
             summary = summarise_run(config.parent)
         except ConfigError:
             continue  # another version's folder: a plan is drawn from what can be read
-        spent, score = summary.largest_spent, summary.federated
-        if summary.private_training and spent is not None and score is not None:
+        parts = [account.run or account.total for account in summary.own_accounts]
+        spent, score = max(parts, key=lambda part: part.epsilon, default=None), summary.federated
+        is_bounded = spent is not None and math.isfinite(spent.epsilon) and summary.config.privacy.patient_level
+        if is_bounded and spent is not None and score is not None:
             found.append(FinishedRun(config.parent.name, spent.epsilon, spent.delta, score.mean, summary.metric))
     return sorted(found, key=lambda run: run.epsilon)
 
@@ -91,13 +98,13 @@ def _draw_worth(axes: Axes, runs: Sequence[FinishedRun], planned: float) -> None
         offset, side = ((-7, -3), "right") if right else ((7, -3), "left")
         position = (run.epsilon, run.score)
         axes.annotate(run.name, position, offset, textcoords="offset points", ha=side, fontsize=8, color=INK)
-    axes.axvline(planned, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"this plan: {planned:.2f}")
+    axes.axvline(planned, color=INK, linewidth=1.2, linestyle=(0, (5, 3)), label=f"this plan: {epsilon_words(planned)}")
     deltas = sorted({run.delta for run in runs})
     shown = f"{deltas[0]:.2g}" if len(deltas) == 1 else f"{deltas[0]:.2g} to {deltas[-1]:.2g}"
     metric = metric_name(runs[0].metric)
     axes.set(
         xlim=(0, None),
-        xlabel="largest epsilon of a hospital",
+        xlabel="epsilon of the run's rounds, largest of a hospital",
         ylabel=f"{metric} on held-out patients",
         title=f"{metric} of finished runs\nunit patient, delta {shown}, adjacency add/remove",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -23,16 +24,20 @@ from medfl_ray.analytics.headline import (
     badges,
     delta_words,
     duration_words,
+    exposed_words,
     failure_words,
     grouped_failures,
     headline,
     size_words,
     small_number,
+    terms_words,
     tiles,
 )
 from medfl_ray.analytics.summary import RunSummary, summarise_run
 from medfl_ray.config import RunConfig
 from medfl_ray.messages import PrivacySpent
+from medfl_ray.privacy.account import epsilon_words, remaining_words
+from medfl_ray.round_times import Clock, clock_of, exact_now, has_secret_cohorts
 
 MOST_PICTURES = 24
 PACKAGES = ("medfl-ray", "torch", "monai", "ray", "dp-accounting", "onnxruntime", "onnxruntime-gpu")
@@ -71,6 +76,7 @@ def render_report(
     figures = (learning_curves(summary), comparison(summary))
     return render_page(
         "report.html.j2",
+        clock_of(has_secret_cohorts(summary.config)),
         summary=summary,
         metric_name=metric_name(summary.metric),
         headline=headline(summary),
@@ -83,7 +89,8 @@ def render_report(
         privacy_facts=_privacy_facts(summary),
         audit_facts=audit_facts(summary.audit),
         audit_alarm=_audit_alarm(summary),
-        delta_words=delta_words(summary),
+        terms_words=terms_words(summary),
+        exposed_words=exposed_words(summary),
         failure_words=failure_words,
         failures=grouped_failures(summary),
         per_label=_label_names(summary),
@@ -206,12 +213,16 @@ def _label_names(summary: RunSummary) -> list[str]:
 
 def _privacy_facts(summary: RunSummary) -> list[tuple[str, str]]:
     privacy = summary.config.privacy
+    by_hospital = privacy.central
+    by_tree = by_hospital and privacy.hospital_level.mechanism == "tree"
+    clip = f"{privacy.hospital_level.clip_norm:g} per hospital's update" if by_hospital else ""
+    who = "hospital" if by_hospital else "patient"
     return [
-        ("Unit", "one patient with all images, not one image"),
-        ("Adjacency", "add or remove one patient"),
+        ("Unit", "one hospital with all its patients" if by_hospital else "one patient with all images, not one image"),
+        ("Adjacency", f"zeros in the place of one {who}" if by_tree else f"add or remove one {who}"),
         ("Delta", delta_words(summary).removeprefix("delta = ")),
-        ("Accountant", privacy.accountant.upper()),
-        ("Clip norm", f"{privacy.max_grad_norm:g} per patient gradient"),
+        ("Accountant", "Renyi" if by_tree else privacy.accountant.upper()),
+        ("Clip norm", clip or f"{privacy.max_grad_norm:g} per patient gradient"),
         ("Randomness", "sampling and noise from the operating system, not from the run's seed"),
     ]
 
@@ -241,7 +252,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def render_page(template: str, **values: Any) -> str:
+def render_page(template: str, clock: Clock = exact_now, **values: Any) -> str:
     """Fill a template of medfl_ray/analytics/templates; a name that it uses and is not given is an error."""
     environment = Environment(
         loader=PackageLoader("medfl_ray.analytics", "templates"),
@@ -251,11 +262,14 @@ def render_page(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["small_number"] = small_number
+    environment.filters["epsilon"] = epsilon_words
+    environment.filters["remaining"] = remaining_words
+    environment.filters["is_infinite"] = math.isinf
     environment.filters["png_uri"] = lambda data: "data:image/png;base64," + base64.b64encode(data).decode()
     environment.filters["svg_uri"] = lambda text: (
         "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode()
     )
-    written_at = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    written_at = clock().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     return environment.get_template(template).render(version=_version("medfl-ray"), written_at=written_at, **values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from medfl_ray.analytics.headline import Tile
@@ -106,9 +107,10 @@ def tiles(summary: SearchSummary) -> list[Tile]:
         found.append(
             Tile("local", "Epsilon of the release", up(summary.selected), f"repeat-and-select; {summary.terms}")
         )
-    elif summary.accounting == "compose" and summary.worst_case:
+    elif summary.accounting == "compose":
         worst = max(summary.worst_case.values())
-        found.append(Tile("local", "Worst case of the search", up(worst), f"checked before it began; {summary.terms}"))
+        when = "whatever the trials cost" if math.isinf(worst) else "with all that was charged before"
+        found.append(Tile("local", "Worst case of the search", up(worst), f"{when}; {summary.terms}"))
     else:
         found.append(Tile("gain", "Charged by the search", "0", "synthetic or public data; the final run is charged"))
     return found

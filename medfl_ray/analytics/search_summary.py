@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from medfl_ray.privacy.account import epsilon_words
 
 NAMES = {
     "epsilon": "epsilon",
@@ -99,4 +100,4 @@ def megabytes(size_bytes: float) -> str:
 
 def up(epsilon: float) -> str:
     """Return an epsilon rounded up to two digits, so that it never reads as less than it is."""
-    return f"{math.ceil(epsilon * 100) / 100:.2f}"
+    return epsilon_words(epsilon)

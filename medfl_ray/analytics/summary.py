@@ -27,7 +27,9 @@ from medfl_ray.messages import (
     RoundResult,
     SiteEvaluation,
 )
+from medfl_ray.privacy.account import PrivacyAccount, largest
 from medfl_ray.privacy.audit_record import AUDIT_FILE, AuditRecord
+from medfl_ray.privacy.run_accounts import accounts_of_run
 
 T = TypeVar("T")
 Curve = tuple[tuple[int, float], ...]
@@ -59,12 +61,6 @@ class Baselines(BaseModel):
     failures: tuple[ClientFailure, ...] = ()
 
 
-class LedgerExport(BaseModel):
-    """The part of a hospital's entry in ledger.json that the report reads; empty where DP was off."""
-
-    spent: PrivacySpent | None = None
-
-
 @dataclass(frozen=True)
 class Spread:
     """A figure over hospitals; `deviation` is the sample standard deviation, 0 for one hospital."""
@@ -80,8 +76,8 @@ class Spread:
 class HospitalSummary:
     """One hospital's part in a run; a value is None where it was not measured or not shown.
 
-    spent: after the last round, everything ever charged to the data set included. ledger_total: after the
-    baselines, where the run had any.
+    spending: the account's total after each round. account: what was spent when everything had been charged, the
+    run's own baselines and studies included; None where nothing was.
     """
 
     hospital: str
@@ -94,8 +90,7 @@ class HospitalSummary:
     local: Metric | None
     central: Metric | None
     spending: tuple[tuple[int, PrivacySpent], ...]
-    spent: PrivacySpent | None
-    ledger_total: PrivacySpent | None
+    account: PrivacyAccount | None
     rounds_asked: int
     rounds_trained: int
     failures: tuple[ClientFailure, ...]
@@ -125,7 +120,7 @@ class RunSummary:
     num_published: int
     wall_time_s: float
     num_bytes: int | None
-    central_spent: PrivacySpent | None
+    accounts: Mapping[str, PrivacyAccount]
     export: Mapping[str, Any] | None
     labels_seen: Mapping[str, frozenset[Label]]
     baseline_failures: tuple[ClientFailure, ...]
@@ -168,17 +163,19 @@ class RunSummary:
         return spread(h.gain for h in self.hospitals)
 
     @property
-    def largest_spent(self) -> PrivacySpent | None:
-        """The account of the hospital that had spent most after the last round."""
-        return max((h.spent for h in self.hospitals if h.spent), key=lambda s: s.epsilon, default=None)
+    def own_accounts(self) -> tuple[PrivacyAccount, ...]:
+        """The accounts in the run's own unit: each hospital's, or under hospital-level privacy the federation's."""
+        return tuple(account for account in self.accounts.values() if account.unit == self.config.privacy.unit)
 
     @property
-    def largest_total(self) -> PrivacySpent | None:
-        """The same with the baselines, where they added to it."""
-        totals = [h.ledger_total for h in self.hospitals if h.ledger_total]
-        largest, after_rounds = max(totals, key=lambda s: s.epsilon, default=None), self.largest_spent
-        # The ledger recomputes what the receipts say; less than a hundredth is rounding.
-        return largest if largest and after_rounds and largest.epsilon > after_rounds.epsilon + 0.005 else None
+    def largest_account(self) -> PrivacyAccount | None:
+        """The account on which most was spent."""
+        return largest(self.own_accounts)
+
+    @property
+    def unprotected(self) -> tuple[str, ...]:
+        """Hospitals whose data were used without patient-level protection: their patient-level epsilon is infinite."""
+        return tuple(name for name, account in self.accounts.items() if account.is_unprotected)
 
     @property
     def num_suppressed(self) -> int:
@@ -223,13 +220,13 @@ def summarise_run(run_dir: Path) -> RunSummary:
     infos = read_as(run_dir / "hospitals.json", dict[str, HospitalInfo]) or {}
     evaluations = read_as(run_dir / "evaluation.json", dict[str, SiteEvaluation]) or {}
     baselines = read_as(run_dir / "baselines.json", Baselines) or Baselines()
-    ledgers = read_as(run_dir / "ledger.json", dict[str, LedgerExport]) or {}
+    accounts = accounts_of_run(run_dir, config)
     absent = read_as(run_dir / "failures.json", list[ClientFailure]) or []
     names = _hospital_names(config, results, infos, evaluations, absent)
     metric = headline_metric(results, evaluations)
     num_published = sum(result.receipt.published for result in results)
     audit = read_as(run_dir / AUDIT_FILE, AuditRecord)
-    read = _Read(config, metric, results, infos, evaluations, baselines, ledgers, absent)
+    read = _Read(config, metric, results, infos, evaluations, baselines, accounts, absent)
     return RunSummary(
         name=config.name,
         config=config,
@@ -239,7 +236,7 @@ def summarise_run(run_dir: Path) -> RunSummary:
         num_published=num_published,
         wall_time_s=sum(result.duration_s for result in results),
         num_bytes=bytes_moved(results, weights_size_bytes(run_dir / "model.safetensors")),
-        central_spent=baselines.central.spent if baselines.central else None,
+        accounts=accounts,
         export=read_as(run_dir / "model.json", dict[str, Any]),
         labels_seen=labels_by_kind(results, evaluations),
         baseline_failures=baselines.failures,
@@ -296,7 +293,7 @@ class _Read:
     infos: Mapping[str, HospitalInfo]
     evaluations: Mapping[str, SiteEvaluation]
     baselines: Baselines
-    ledgers: Mapping[str, LedgerExport]
+    accounts: Mapping[str, PrivacyAccount]
     absent: Sequence[ClientFailure]
 
 
@@ -319,7 +316,6 @@ def _summarise_hospital(name: str, read: _Read) -> HospitalSummary:
     evaluation = read.evaluations.get(name)
     final = evaluation.metrics.get(read.metric) if evaluation else None
     charged = [(r.round, r.receipt.spent[name]) for r in read.results if name in r.receipt.spent]
-    spending = _with_budget(charged, read.config.privacy.epsilon)
     local = read.baselines.local.get(name, LocalBaseline())
     central = read.baselines.central.metrics.get(name, {}) if read.baselines.central else {}
     metrics = evaluation.metrics if evaluation else {}
@@ -334,31 +330,14 @@ def _summarise_hospital(name: str, read: _Read) -> HospitalSummary:
         best=max((value for _, value in curve), default=None),
         local=local.metrics.get(read.metric),
         central=central.get(read.metric),
-        spending=spending,
-        spent=spending[-1][1] if spending else None,
-        ledger_total=_ledger_total(name, read, local),
+        spending=tuple(sorted(dict(charged).items())),  # the last word of each round
+        account=read.accounts.get(name),
         rounds_asked=sum(name in r.receipt.asked for r in read.results),
         rounds_trained=sum(name in r.receipt.trained and r.receipt.published for r in read.results),
         failures=tuple(f for r in read.results for f in r.receipt.failures if f.hospital == name)
         + tuple(f for f in read.absent if f.hospital == name),
         patient_scores=evaluation.patient_scores if evaluation else None,
     )
-
-
-def _with_budget(
-    spending: Sequence[tuple[int, PrivacySpent]], fallback: float | None
-) -> tuple[tuple[int, PrivacySpent], ...]:
-    """Keep the last word of each round; a reservation may not know the budget that the settled update names."""
-    budget = next((spent.budget for _, spent in reversed(spending) if spent.budget is not None), None)
-    budget = budget if budget is not None else fallback
-    rounds = {number: s.model_copy(update={"budget": s.budget or budget}) for number, s in spending}
-    return tuple(sorted(rounds.items()))
-
-
-def _ledger_total(name: str, read: _Read, local: LocalBaseline) -> PrivacySpent | None:
-    """Return the highest cumulative figure that the ledger or the baseline names: baselines are charged too."""
-    known = [read.ledgers.get(name, LedgerExport()).spent, local.spent]
-    return max((s for s in known if s is not None), key=lambda s: s.epsilon, default=None)
 
 
 def _declared(name: str, read: _Read, evaluation: SiteEvaluation | None) -> str:

@@ -5,15 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from medfl_ray.config import RunConfig
+from medfl_ray.config_files import load_run_config
 from medfl_ray.errors import PrivacyConfigError
+from medfl_ray.messages import Mechanism, PrivacySpent
+from medfl_ray.privacy.account import Budgets, PrivacyAccount, account_of, epsilon_words, parts_words
+from medfl_ray.privacy.accountant import epsilon_spent
 from medfl_ray.privacy.planner import solve_epsilon, solve_noise_multiplier, solve_num_steps, solve_sample_rate
+from medfl_ray.privacy.run_accounts import accounts_of_run
+from medfl_ray.site_policy import SitePolicy
 
+COLUMNS = (
+    "hospital",
+    "the run's rounds",
+    "budget of the run",
+    "baselines",
+    "extra budget",
+    "all of it",
+    "lifetime budget",
+)
+BUDGET_WORDS = (
+    "budget of the run (privacy.epsilon): bounds the run's rounds\n"
+    "extra budget (privacy.extra_epsilon): bounds baselines and studies; what studies cost is not planned here\n"
+    "lifetime budget (the data set's max_epsilon): bounds all of it and what the ledger holds of earlier runs"
+)
+NO_BUDGET_HERE = "lifetime budget: max_epsilon in the hospital's policy, which a ledger does not hold"
 BAR_WIDTH = 40
 CURVE_POINTS = 10
 
@@ -76,40 +98,88 @@ def print_plan(question: Question) -> None:
 
 
 def print_run_plan(run: RunConfig) -> None:
-    """Print each hospital's mechanism and what the whole run costs it.
+    """Print each hospital's mechanism, what the whole run costs it, and which budget bounds what.
 
     Raises:
-      PrivacyConfigError: differential privacy is off, or a hospital's policy forbids the plan.
+      PrivacyConfigError: patient-level privacy is off, or a hospital's policy forbids the plan.
     """
     from medfl_ray.data.sources import list_hospitals
-    from medfl_ray.federation.planning import budget_of, mechanism_for, steps_of_run
 
     if not run.privacy.enable_dp:
         raise PrivacyConfigError("privacy.enable_dp is off in this configuration: there is no epsilon to plan")
-    table = Table(title=f"{run.name}: {run.federation.rounds} rounds, unit patient, adjacency add/remove")
-    for name in ("hospital", "patients", "q", "steps/round", "noise multiplier", "epsilon", "delta", "budget"):
+    if not run.privacy.patient_level:
+        raise PrivacyConfigError(
+            "privacy.unit is 'hospital' in this configuration: its hospitals' patients have no epsilon to plan"
+        )
+    policies = list_hospitals(run)
+    planned = {policy.hospital: _planned(run, policy) for policy in policies}
+    console = Console()
+    console.print(_mechanism_table(run, policies, planned))
+    console.print(_budget_table(run, policies, planned))
+    console.print(BUDGET_WORDS, highlight=False)
+
+
+def _planned(run: RunConfig, policy: SitePolicy) -> Mechanism:
+    from medfl_ray.federation.planning import mechanism_for
+
+    mechanism = mechanism_for(run, policy)
+    assert mechanism is not None
+    return mechanism
+
+
+def _mechanism_table(run: RunConfig, policies: Sequence[SitePolicy], planned: Mapping[str, Mechanism]) -> Table:
+    table = Table(title=f"{run.name}: {run.federation.rounds} rounds", title_justify="left")
+    for name in ("hospital", "patients", "q", "steps/round", "noise multiplier", "delta"):
         table.add_column(name, justify="left" if name == "hospital" else "right")
-    for policy in list_hospitals(run):
-        mechanism = mechanism_for(run, policy)
-        assert mechanism is not None
-        steps = steps_of_run(run, mechanism.num_steps)
-        epsilon = solve_epsilon(mechanism.noise_multiplier, mechanism.delta, mechanism.sample_rate, steps)
-        budget = budget_of(run, policy)
+    for policy in policies:
+        mechanism = planned[policy.hospital]
+        figures = (f"{mechanism.sample_rate:.4g}", str(mechanism.num_steps), f"{mechanism.noise_multiplier:g}")
+        table.add_row(policy.hospital, str(policy.num_patients), *figures, f"{mechanism.delta:g}")
+    return table
+
+
+def _budget_table(run: RunConfig, policies: Sequence[SitePolicy], planned: Mapping[str, Mechanism]) -> Table:
+    from medfl_ray.federation.baselines import charge_of_run, pooled_charge
+    from medfl_ray.federation.planning import account_delta, budget_of, extra_budget, is_for_one_run
+
+    charges = {name: charge_of_run(run, mechanism) for name, mechanism in planned.items()}
+    central = [pooled_charge(list(charges.values()))] if "central" in run.federation.baselines else []
+    has_local = "local" in run.federation.baselines or run.evaluation.cross_site
+    deltas = sorted({account_delta(run, policy) for policy in policies} | {m.delta for m in planned.values()})
+    shown = f"{deltas[0]:g}" if len(deltas) == 1 else f"{deltas[0]:g} to {deltas[-1]:g}"
+    table = Table(title=f"epsilon (unit patient, delta {shown}, adjacency add/remove)", title_justify="left")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name == "hospital" else "right", overflow="fold")
+    for policy in policies:
+        own, at = charges[policy.hospital], planned[policy.hospital].delta
+        beside = [*([own] if has_local else []), *central]
         table.add_row(
             policy.hospital,
-            str(policy.num_patients),
-            f"{mechanism.sample_rate:.4g}",
-            str(mechanism.num_steps),
-            f"{mechanism.noise_multiplier:g}",
-            _up(epsilon),
-            f"{mechanism.delta:g}",
-            "none" if budget is None else f"{budget:g}",
+            epsilon_words(epsilon_spent([own], at), 3),
+            _budget(run.privacy.epsilon),
+            epsilon_words(epsilon_spent(beside, at), 3),
+            _budget(extra_budget(run, policy)),
+            epsilon_words(epsilon_spent([own, *beside], account_delta(run, policy)), 3),
+            _budget(budget_of(run, policy)) + ("" if not is_for_one_run(policy) else " (one run)"),
         )
-    Console().print(table)
+    return table
 
 
-def print_ledger(export: Mapping[str, Any]) -> None:
-    """Print an account's charges and what they cost together."""
+def print_ledgers(exports: Sequence[Mapping[str, Any]], run_dir: Path | None = None) -> None:
+    """Print accounts' charges and what they cost together.
+
+    Args:
+      run_dir: the run whose folder the exports are of: its own part and its budgets are then named.
+    """
+    accounts: dict[str, PrivacyAccount] = {}
+    if run_dir is not None and (run_dir / "config.yaml").is_file():
+        accounts = accounts_of_run(run_dir, load_run_config(run_dir / "config.yaml"))
+    for export in exports:
+        print_ledger(export, accounts.get(export["hospital"]))
+
+
+def print_ledger(export: Mapping[str, Any], account: PrivacyAccount | None = None) -> None:
+    """Print an account's charges and what they cost together; with `account` also what of it is one run's."""
     console = Console()
     console.print(f"hospital {export['hospital']}, data set {export['data_set']}", highlight=False)
     table = Table()
@@ -118,14 +188,29 @@ def print_ledger(export: Mapping[str, Any]) -> None:
     for row in export["events"]:
         table.add_row(*_cells(row))
     console.print(table)
-    spent = export["spent"]
-    budget = "no budget" if spent["budget"] is None else f"budget {spent['budget']:g}"
-    console.print(f"spent: epsilon {_up(spent['epsilon'])} ({labels(spent['delta'])}; {budget})", highlight=False)
+    console.print(spent_line(export, account), highlight=False)
 
 
-def labels(delta: float) -> str:
+def spent_line(export: Mapping[str, Any], account: PrivacyAccount | None) -> str:
+    """Return what an account has spent, with its terms and with what bounds it, as far as the export says."""
+    if account is not None:
+        total = epsilon_words(account.total.epsilon, 3)
+        return f"spent: epsilon {total} ({labels_of(account)}): {parts_words(account, 3)}"
+    spent = PrivacySpent.model_validate(export["spent"])
+    budgets = Budgets(lifetime=spent.budget)
+    account = account_of((export["hospital"], export["data_set"]), export["events"], "", spent.delta, budgets)
+    bound = NO_BUDGET_HERE if spent.budget is None else f"lifetime budget {spent.budget:g}"
+    return f"spent: epsilon {epsilon_words(account.total.epsilon, 3)} ({labels_of(account)}; {bound})"
+
+
+def labels_of(account: PrivacyAccount) -> str:
+    """Return the words that stand beside an account's epsilon."""
+    return labels(account.total.delta, account.unit, account.adjacency)
+
+
+def labels(delta: float, unit: str = "patient", adjacency: str = "add_remove") -> str:
     """Return the words that stand beside every epsilon."""
-    return f"unit patient, delta {delta:g}, adjacency add/remove"
+    return f"unit {unit}, delta {delta:g}, adjacency {adjacency.replace('_', '/')}"
 
 
 def _cells(row: Mapping[str, Any]) -> Sequence[str]:
@@ -168,4 +253,8 @@ def _curve(solved: Question) -> Table:
 
 def _up(epsilon: float | None) -> str:
     assert epsilon is not None
-    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
+    return epsilon_words(epsilon, 3)
+
+
+def _budget(budget: float | None) -> str:
+    return "none" if budget is None else f"{budget:g}"

@@ -31,6 +31,7 @@ from medfl_ray.federation.events import (
     parse_event,
 )
 from medfl_ray.messages import HEADLINES, ClientFailure, Metric, PrivacySpent, RoundResult
+from medfl_ray.privacy.account import epsilon_words
 
 STYLES = {
     "waiting": ("·", "dim"),
@@ -130,7 +131,7 @@ class RunDisplay:
         for failure in result.receipt.failures:
             row = self._rows.setdefault(failure.hospital, HospitalRow())
             row.state, row.detail = ("left_out" if failure.stage == "reserve" else "failed"), failure.reason
-        self._say_plainly(round_line(result, self._total, self._metric, self._time_left()))
+        self._say_plainly(round_line(result, self._total, self._metric, self._time_left(), self._run))
 
     def _say_plainly(self, line: str) -> None:
         if self._live is None:
@@ -174,7 +175,7 @@ class RunDisplay:
         if width >= TINY:
             table.add_column(metric_title(self._metric), no_wrap=True, justify="right")
             if self._run.privacy.enable_dp:
-                table.add_column("epsilon / budget", no_wrap=True, overflow="ellipsis", justify="right")
+                table.add_column("epsilon so far", no_wrap=True, overflow="ellipsis", justify="right")
         if width >= NARROW:
             table.add_column("reason", no_wrap=True, overflow="ellipsis", ratio=1)
         for cells in self._lines(width):
@@ -210,11 +211,12 @@ class RunDisplay:
     def _epsilon_terms(self) -> str:
         if not self._run.privacy.enable_dp:
             return "differential privacy is off"
-        return f"epsilon: ({terms_words([row.spent for row in self._rows.values() if row.spent])})"
+        spent = [row.spent for row in self._rows.values() if row.spent]
+        return f"epsilon so far of each account: ({terms_words(spent)}; {budget_words(spent, self._run)})"
 
 
-def round_line(result: RoundResult, total: int, metric: str, left_s: float | None) -> str:
-    """Return a closed round as one line: who trained, the score, the cost, the time, and who failed why."""
+def round_line(result: RoundResult, total: int, metric: str, left_s: float | None, run: RunConfig) -> str:
+    """Return a closed round as one line: who trained, the score, the cost so far, the time, and who failed why."""
     receipt = result.receipt
     parts = [f"round {result.round}/{total}", f"{len(receipt.trained)} of {len(receipt.asked)} hospitals trained"]
     if not receipt.published:
@@ -226,8 +228,11 @@ def round_line(result: RoundResult, total: int, metric: str, left_s: float | Non
     elif found:
         parts.append(f"{metric_title(metric)} suppressed")
     if receipt.spent:
-        worst = max(receipt.spent.values(), key=lambda spent: spent.epsilon)
-        parts.append(f"epsilon at most {spent_words(worst)} ({terms_words(list(receipt.spent.values()))})")
+        spent = list(receipt.spent.values())
+        worst = max(spent, key=lambda spent: spent.epsilon)
+        terms = f"{terms_words(spent)}; {budget_words([worst], run)}"
+        most = "" if worst.is_unprotected else "at most "
+        parts.append(f"epsilon so far {most}{epsilon_words(worst.epsilon)} ({terms})")
     parts.append(f"{result.duration_s:.0f} s")
     if left_s:
         parts.append(f"about {clock_words(left_s)} left")
@@ -255,17 +260,29 @@ def metric_words(metric: Metric | None) -> str:
 
 
 def spent_words(spent: PrivacySpent | None) -> str:
-    """Return epsilon against its budget."""
+    """Return what was charged to an account until now, against the lifetime budget of its data."""
     if spent is None:
         return "–"
-    return f"{spent.epsilon:.2f}" + (f" / {spent.budget:g}" if spent.budget is not None else "")
+    return epsilon_words(spent.epsilon) + (f" / {spent.budget:g}" if spent.budget is not None else "")
 
 
 def terms_words(spent: list[PrivacySpent]) -> str:
     """Return what stands beside every epsilon: unit, delta, adjacency."""
     deltas = sorted({f"{s.delta:.2g}".replace("e-0", "e-") for s in spent}, key=float)
     delta = [f"delta={deltas[0]}" if len(deltas) == 1 else f"delta={deltas[0]} to {deltas[-1]}"] if deltas else []
-    return ", ".join(["patient", *delta, "add/remove"])
+    units = sorted({s.unit for s in spent}) or ["patient"]
+    adjacencies = sorted({s.adjacency.replace("_", "/") for s in spent}) or ["add/remove"]
+    return ", ".join([" and ".join(units), *delta, " and ".join(adjacencies)])
+
+
+def budget_words(spent: list[PrivacySpent], run: RunConfig) -> str:
+    """Say which budget bounds what: the run's its rounds, the lifetime budget of the data everything shown."""
+    own = run.privacy.epsilon
+    budgets = sorted({s.budget for s in spent if s.budget is not None})
+    words = ["no budget of the run" if own is None or not run.privacy.enable_dp else f"budget of the run {own:g}"]
+    if budgets:
+        words.append("lifetime budget " + " to ".join(f"{b:g}" for b in dict.fromkeys((budgets[0], budgets[-1]))))
+    return ", ".join(words)
 
 
 def clock_words(seconds: float) -> str:

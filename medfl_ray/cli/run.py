@@ -128,6 +128,7 @@ def finish_run(folder: RunFolder, outcome: RunOutcome) -> None:
         write_report(folder.path)
     if folder.run.output.mlflow is not None:
         _copy_to_mlflow(folder, outcome, version)
+    folder.close()
     _say_goodbye(folder, outcome)
 
 
@@ -170,6 +171,8 @@ def _say_goodbye(folder: RunFolder, outcome: RunOutcome) -> None:
     if outcome.completed or stopped:
         typer.echo(f"\n{outcome.reason}.")
     if outcome.completed:
+        for line in spent_lines(path, folder.run):
+            typer.echo(line)
         typer.echo(f"results   {path}")
         if folder.run.output.report:
             typer.echo(f"report    {path / 'report.html'}")
@@ -188,6 +191,27 @@ def _say_goodbye(folder: RunFolder, outcome: RunOutcome) -> None:
         raise typer.Exit(130)
     if not outcome.completed:
         raise QuorumLost(outcome.reason)
+
+
+def spent_lines(path: Path, run: RunConfig) -> list[str]:
+    """Return what the run has cost: the largest epsilon with its parts and budgets, and who is not protected at all."""
+    from medfl_ray.privacy.account import INFINITE, epsilon_words, largest, parts_words
+    from medfl_ray.privacy.run_accounts import accounts_of_run
+
+    try:
+        accounts = accounts_of_run(path, run)
+    except ConfigError as error:
+        return [f"WARNING: {error}"]
+    own = {name: account for name, account in accounts.items() if account.unit == run.privacy.unit}
+    worst, lines = largest(own.values()), []
+    if worst is not None and run.privacy.enable_dp:
+        whose = "of the federation" if worst.unit == "hospital" else f"at {worst.hospital}, the largest"
+        total = epsilon_words(worst.total.epsilon)
+        lines.append(f"epsilon   {total} in all {whose} ({worst.terms}): {parts_words(worst)}")
+    exposed = tuple(name for name, account in accounts.items() if account.is_unprotected)
+    if exposed:
+        lines.append(f"WARNING: the patient-level epsilon of {some_of(exposed)} is {INFINITE}")
+    return lines
 
 
 def some_of(names: tuple[str, ...], most: int = SHOWN_NAMES) -> str:

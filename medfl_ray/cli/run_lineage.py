@@ -46,6 +46,7 @@ def lineage_of_run(run_dir: Path, evaluation: Path | None = None) -> Lineage:
       ConfigError: the folder is not a run's.
       ExportError: nothing was exported.
       ReceiptError: a receipt was changed or left out.
+      LedgerError: the ledgers' exports are not those that mirror and receipts saw.
       RegistryError: the package is not the one that the run's receipts lead to.
     """
     import medfl_ray
@@ -60,8 +61,9 @@ def lineage_of_run(run_dir: Path, evaluation: Path | None = None) -> Lineage:
     if not receipts or not all(receipt.signature for receipt in receipts):
         raise RegistryError(f"{run_dir.name!r} has no signed receipts, so that nothing says where its model comes from")
     if description.privacy != json.loads(json.dumps(privacy_statement(run, run_dir))):
-        raise _contradicts(run_dir, "another privacy statement than the run's receipts")
+        raise _contradicts(run_dir, "another privacy statement than the run's ledgers and receipts")
     _check_weights(run_dir, description)
+    _check_ledgers(run_dir)
     infos = _read(run_dir / "hospitals.json", dict[str, HospitalInfo])
     evaluations = _read(run_dir / "evaluation.json", dict[str, SiteEvaluation])
     data_sets = _data_sets(run, infos, receipts)
@@ -147,6 +149,18 @@ def _check_weights(run_dir: Path, description: PackageDescription) -> None:
         raise _contradicts(run_dir, f"other weights than {path.name}")
 
 
+def _check_ledgers(run_dir: Path) -> None:
+    """Check the exports from which the privacy statement is computed, against the run's mirror and its receipts.
+
+    Raises:
+      LedgerError: a row was changed or left out, or an export is another history than the one that was seen.
+    """
+    from medfl_ray.store.run_verification import LEDGERS, gather, read_exports, verify_exports
+
+    if (run_dir / LEDGERS).is_file():  # versions before wrote none, and state the last receipts' figures
+        verify_exports(read_exports(run_dir), gather(run_dir))
+
+
 def _data_sets(
     run: RunConfig, infos: Mapping[str, HospitalInfo], receipts: Sequence[SignedReceipt]
 ) -> dict[str, DataSet]:
@@ -222,13 +236,22 @@ def _public(path: Path) -> tuple[dict[str, Figure], str]:
 
 
 def _privacy(statement: Mapping[str, Any]) -> PrivacyRecord:
-    fields = ("epsilon", "delta", "unit", "adjacency")
+    needed = ("epsilon", "delta", "unit", "adjacency")
     spent = {
-        str(name): EpsilonSpent(**{field: entry.get(field) for field in fields})
+        str(name): EpsilonSpent.model_validate(
+            {
+                **dict.fromkeys(needed),
+                **{field: value for field, value in entry.items() if field in EpsilonSpent.model_fields},
+            }
+        )
         for name, entry in (statement.get("spent") or {}).items()
     }
-    private = bool(statement.get("differential_privacy"))
-    return PrivacyRecord(differential_privacy=private, unit=statement.get("unit"), spent=spent)
+    return PrivacyRecord(
+        differential_privacy=bool(statement.get("differential_privacy")),
+        unit=statement.get("unit"),
+        spent=spent,
+        unprotected=tuple(statement.get("unprotected") or ()),
+    )
 
 
 def _parity(parity: Mapping[str, Any]) -> ParityRecord | None:

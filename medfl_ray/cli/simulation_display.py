@@ -12,6 +12,7 @@ from rich.text import Text
 
 from medfl_ray.federation.events import Event, HospitalState, Notice, PhaseStarted, RoundClosed, RoundTimed
 from medfl_ray.messages import RoundResult
+from medfl_ray.privacy.account import epsilon_words
 
 PARTS = {"train": "green", "data": "blue", "wait": "red", "aggregate": "yellow", "evaluate": "magenta"}
 MARKS = {"train": "█", "data": "▓", "wait": "░", "aggregate": "▒", "evaluate": "■"}
@@ -68,11 +69,11 @@ class SimulationDisplay:
         values = [metrics["dice"].value for metrics in result.metrics.values() if "dice" in metrics]
         known = [value for value in values if value is not None]
         self._score = f"  Dice {sum(known) / len(known):.3f} (mean of {len(known)})" if known else ""
-        spent = [one.epsilon for one in result.receipt.spent.values()]
-        if spent:
-            one = next(iter(result.receipt.spent.values()))
+        one = max(result.receipt.spent.values(), key=lambda spent: spent.epsilon, default=None)
+        if one is not None:
             terms = f"{one.unit}-level, delta={one.delta:g}, {one.adjacency.replace('_', '/')}"
-            self._score += f"  epsilon up to {max(spent):.2f} ({terms})"
+            most = "" if one.is_unprotected else "up to "
+            self._score += f"  epsilon so far {most}{epsilon_words(one.epsilon)} ({terms})"
         for failure in self._failures[:SHOWN_FAILURES]:
             self._say(f"  failed: {failure}")
         if len(self._failures) > SHOWN_FAILURES:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from medfl_ray.errors import ConfigError
+from medfl_ray.privacy.account import epsilon_words
 
 if TYPE_CHECKING:
     from tune.journal import Trial
@@ -64,7 +65,7 @@ def _show(trial: Trial) -> None:
     if trial.result is None:
         typer.echo(f"trial {trial.number:>3} {trial.state:<8} {point}: {trial.reason}")
         return
-    figures = f"epsilon {trial.result.epsilon:6.2f}  Dice {trial.result.dice:.3f}"
+    figures = f"epsilon {epsilon_words(trial.result.epsilon):>6}  Dice {trial.result.dice:.3f}"
     typer.echo(f"trial {trial.number:>3} {trial.state:<8} {figures}  ({point})")
 
 

@@ -5,6 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from medfl_ray.export.package import account_in
+from medfl_ray.privacy.account import INFINITE, PrivacyAccount, Spending, epsilon_words, remaining_words, terms
+
+PRIVACY_WORDS = (
+    "Trained with differential privacy. `epsilon` is everything that was ever charged to the hospital's data set, as "
+    "its ledger stood when the run, its baselines and its studies had been charged; the lifetime budget bounds it. Of "
+    "that the columns behind it are this run's own: its rounds, bounded by the budget of the run (`privacy.epsilon`), "
+    "and its baselines and studies, bounded by theirs (`privacy.extra_epsilon`). The parts have the unit, delta and "
+    "adjacency of their row. Epsilons of parts do not add up: together they cost less than their sum."
+)
+RECEIPT_WORDS = (
+    "Where the parts are not known, the run left no export of the hospital's ledger, and `epsilon` is that of the "
+    "hospital's last receipt: what was charged after it is missing."
+)
+SPENT_HEADING = (
+    "| hospital | epsilon | delta | unit | adjacency | of the run's rounds | budget of the run "
+    "| of its baselines and studies | their budget | lifetime budget | remains |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
+)
+
 
 def card_page(card: Mapping[str, Any]) -> str:
     """Return card.md from the fields of card.json."""
@@ -75,18 +95,54 @@ def _figure(figure: Mapping[str, Any]) -> str:
 
 
 def _privacy(privacy: Mapping[str, Any]) -> list[str]:
+    lines = _unprotected(privacy.get("unprotected", ()))
     if not privacy.get("differential_privacy"):
-        return [_text(str(privacy.get("note", "trained without differential privacy"))).capitalize() + "."]
-    rows = [
-        f"| {_text(hospital)} | {spent['epsilon']:.3f} | {spent['delta']:g} | {spent['unit']} "
-        f"| {spent['adjacency'].replace('_', '/')} |"
-        for hospital, spent in privacy.get("spent", {}).items()
+        words = _text(str(privacy.get("note", "trained without differential privacy"))).capitalize() + "."
+        return [words, *lines]
+    accounts = [account_in(hospital, spent) for hospital, spent in privacy.get("spent", {}).items()]
+    receipts = [RECEIPT_WORDS] if any(account.moment == "receipt" for account in accounts) else []
+    return [
+        " ".join([PRIVACY_WORDS, *receipts]),
+        *lines,
+        "",
+        *SPENT_HEADING,
+        *(_account_row(account) for account in accounts),
     ]
-    words = (
-        "Trained with differential privacy. Each epsilon is everything that was ever charged to the hospital's data "
-        "set."
-    )
-    return [words, "", "| hospital | epsilon | delta | unit | adjacency |", "|---|---|---|---|---|", *rows]
+
+
+def _unprotected(hospitals: Sequence[str]) -> list[str]:
+    if not hospitals:
+        return []
+    names = ", ".join(_text(name) for name in hospitals)
+    return [
+        "",
+        f"**Data of {names} were used without patient-level differential privacy: their patient-level epsilon is "
+        f"{INFINITE}.**",
+    ]
+
+
+def _account_row(account: PrivacyAccount) -> str:
+    total = account.total
+    cells = [
+        _text(account.hospital),
+        epsilon_words(total.epsilon, 3),
+        f"{total.delta:g}",
+        account.unit,
+        account.adjacency.replace("_", "/"),
+        *_part(account.run, total.delta),
+        *_part(account.extra, total.delta),
+        "none" if total.budget is None else f"{total.budget:g}",
+        remaining_words(total, 3),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _part(part: Spending | None, delta: float) -> tuple[str, str]:
+    """Return a part's epsilon and its budget, with its delta where that is another than the total's."""
+    if part is None:
+        return "not known", "not known"
+    at = "" if part.delta == delta else f" (delta {part.delta:g})"
+    return epsilon_words(part.epsilon, 3) + at, "none" if part.budget is None else f"{part.budget:g}"
 
 
 def _audit(audit: Mapping[str, Any] | None) -> str:
@@ -94,8 +150,8 @@ def _audit(audit: Mapping[str, Any] | None) -> str:
         return "Not audited by an attack."
     return (
         f"An attack proves epsilon >= {audit['lower_bound']:.2f} at {100 * audit['confidence']:g} % confidence; "
-        f"claimed is {audit['claimed']:.2f} ({audit['unit']}-level, {audit['adjacency'].replace('_', '/')}, "
-        f"delta {audit['delta']:g})."
+        f"claimed for the run's rounds is {epsilon_words(audit['claimed'])} "
+        f"({terms(audit['unit'], audit['delta'], audit['adjacency'])})."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,9 @@ from medfl_ray.data.dataset import HospitalData
 from medfl_ray.data.preprocess import Preprocessing
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import ConfigError, DataError, ExportError
-from medfl_ray.messages import HospitalInfo, PrivacySpent, SignedReceipt
+from medfl_ray.messages import HospitalInfo
+from medfl_ray.privacy.account import PrivacyAccount, Spending
+from medfl_ray.privacy.run_accounts import accounts_of_run
 
 Task = Literal["segmentation", "classification"]
 
@@ -93,25 +96,24 @@ def open_public_data(run: RunConfig) -> HospitalData | None:
 
 
 def privacy_statement(run: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """Say what the weights reveal: epsilon per hospital with unit, delta and adjacency, or that DP was off."""
+    """Say what the weights reveal: epsilon per hospital with unit, delta and adjacency, or that DP was off.
+
+    Each entry of `spent` is the hospital's account as `accounts_of_run` has it: `epsilon` is everything ever charged to
+    the data set, and of that `run` is the run's rounds, `extra` its baselines and studies, each beside its own budget.
+    `unprotected` names the hospitals whose data were used without patient-level protection.
+
+    Raises:
+      ExportError: a file that says what was spent is damaged.
+    """
+    try:
+        accounts = accounts_of_run(run_dir, run)
+    except ConfigError as error:
+        raise ExportError(str(error)) from None
+    exposed = sorted(name for name, account in accounts.items() if account.is_unprotected)
+    unprotected = {"unprotected": exposed} if exposed else {}
     if not run.privacy.enable_dp:
-        return {
-            "differential_privacy": False,
-            "note": "trained without differential privacy; weights may reveal patients",
-        }
-    spent: dict[str, PrivacySpent] = {}
-    path = run_dir / "receipts.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            spent.update(SignedReceipt.model_validate_json(line).spent)
-        except ValueError:
-            if number < len(lines):
-                continue  # torn by a crash; resuming wrote the round again, and epsilon adds up from receipt to receipt
-            raise ExportError(
-                f"receipts.jsonl of the run {run_dir.name!r} is damaged, so that the model's epsilon is not known; "
-                "restore it from a backup"
-            ) from None
+        note = "trained without differential privacy; weights may reveal patients"
+        return {"differential_privacy": False, "note": note, **unprotected}
     by_tree = run.privacy.central and run.privacy.hospital_level.mechanism == "tree"
     return {
         "differential_privacy": True,
@@ -119,9 +121,38 @@ def privacy_statement(run: RunConfig, run_dir: Path) -> dict[str, Any]:
         "adjacency": "zero_out" if by_tree else "add_remove",
         "max_grad_norm": run.privacy.hospital_level.clip_norm if run.privacy.central else run.privacy.max_grad_norm,
         "spent": {
-            hospital: figure.model_dump(mode="json", exclude={"ledger_rows"}) for hospital, figure in spent.items()
+            name: statement_entry(account) for name, account in accounts.items() if account.unit == run.privacy.unit
         },
+        **unprotected,
     }
+
+
+def statement_entry(account: PrivacyAccount) -> dict[str, Any]:
+    """Return an account as a privacy statement has it: the total's figures first, an infinite one as "Infinity"."""
+    plain = account.to_json()
+    total = plain.pop("total")
+    del plain["hospital"]
+    return {**total, **plain}
+
+
+def account_in(hospital: str, entry: Mapping[str, Any]) -> PrivacyAccount:
+    """Read an entry of a privacy statement back; one of an earlier version has the total alone.
+
+    Raises:
+      ValueError: it is no such entry, or lacks a figure.
+    """
+    total = {name: entry.get(name) for name in Spending.model_fields}
+    others = {name: value for name, value in entry.items() if name not in total}
+    is_earlier = "moment" not in others
+    return PrivacyAccount.model_validate(
+        {
+            "hospital": hospital,
+            "data_set": "",
+            **({"moment": "receipt"} if is_earlier else {}),
+            **others,
+            "total": total,
+        }
+    )
 
 
 def _read_infos(run_dir: Path) -> list[HospitalInfo]:

@@ -20,6 +20,7 @@ from medfl_ray.messages import (
 
 HOSPITALS = ("charite", "leuven", "oslo", "porto")
 NUM_PARAMETERS = 1000
+RUN_NOISE = 0.7
 
 
 def metric(value: float, private: bool) -> Metric:
@@ -70,6 +71,26 @@ def evaluation(hospital: str, value: float, rounds: int, private: bool) -> dict:
     return site.model_dump(mode="json", exclude={"pictures"})
 
 
+def charge(job: str, number: int, noise_multiplier: float) -> dict:
+    """One step over all patients, as a ledger's row holds it."""
+    mechanism = {"noise_multiplier": noise_multiplier, "sample_rate": 1.0, "num_steps": 1, "delta": 1e-5}
+    labels = {"unit": "patient", "adjacency": "add_remove", "reservation": f"{job}-{number}"}
+    return {"kind": "reserve", "job": job, "round": number, **mechanism, **labels}
+
+
+def ledger_export(hospital: str, budget: float | None = 20.0) -> dict:
+    """An account that an earlier run, this one's rounds and its baselines were charged to."""
+    events = [
+        charge("earlier", 1, 4.0),
+        charge("demo", 1, RUN_NOISE),
+        charge("demo", 2, RUN_NOISE),
+        {"kind": "release", "job": "demo", "round": 2, "closes": "demo-2"},
+        charge("demo/local", 1, 1.0),
+    ]
+    spent = {"epsilon": 11.2, "delta": 1e-5, "budget": budget}  # what counts are the rows
+    return {"hospital": hospital, "data_set": "phantoms", "spent": spent, "events": events, "head": None}
+
+
 def write_run(
     folder: Path,
     *,
@@ -93,6 +114,7 @@ def write_run(
         }
     )
     (folder / "config.yaml").write_text(dump_yaml(config))
+    (folder / "job").write_text("demo")
     results = []
     for number in range(1, (rounds if complete else rounds // 2) + 1):
         gone = {absent} if absent else ({"oslo"} if number == 3 else set())
@@ -114,7 +136,7 @@ def write_run(
 def _write_final(folder: Path, rounds: int, private: bool, dp: bool) -> None:
     final = {h: 0.70 + 0.02 * place for place, h in enumerate(HOSPITALS)}
     local = {"charite": 0.62, "leuven": 0.60, "oslo": 0.66, "porto": 0.70}
-    spent = PrivacySpent(epsilon=11.2, delta=1e-5, budget=8.0).model_dump() if dp else None
+    spent = PrivacySpent(epsilon=11.2, delta=1e-5, budget=20.0).model_dump() if dp else None
     infos = {
         h: HospitalInfo(
             hospital=h,
@@ -137,11 +159,11 @@ def _write_final(folder: Path, rounds: int, private: bool, dp: bool) -> None:
             },
             "central": {
                 "metrics": {h: {"dice": metric(v + 0.015, private).model_dump()} for h, v in final.items()},
-                "spent": PrivacySpent(epsilon=7.1, delta=1e-5, budget=None).model_dump() if dp else None,
+                "spent": spent,
             },
             "failures": [],
         },
-        "ledger.json": {h: {"spent": spent, "events": []} for h in HOSPITALS} if dp else {},
+        "ledger.json": {h: ledger_export(h) for h in HOSPITALS} if dp else {},
         "model.json": {
             "labels": {"1": "core", "2": "oedema"},
             "channels": ["T1", "T1c", "T2", "FLAIR"],

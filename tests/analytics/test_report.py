@@ -12,6 +12,7 @@ from medfl_ray.analytics.report import config_text, export_facts, write_local_re
 from medfl_ray.analytics.summary import summarise_run
 from medfl_ray.config_files import load_run_config, parse_run_config
 from medfl_ray.messages import PrivacySpent
+from medfl_ray.privacy.account import epsilon_words
 
 PNG = bytes.fromhex("89504e470d0a1a0a") + b"picture"
 
@@ -69,9 +70,30 @@ def test_the_headline_says_difference_and_spread(make_run):
 
 
 def test_the_headline_does_not_hide_what_the_baselines_cost(make_run):
-    page, _ = page_of(make_run())
-    assert "no hospital had spent more than epsilon = 7.90 (patient-level, delta = 1e-5, add/remove)" in page.text
-    assert "the baselines, charged too, brought that to 11.20" in page.text
+    folder = make_run()
+    page, account = page_of(folder)[0], summarise_run(folder).hospitals[0].account
+    total, own, beside = (epsilon_words(part.epsilon) for part in (account.total, account.run, account.extra))
+    assert (
+        f"In all, no hospital's data have spent more than epsilon = {total} (patient-level, delta = 1e-5," in page.text
+    )
+    bounds = f"the run's rounds {own} of their budget 8; the baselines {beside}; lifetime budget 20, of which"
+    assert page.text.count(bounds) == 2
+    assert float(total) > float(own) > 0
+
+
+def test_an_infinite_epsilon_is_said_and_no_number(make_run):
+    folder = make_run()
+    ledgers = json.loads((folder / "ledger.json").read_text())
+    row = {"kind": "unprotected", "job": "another", "reason": "trained without differential privacy"}
+    for name in ("oslo", "porto"):
+        ledgers[name]["events"].append(row)
+        ledgers[name]["spent"]["epsilon"] = "Infinity"
+    (folder / "ledger.json").write_text(json.dumps(ledgers))
+    page = page_of(folder)[0]
+    words = "Data of oslo, porto were used without patient-level protection"
+    assert page.text.count(f"{words}: the patient-level epsilon is infinite (unprotected).") == 3
+    assert page.text.count("infinite (unprotected)") >= 8
+    assert not re.search(r"\binf\b|\bnan\b", page.text)
 
 
 def test_a_baseline_that_was_refused_is_not_a_failed_round(make_run):

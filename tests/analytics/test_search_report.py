@@ -1,5 +1,6 @@
 """The report of a search: self-contained, pictures first, and of a search of the best alone nothing but the best."""
 
+import math
 import re
 from dataclasses import replace
 
@@ -89,3 +90,12 @@ def test_a_search_in_which_nothing_finished_still_has_a_report():
 def test_a_wanted_dice_that_nobody_reached_is_said():
     assert "No trial reached Dice 0.9." in headline(replace(SUMMARY, wanted_dice=0.9))
     assert "smallest epsilon among those that reach Dice 0.6" in headline(replace(SUMMARY, wanted_dice=0.6))
+
+
+def test_hole_an_infinite_account_is_never_shown_as_a_number():
+    facts = {"north": 7.123, "south": math.inf}
+    html = render_search_report(replace(SUMMARY, accounting="compose", worst_case=facts))
+    assert "<dt>Worst case, south</dt><dd>epsilon infinite (unprotected)</dd>" in html
+    tile = html[html.index("Worst case of the search") :][:200]
+    assert "infinite (unprotected)" in tile
+    assert "checked before it began" not in tile  # no budget was: none bounds what is infinite

@@ -6,6 +6,7 @@ import pytest
 
 from medfl_ray.analytics.summary import bytes_moved, spread, summarise_run, weights_size_bytes
 from medfl_ray.errors import ConfigError
+from medfl_ray.privacy.accountant import Segment, epsilon_spent
 
 
 def test_spread_by_hand():
@@ -51,13 +52,21 @@ def test_a_hospital_that_never_started_is_named(make_run):
     assert run.hospitals[-1].federated is None
 
 
-def test_epsilon_of_the_run_and_of_the_ledger(make_run):
+def test_epsilon_of_the_run_of_what_is_beside_it_and_in_all_are_those_of_the_ledgers_rows(make_run):
     charite = summarise_run(make_run()).hospitals[0]
-    assert charite.spent.epsilon == pytest.approx(7.9)
-    assert charite.spent.budget == 8.0
-    assert (charite.spent.unit, charite.spent.adjacency) == ("patient", "add_remove")
-    assert charite.ledger_total.epsilon == pytest.approx(11.2)
+    account, one = charite.account, lambda sigma: Segment(sigma, 1.0, 1)
+    assert account.run.epsilon == epsilon_spent([one(0.7)], 1e-5)
+    assert account.extra.epsilon == epsilon_spent([one(1.0)], 1e-5)
+    assert account.total.epsilon == epsilon_spent([one(0.7), one(1.0), one(4.0)], 1e-5)
+    assert (account.run.budget, account.extra.budget, account.total.budget) == (8.0, None, 20.0)
+    assert (account.unit, account.adjacency, account.moment) == ("patient", "add_remove", "ledger")
     assert [number for number, _ in charite.spending] == list(range(1, 9))
+
+
+def test_without_a_ledgers_export_the_last_receipts_total_is_all_that_is_known(make_run):
+    account = summarise_run(make_run(complete=False)).hospitals[0].account
+    assert account.total.epsilon == pytest.approx(7.9 * 0.5**0.6)
+    assert (account.moment, account.run, account.extra) == ("receipt", None, None)
 
 
 def test_suppressed_figures_enter_no_mean(make_run):

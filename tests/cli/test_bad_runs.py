@@ -120,17 +120,53 @@ BROKEN_DATA = {
 CONFIGURATION_AT_FAULT = {"no folder"}
 
 
-@pytest.mark.parametrize("name", BROKEN_DATA)
-def test_private_data_that_cannot_be_trained_on(name, medfl, tmp_path):
+# Of private data these leave somebody to train on, and so are a note in the hospital's own log.
+SOMEBODY_IS_LEFT = {
+    "a case without label": "case 2 of 4 is not used: .*has no label",
+    "a label file that is missing": "case 2 of 4 is not used: .*its label file does not exist",
+    "an image file that is missing": "case 2 of 4 is not used: .*its image file does not exist",
+    "one patient on two sides": "is not used: its patient is on two sides",
+    "one patient only": "",
+}
+
+
+def run_with_broken_data(name, medfl, tmp_path, **changes):
     spoil, words = BROKEN_DATA[name]
     folder = write_patients(tmp_path / "patients")
     spoil(folder)
-    federation = {"max_failed_rounds": 0}
-    config = write_config(tmp_path / "c.yaml", configuration(data=hospital_data(folder), federation=federation))
-    answer = medfl("run", config)
+    raw = configuration(data=hospital_data(folder, **changes), federation={"max_failed_rounds": 0})
+    return medfl("run", write_config(tmp_path / "c.yaml", raw)), words
+
+
+@pytest.mark.parametrize("name", BROKEN_DATA)
+def test_public_data_that_cannot_be_trained_on(name, medfl, tmp_path):
+    answer, words = run_with_broken_data(name, medfl, tmp_path, declared="public")
+    code = 2 if name in CONFIGURATION_AT_FAULT else 1
+    assert_one_clear_error(answer, code, "north")
+    assert re.search(words, answer.err), answer.err
+
+
+@pytest.mark.parametrize("name", [name for name in BROKEN_DATA if name not in SOMEBODY_IS_LEFT])
+def test_private_data_that_cannot_be_trained_on(name, medfl, tmp_path):
+    answer, words = run_with_broken_data(name, medfl, tmp_path)
     code = 2 if name in CONFIGURATION_AT_FAULT else 1
     assert_one_clear_error(answer, code, "north", secrets=(".nii", *PATIENTS))
-    assert re.search(words, answer.err), answer.err
+    if name in CONFIGURATION_AT_FAULT:
+        assert re.search(words, answer.err), answer.err
+    else:
+        assert "medfl-ray data inspect" in answer.err
+        assert not re.search(r"case \d|label|voxel|NaN|NIfTI|shape", answer.err), answer.err
+
+
+@pytest.mark.parametrize("name", SOMEBODY_IS_LEFT)
+def test_private_data_of_which_one_case_cannot_be_used_train_without_it(name, medfl, tmp_path):
+    answer, _ = run_with_broken_data(name, medfl, tmp_path)
+    assert answer.code == 0, answer.err
+    assert re.search(SOMEBODY_IS_LEFT[name], answer.out), answer.out
+    assert not any(secret in answer.out + answer.err for secret in (".nii", *PATIENTS))
+    (folder,) = run_folders()
+    written = "".join(path.read_text() for path in folder.rglob("*.json*"))
+    assert "is not used" not in written
 
 
 @pytest.fixture(scope="module")

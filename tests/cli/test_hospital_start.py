@@ -9,7 +9,7 @@ from cli_runs import DP, assert_one_clear_error, configuration, hospital_data, r
 from actors.hospital import HospitalSpec, build_hospital, configure_logs
 from medfl_ray.config_files import parse_run_config
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.errors import CheckpointError, ConfigError, LedgerError, PrivacyConfigError, UnreadableFile
+from medfl_ray.errors import CheckpointError, ConfigError, DataError, LedgerError, PrivacyConfigError, UnreadableFile
 from medfl_ray.federation.hospital import Hospital
 from medfl_ray.federation.planning import mechanism_for
 from medfl_ray.messages import RoundPlan
@@ -27,13 +27,20 @@ def spec_of(tmp_path, privacy=DP, cache="memory", **changes):
 @pytest.mark.parametrize("cache", ["memory", "none"])
 def test_a_broken_private_case_is_found_at_the_start_and_not_named(tmp_path, capsys, cache):
     folder = write_patients(tmp_path / "patients")
-    assert build_hospital(spec_of(tmp_path, cache=cache)).id == "north"
+    before = build_hospital(spec_of(tmp_path, cache=cache)).info()
     (folder / "2.nii.gz").write_bytes(b"junk")
-    with pytest.raises(UnreadableFile) as caught:
-        build_hospital(spec_of(tmp_path, cache=cache))
-    assert "UnreadableFile in this hospital's private data" in str(caught.value)
-    assert not any(character.isdigit() for character in str(caught.value))
+    hospital = build_hospital(spec_of(tmp_path, cache=cache))
+    assert hospital.info() == before, "nothing that leaves shows it"
+    data = hospital._parts.data
+    assert data.num_train_patients + len(data.holdout) == 3
     assert "case 3 of 4" in capsys.readouterr().out  # the hospital's own log
+    for name in "013":
+        (folder / f"{name}.nii.gz").write_bytes(b"junk")
+    with pytest.raises(DataError) as caught:
+        build_hospital(spec_of(tmp_path, cache=cache))
+    assert "stands in the hospital's own log" in str(caught.value)
+    assert not any(character.isdigit() for character in str(caught.value))
+    assert "not one patient" in capsys.readouterr().out
 
 
 def test_public_data_are_read_when_needed_and_named(tmp_path):
@@ -129,7 +136,7 @@ def site_file(tmp_path, epsilon):
 def test_the_hospitals_own_file_wins_where_it_is_read(tmp_path):
     write_patients(tmp_path / "patients")
     path = site_file(tmp_path, 50)
-    data = {"hospitals": [{"id": "north", "site_config": str(path)}], "spacing_mm": [1]}
+    data = {"hospitals": [{"id": "north", "site_config": str(path)}], "spacing_mm": [1], "channels": ["T1"]}
     run = parse_run_config(configuration(data=data, privacy=DP))
     (policy,) = list_hospitals(run)
     spec = HospitalSpec(run, policy, 0, (policy.hospital,), tmp_path / "state")

@@ -77,7 +77,7 @@ def test_a_private_run_leaves_no_unlabelled_number(medfl, monkeypatch, tmp_path)
     ]
     raw = configuration(
         data={"hospitals": hospitals, "labels": {1: "box"}, "channels": ["T1"], "holdout_fraction": 0.5},
-        privacy={**DP, "epsilon": None, "noise_multiplier": 2.0},
+        privacy={**DP, "epsilon": None, "noise_multiplier": 2.0, "extra_epsilon": 10.0},
         federation={"rounds": 2, "local_steps": 2, "baselines": ["local"]},
         output={"report": True, "export": False},
     )

@@ -1,6 +1,7 @@
 """The live view and its plain lines, drawn on consoles of several kinds."""
 
 import io
+import math
 
 import pytest
 from rich.console import Console
@@ -24,7 +25,7 @@ def a_run(dp=True):
 
 
 def closed(number, dice=0.5, failures=(), published=True, trained=("A", "B")):
-    spent = {h: PrivacySpent(epsilon=number * 1.5, delta=1e-5, budget=8.0) for h in trained}
+    spent = {h: PrivacySpent(epsilon=number * 1.5, delta=1e-5, budget=20.0) for h in trained}
     receipt = Receipt(
         job="j", round=number, attempt=1, plan_hash="", config_hash="", asked=("A", "B", "C"), trained=trained,
         failures=failures, update_hashes={}, spent=spent, weights_before="", weights_after="x" if published else None,
@@ -77,7 +78,10 @@ def test_a_log_gets_at_most_one_line_per_round_and_no_control_codes():
     assert "\x1b" not in file.getvalue()
     assert "C cannot take part: its folder is empty" in lines
     assert rounds[1].startswith("round 2/4; 2 of 3 hospitals trained; Dice 0.200 (mean of 2)")
-    assert "epsilon at most 3.00 / 8 (patient, delta=1e-5, add/remove)" in rounds[1]
+    assert (
+        "epsilon so far at most 3.00 (patient, delta=1e-5, add/remove; budget of the run 8, lifetime budget 20)"
+        in rounds[1]
+    )
     assert "about 0:20 left" in rounds[1]
     assert "B failed: process ended [red]early" in rounds[1]
     assert lines[-1] == "all 4 rounds were published"
@@ -103,14 +107,14 @@ def test_the_table_shows_every_hospital_with_score_epsilon_and_its_terms():
     assert "round 3 of 4" in text or "round 4 of 4" in text
     row = next(line for line in text.splitlines() if line.startswith("A "))
     assert "0.400" in row
-    assert "3.00 / 8" in row
-    assert "epsilon: (patient, delta=1e-5, add/remove)" in text
+    assert "3.00 / 20" in row
+    assert "epsilon so far of each account: (patient, delta=1e-5, add/remove; budget of the run 8, lifetime" in text
     assert "its folder is empty" in text
 
 
 def test_without_privacy_no_epsilon_column():
     text = drawn(play(Console(file=io.StringIO()), a_story(), dp=False), 100)
-    assert "epsilon / budget" not in text
+    assert "epsilon so far" not in text
     assert "differential privacy is off" in text
 
 
@@ -156,3 +160,4 @@ def test_words():
     assert clock_words(59.6) == "1:00"
     assert clock_words(3725) == "1:02:05"
     assert spent_words(PrivacySpent(epsilon=2, delta=1e-5, budget=None)) == "2.00"
+    assert spent_words(PrivacySpent(epsilon=math.inf, delta=1e-5, budget=8.0)) == "infinite (unprotected) / 8"

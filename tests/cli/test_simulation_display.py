@@ -53,7 +53,7 @@ def test_a_round_shows_its_rate_its_score_and_its_bar():
 
 def test_an_epsilon_stands_with_unit_delta_and_adjacency():
     text = shown(closed({"a": PrivacySpent(epsilon=3.2, delta=1e-5, budget=8.0)}), timed())
-    assert "epsilon up to 3.20 (patient-level, delta=1e-05, add/remove)" in text
+    assert "epsilon so far up to 3.20 (patient-level, delta=1e-05, add/remove)" in text
 
 
 def test_the_summary_is_the_median_of_the_rounds_after_the_first():

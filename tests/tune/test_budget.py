@@ -8,13 +8,14 @@ from search_cases import RUN, plan_of, private_run
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import BudgetExceeded, ConfigError, PrivacyConfigError
 from medfl_ray.privacy.accountant import Segment
+from tune.accounts import Past
 from tune.budget import check_terms, first_point, trial_epsilon, trial_segments
 from tune.space import trial_run
 
 
-def terms(plan, num_left=3, charged=None):
+def terms(plan, num_left=3, past=None):
     policies = list_hospitals(trial_run(plan.search, plan.raw, first_point(plan.search)))
-    return check_terms(plan.search, plan.raw, policies, charged or {}, num_left)
+    return check_terms(plan.search, plan.raw, policies, past or Past(), num_left)
 
 
 def test_on_phantoms_a_search_charges_nothing_and_says_so(tmp_path):
@@ -64,7 +65,7 @@ def test_a_search_begins_where_the_worst_case_of_all_its_trials_fits(tmp_path):
 )
 def test_a_search_beyond_a_budget_is_refused(tmp_path, num_left, charged, limits, words):
     with pytest.raises(BudgetExceeded, match=words):
-        terms(composed(tmp_path, **limits), num_left, charged)
+        terms(composed(tmp_path, **limits), num_left, Past(charged))
 
 
 def test_a_search_beyond_the_steps_that_a_hospital_allows_is_refused(tmp_path):
