@@ -181,7 +181,7 @@ def test_every_command_is_documented_outside_the_reference(reference):
 def test_documented_commands_exist(reference):
     known = {path for path, _ in reference.commands()}
     groups = {path.rpartition(" ")[0] for path in known}
-    example = re.compile(r"(?:^|`|bin/)(medfl-ray(?: [a-z]+){1,3})", re.MULTILINE)
+    example = re.compile(r"(?:^|`|bin/)(medfl-ray(?: [a-z][a-z-]*){1,3})", re.MULTILINE)
     for page in [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
         for text in example.findall(page.read_text(encoding="utf-8")):
             words = text.split()

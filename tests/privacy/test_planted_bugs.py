@@ -1,4 +1,4 @@
-"""Fourteen privacy bugs planted in a copy of the package: the ordinary tests must catch each of them.
+"""Privacy bugs of 22 kinds planted in a copy of the package: the ordinary tests must catch each of them.
 
 A bug is a change of text in the real code. What it replaces must be there exactly once, so that no bug vanishes
 unseen when the code moves on; then follow it here.
@@ -33,6 +33,12 @@ IN_ENGINES, IN_COUPLING = "tests/training/test_engine_choice.py::", "tests/train
 IN_ACCOUNTANT, IN_PLANNING = "tests/privacy/test_accountant.py::", "tests/federation/test_planning.py::"
 IN_LEDGER, IN_SCHEDULES = "tests/store/test_ledger.py::", "tests/store/test_ledger_schedules.py::"
 
+ANSWERS, PLANNING = "federation/private_answers.py", "federation/planning.py"
+IN_BOUNDARY, IN_AGREEMENT = (f"tests/federation/test_{name}.py::" for name in ("hospital_boundary", "agreement"))
+IN_MIRRORED = "tests/federation/test_mirrored_runs.py::"
+BUDGETS, MIRROR = "store/ledger_budgets.py", "store/ledger_mirror.py"
+IN_KEYS, IN_VERIFICATION = (f"tests/store/test_{name}.py::" for name in ("mirror_keys", "run_verification"))
+
 
 @dataclass(frozen=True)
 class Bug:
@@ -47,6 +53,10 @@ RELEASE = "noised = self._total() + torch.from_numpy(self._noise.draw(self._num_
 DRAWN = "        for gradient in gradients(step.draw()):\n"
 INDICES = "return np.flatnonzero(uniform < self._sample_rate)"
 CHARGED = "return tuple(charged.values())"
+
+TIMES_OF_SECRETS = (
+    "tests/federation/test_secret_cohorts.py::test_hole_times_of_a_secret_cohort_are_full_hours_in_every_file"
+)
 
 BUGS = {
     "no noise": Bug(
@@ -249,23 +259,134 @@ BUGS = {
         ((SAMPLER, "os.urandom(8 * num_patients)", "np.random.default_rng(0).bytes(8 * num_patients)"),),
         (IN_SAMPLER + "test_no_seed_reaches_the_sampler", IN_STEPS + "test_the_seed_does_not_tell_who_is_drawn"),
     ),
-    "a changed file opens a new budget": Bug(
-        "budget keyed by fingerprint",
+    "another job opens a new budget": Bug(
+        "key and rows of the account",
+        ((BUDGETS, "(*charged_segments(rows), segment)", "(*charged_segments(rows, wanted.job), segment)"),),
         (
-            (LEDGER, "segment = charge_of(", "self._fingerprint = fingerprint\n        segment = charge_of("),
+            IN_LEDGER + "test_the_data_set_budget_holds_over_all_jobs",
+            IN_LEDGER + "test_the_budget_is_the_data_sets_whatever_its_files_hold",
+        ),
+    ),
+    "a row says what the data hold": Bug(
+        "key and rows of the account",
+        (
             (
                 LEDGER,
-                "charged_segments(self._rows, of_job)",
-                "charged_segments([r for r in self._rows if r.fingerprint in (None, self._fingerprint)], of_job)",
+                "reservation=reservation, **mechanism.model_dump())",
+                "reservation=reservation, fingerprint=self._file.key.fingerprint(map(str, "
+                "self._file.path.parent.iterdir())), **mechanism.model_dump())",
             ),
         ),
-        (IN_LEDGER + "test_a_fingerprint_is_evidence_and_never_the_key_of_the_budget",),
+        (IN_LEDGER + "test_hole_no_new_row_tells_what_the_data_hold",),
+    ),
+    "a new history may leave charges out": Bug(
+        "empty recovery",
+        ((MIRROR, "    if problem:\n", "    if False:\n"),),
+        (
+            IN_KEYS + "test_hole_a_new_history_carries_over_every_charge_of_the_old_one",
+            IN_KEYS + "test_hole_an_unprotected_account_does_not_become_finite_in_a_new_history",
+        ),
+    ),
+    "what recovery has charged may be given back": Bug(
+        "empty recovery",
+        ((EVENTS, 'if state == "again" and event.kind == "release":', "if False:"),),
+        (IN_KEYS + "test_hole_what_recovery_has_charged_again_is_never_given_back",),
+    ),
+    "rows are taken under whatever key they come": Bug(
+        "unpinned key",
+        ((MIRROR, "if pinned and pinned[-1] != rows.public_key:", "if False:"),),
+        (
+            IN_KEYS + "test_hole_a_recover_row_under_a_new_key_does_not_empty_the_account",
+            IN_KEYS + "test_the_key_of_the_first_contact_is_pinned",
+        ),
+    ),
+    "an export is verified under the key that it names itself": Bug(
+        "unpinned key",
+        (
+            ("store/run_verification.py", "    if not compared:\n", "    if False:\n"),
+            ("store/run_verification.py", "if public_key not in allowed:", "if False:"),
+        ),
+        (
+            IN_VERIFICATION + "test_hole_an_added_export_of_a_hospital_that_nobody_knows_fails",
+            IN_VERIFICATION + "test_an_export_with_nothing_to_pin_its_key_asks_for_something",
+        ),
+    ),
+    "the series that all patients share name the channels": Bug(
+        "coupled channels",
+        (
+            (
+                "data/layouts.py",
+                "    if named is None:\n        from medfl_ray.data.dicom_folder",
+                "    if True:\n        from medfl_ray.data.dicom_folder",
+            ),
+        ),
+        ("tests/data/test_private_holes.py::test_hole_a_dicom_patient_with_other_series_or_segments_moves_nobody",),
+    ),
+    "a scoring that fails is answered with its failure": Bug(
+        "leaking failure",
+        (
+            (
+                "federation/hospital.py",
+                "return suppressed_scores(self._parts, round, weights, pictures, self._score)",
+                'return self._guarded(round, 0, "evaluate", False, lambda: self._score(round, weights, pictures))',
+            ),
+        ),
+        (IN_BOUNDARY + "test_hole_a_scoring_that_raises_is_answered_like_one_that_succeeds",),
+    ),
+    "a spent budget lets raw updates pass": Bug(
+        "unbound non-DP",
+        ((PLANNING, "if policy.max_epsilon is not None or has_charges:", "if False:"),),
+        (
+            IN_BOUNDARY + "test_hole_a_declared_budget_binds_what_has_no_patient_level_privacy",
+            IN_AGREEMENT + "test_hole_a_budget_or_a_charge_binds_runs_without_differential_privacy",
+        ),
+    ),
+    "receipts of a secret cohort say when the round ended": Bug(
+        "timestamps",
+        (("federation/rounds.py", "clock_of(context.secret_cohorts)()", "clock_of(False)()"),),
+        (TIMES_OF_SECRETS,),
+    ),
+    "the journal says when the rounds of a secret cohort began": Bug(
+        "timestamps",
+        (("store/round_journal.py", "clock_of(not plan.hospitals)()", "clock_of(False)()"),),
+        (TIMES_OF_SECRETS,),
+    ),
+    "files say when the rounds of a secret cohort ended": Bug(
+        "timestamps",
+        (("round_times.py", "if rounded_ns != changed_ns:", "if False:"),),
+        (
+            "tests/federation/test_secret_cohorts.py::test_hole_files_of_a_secret_cohort_were_changed_at_full_hours",
+            "tests/test_round_times.py::test_times_of_files_and_folders_are_rounded_up_and_a_link_is_not_followed",
+        ),
+    ),
+    "rows are taken from whoever sends them": Bug(
+        "foreign rows",
+        (
+            (
+                "federation/round_context.py",
+                "own = {sender, *members}",
+                "own = {sender, *members, *(rows.hospital for rows in (spent.ledger_rows if spent else ()))}",
+            ),
+        ),
+        (IN_MIRRORED + "test_hole_rows_of_another_hospital_are_not_taken_and_its_sender_takes_no_part",),
+    ),
+    "an error of private data leaves in its own words": Bug(
+        "unfiltered error",
+        (
+            (
+                ANSWERS,
+                "if isinstance(error, PrivacyError) or (isinstance(error, MedflError) and not "
+                "is_confidential(policy)):",
+                "if isinstance(error, MedflError):",
+            ),
+        ),
+        (IN_BOUNDARY + "test_hole_no_error_after_the_data_were_opened_tells_what_it_was",),
     ),
 }
 
 
-def test_planted_bugs_are_of_fourteen_kinds() -> None:
-    assert len({bug.kind for bug in BUGS.values()}) == 14
+def test_planted_bugs_are_of_22_kinds() -> None:
+    assert len({bug.kind for bug in BUGS.values()}) == 22
 
 
 @pytest.fixture(scope="module")
