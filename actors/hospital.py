@@ -268,6 +268,8 @@ def check_own_policy(spec: HospitalSpec) -> None:
     """
     from medfl_ray.data.sources import own_policy
 
+    for member in spec.pooled:
+        check_own_policy(member)
     own = None if spec.pooled else own_policy(spec.run, spec.policy.hospital)
     if own is not None and own != spec.policy:
         raise PrivacyConfigError(

@@ -57,13 +57,13 @@ class Agreement:
         Raises:
           PrivacyConfigError: with what was asked and what was agreed.
         """
-        run_job, _, kind = plan.job.partition("/")
+        run_job, slash, kind = plan.job.partition("/")
         if self._job and run_job != self._job:
             raise PrivacyConfigError(
                 f"job {plan.job!r} is not of the run that hospital {self._policy.hospital!r} agreed to "
                 f"({self._job!r}); a run keeps its name, and another run is another agreement"
             )
-        rounds = self._rounds_of(kind)
+        rounds = None if slash and not kind else self._rounds_of(kind)
         if rounds is None:
             raise PrivacyConfigError(
                 f"job {plan.job!r} trains what the run that hospital {self._policy.hospital!r} agreed to does not "
@@ -88,10 +88,11 @@ class Agreement:
         Raises:
           PrivacyConfigError: with what was asked.
         """
-        if not plans or any("/" not in plan.job for plan in plans):
+        numbers = [plan.round for plan in plans]
+        if not plans or any("/" not in plan.job for plan in plans) or len(set(numbers)) < len(numbers):
             raise PrivacyConfigError(
-                f"hospital {self._policy.hospital!r} is asked for a baseline without rounds, or under the job of the "
-                "run itself; a baseline has a job of its own"
+                f"hospital {self._policy.hospital!r} is asked for a baseline without rounds, with one of them twice, "
+                "or under the job of the run itself; a baseline has a job of its own"
             )
 
     def check_mechanism(self, plan: RoundPlan) -> Mechanism | None:

@@ -44,13 +44,15 @@ class AnswerTimes:
           kind: what is answered; each kind remembers how often its step was doubled.
           step_s: first step in seconds, from declared figures.
         """
-        started = self.now()
+        started, known = self.now(), self.doublings.get(kind, 0)
         try:
             yield
         finally:
-            doublings = self.doublings.get(kind, 0)
+            doublings = known
             while self.now() - started > step_s * 2**doublings:
                 doublings += 1
-            if doublings != self.doublings.get(kind, 0):
-                self.doublings[kind] = doublings
-            self.sleep(max(0.0, started + step_s * 2**doublings - self.now()))
+            try:
+                if doublings != known:
+                    self.doublings[kind] = doublings
+            finally:
+                self.sleep(max(0.0, started + step_s * 2**doublings - self.now()))

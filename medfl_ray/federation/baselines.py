@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from medfl_ray.config import RunConfig
 from medfl_ray.errors import ConfigError, PrivacyConfigError
 from medfl_ray.federation.events import BaselineProgress, Event, Notice, PhaseStarted
+from medfl_ray.federation.failures import in_constant_words
 from medfl_ray.federation.planning import (
     check_limits,
     extra_budget,
@@ -331,7 +332,7 @@ def _score_central(
             if isinstance(answer, SiteEvaluation):
                 scores[answer.hospital] = answer
             else:
-                failures.append(answer)
+                failures.append(in_constant_words(answer) if context.secret_cohorts else answer)
     return scores, failures
 
 

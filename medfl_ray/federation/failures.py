@@ -35,3 +35,8 @@ def deadline_failure(hospital: str, plan: RoundPlan) -> ClientFailure:
         stage="late",
         reason=f"no update within deadline_s={plan.deadline_s:g}; the round closed without it and its cost stays spent",
     )
+
+
+def in_constant_words(failure: ClientFailure) -> ClientFailure:
+    """Return why a hospital did not score: what its process was busy with would tell that it was asked to train."""
+    return failure.model_copy(update={"reason": "it did not score the weights", "passing": False})

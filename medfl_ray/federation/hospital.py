@@ -99,8 +99,8 @@ class Hospital:
             parts = self._parts
             if not parts.run.privacy.patient_level:
                 self._check_unprotected()
-            if parts.run.privacy.central:
-                # Now and not when it is first asked to train: when that was would tell of a secret cohort.
+                # Now and not when it is first asked: it may score without training, and with a secret cohort the time
+                # of the row would tell that it was drawn.
                 self._mark_unprotected(self._agreement.job)
             return HospitalInfo(
                 hospital=self.id,
@@ -261,7 +261,8 @@ class Hospital:
         parts = self._parts
         if not is_confidential(parts.policy):
             return self._train_alone(plan, weights)
-        with parts.times.padded("alone", answer_step_s(parts.policy, len(plan.rounds))):
+        # Of the run's rounds, not of those that are asked for: who asks must not choose the step.
+        with parts.times.padded("alone", answer_step_s(parts.policy, parts.run.federation.rounds)):
             return self._train_alone(plan, weights)
 
     def _train_alone(self, plan: AlonePlan, weights: Vector) -> AloneResult | ClientFailure:
@@ -322,14 +323,14 @@ class Hospital:
         return self._parts.ledger.spent() if self._parts.ledger is not None else None
 
     def _described_spent(self) -> PrivacySpent | None:
-        """Return what the account holds at the start; under hospital-level privacy with its rows, for the mirror.
+        """Return what the account holds at the start; without patient-level privacy with its rows, for the mirror.
 
-        A plan of a secret cohort asks for no rows, for they would tell who was asked.
+        What leaves then is charged in no round, and a plan of a secret cohort asks for no rows.
         """
         ledger = self._parts.ledger
         if ledger is None:
             return None
-        rows = ledger.rows_after({}) if self._parts.run.privacy.central else ()
+        rows = ledger.rows_after({}) if not self._parts.run.privacy.patient_level else ()
         return ledger.spent().model_copy(update={"ledger_rows": rows})
 
     def _agreed_mechanism(self, plan: RoundPlan) -> Mechanism | None:

@@ -18,6 +18,7 @@ from medfl_ray.errors import LedgerError
 from medfl_ray.failpoints import failpoint
 from medfl_ray.federation.collecting import collect_updates, waits_for_retry
 from medfl_ray.federation.events import HospitalState
+from medfl_ray.federation.failures import in_constant_words
 from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION
 from medfl_ray.federation.planning import mechanism_in_round, steps_in_round
 from medfl_ray.federation.policies import Decision, asked_again, judge_round
@@ -275,12 +276,7 @@ def shown_plan(context: RoundContext, plan: RoundPlan) -> RoundPlan:
 
 def without_cohort(tally: Tally) -> Tally:
     """Leave out what would tell who was asked; the evaluation asks everybody, so that its failures stay."""
-    # In one and the same words: what a process was busy with would tell that it was asked to train.
-    failures = [
-        failure.model_copy(update={"reason": "it did not score the weights", "passing": False})
-        for failure in tally.failures
-        if failure.stage == "evaluate"
-    ]
+    failures = [in_constant_words(failure) for failure in tally.failures if failure.stage == "evaluate"]
     evaluated = {hospital: metrics for hospital, metrics in sorted(tally.metrics.items()) if metrics}
     spent = {name: spent for name, spent in tally.spent.items() if name == FEDERATION}
     return Tally(spent=spent, failures=failures, metrics=evaluated)

@@ -16,7 +16,7 @@ from medfl_ray.errors import ConfigError, FederationError, QuorumLost
 from medfl_ray.federation.attacks import check_attack
 from medfl_ray.federation.baselines import as_plain, check_baselines, run_baselines
 from medfl_ray.federation.events import AccountsClosed, HospitalState, Notice, PhaseStarted, RoundClosed
-from medfl_ray.federation.failures import start_failure
+from medfl_ray.federation.failures import in_constant_words, start_failure
 from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
 from medfl_ray.federation.planning import aggregation_weight, check_rule, mechanisms, steps_per_round
 from medfl_ray.federation.policies import Standings, can_start, pause_before
@@ -338,7 +338,8 @@ def finish(
     deadline_s = parts.run.federation.deadline_s
     answers = list(parts.pool.evaluate(state.round, context.evaluated, weights, pictures=True, deadline_s=deadline_s))
     evaluations = [answer for answer in answers if isinstance(answer, SiteEvaluation)]
-    failures = [*absent, *(answer for answer in answers if isinstance(answer, ClientFailure))]
+    unscored = [answer for answer in answers if isinstance(answer, ClientFailure)]
+    failures = [*absent, *(map(in_constant_words, unscored) if context.secret_cohorts else unscored)]
     parts.store.save_final(weights, context.layout, evaluations, failures)
     follow_up(parts, context, initial)
     ledgers = parts.pool.export_ledgers()

@@ -10,10 +10,15 @@ import json
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 
+import structlog
+
 from medfl_ray.errors import CheckpointError
 from medfl_ray.store.durable import replace_file
 
 FILE, STEPS_FILE = "scored_models.json", "answer_steps.json"
+MAX_DOUBLINGS = 40
+"""More than any work takes; a larger number in the file is none that was written here."""
+log = structlog.get_logger()
 Record = dict[str, dict[str, dict[str, object]]]
 
 
@@ -70,35 +75,42 @@ class ScoredModels:
 
 
 class AnswerSteps(MutableMapping[str, int]):
-    """How often the step of each kind of private answer was doubled, for good: see federation/answer_times.py."""
+    """How often the step of each kind of private answer was doubled, for good: see federation/answer_times.py.
+
+    Where the file cannot be read or written, what is known stays in memory: the record must never decide over an
+    answer, for whether it is written depends on how long the work took.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Take the hospital's state folder, which is there."""
         self._file = folder / STEPS_FILE
+        self._known: dict[str, int] = {}
+        try:
+            raw = json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
+            counts = {str(kind): int(count) for kind, count in raw.items()}
+            self._known = {kind: min(max(count, 0), MAX_DOUBLINGS) for kind, count in counts.items()}
+        except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+            log.error("answer_steps_cannot_be_read", problem=type(error).__name__)
 
     def __getitem__(self, kind: str) -> int:
-        return self._read()[kind]
+        return self._known[kind]
 
     def __setitem__(self, kind: str, doublings: int) -> None:
-        replace_file(self._file, json.dumps({**self._read(), kind: doublings}).encode(), private=True)
+        self._known[kind] = min(doublings, MAX_DOUBLINGS)
+        self._write()
 
     def __delitem__(self, kind: str) -> None:
-        left = {other: count for other, count in self._read().items() if other != kind}
-        replace_file(self._file, json.dumps(left).encode(), private=True)
+        del self._known[kind]
+        self._write()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._read())
+        return iter(self._known)
 
     def __len__(self) -> int:
-        return len(self._read())
+        return len(self._known)
 
-    def _read(self) -> dict[str, int]:
-        if not self._file.exists():
-            return {}
+    def _write(self) -> None:
         try:
-            return {str(kind): int(count) for kind, count in json.loads(self._file.read_text(encoding="utf-8")).items()}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise CheckpointError(
-                f"{STEPS_FILE!r} in the hospital's state folder cannot be read ({type(error).__name__}); restore it "
-                "from a backup"
-            ) from None
+            replace_file(self._file, json.dumps(self._known).encode(), private=True)
+        except (CheckpointError, OSError) as error:
+            log.error("answer_steps_cannot_be_written", problem=str(error))

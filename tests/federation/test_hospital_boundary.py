@@ -364,3 +364,68 @@ def test_hole_what_is_trained_is_what_the_signed_row_charges_whatever_a_file_of_
     answer = hospital.train(plan.model_copy(update={"mechanisms": {"a": weak}}), first_weights(hospital))
     assert isinstance(answer, ClientFailure)
     assert [row["kind"] for row in hospital.export_ledger()["events"]] == ["reserve"]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"evaluate": 1', "null", "[]", '{"evaluate": Infinity}', '{"evaluate": 2000}', "x" * 9]
+)
+def test_hole_a_damaged_record_of_steps_decides_over_no_answer(folder, state, content):
+    from medfl_ray.store.scoring_record import MAX_DOUBLINGS, AnswerSteps
+
+    state.mkdir(mode=0o700)
+    (state / "answer_steps.json").write_text(content)
+    steps = AnswerSteps(state)
+    assert steps.get("evaluate", 0) in (0, MAX_DOUBLINGS)
+    steps["describe"] = 3
+    assert steps["describe"] == 3
+
+
+def test_hole_a_record_that_cannot_be_written_neither_fails_nor_hastens_an_answer(folder, state, monkeypatch):
+    from medfl_ray.federation.answer_times import AnswerTimes
+    from medfl_ray.store import scoring_record
+
+    def full(*given, **named):
+        raise CheckpointError("the disk is full")
+
+    clock = Clock()
+    state.mkdir(mode=0o700)
+    monkeypatch.setattr(scoring_record, "replace_file", full)
+    times = AnswerTimes(clock.now, clock.sleep, scoring_record.AnswerSteps(state))
+    left = []
+    for work_s in (0.3, 3.0):
+        started = clock.time
+        with times.padded("evaluate", 1.0):
+            clock.sleep(work_s)
+        left.append(clock.time - started)
+    assert left == [pytest.approx(1.0), pytest.approx(4.0)]
+
+
+def test_hole_who_asks_for_a_baseline_does_not_choose_the_step_of_its_answer(folder, state):
+    run = private_run(folder, privacy={"extra_epsilon": 8.0}, federation={"baselines": ["local"]})
+    clock = Clock()
+    hospital = private_hospital(run, state, clock)
+    once = plan_for(hospital, job="job/local")
+    times = []
+    for plans in ((once,), (once,) * 7):
+        started = clock.time
+        answer = hospital.train_alone(AlonePlan(plans), first_weights(hospital))
+        times.append(clock.time - started)
+    assert times[0] == times[1] == pytest.approx(0.02 * 10 * 2)
+    assert isinstance(answer, ClientFailure)
+    assert "one of them twice" in answer.reason
+
+
+@pytest.mark.parametrize("privacy", [{}, NO_DP])
+def test_hole_a_job_with_an_empty_kind_is_no_job_of_the_run(folder, state, privacy):
+    run = private_run(folder, privacy=privacy or {"extra_epsilon": 4.0})
+    hospital = private_hospital(run, state, max_epsilon=None)
+    answer = hospital.train_alone(AlonePlan((plan_for(hospital, job="job/"),), True), first_weights(hospital))
+    assert isinstance(answer, ClientFailure)
+    assert "does not plan" in answer.reason
+
+
+def test_hole_a_hospital_that_only_scores_shows_its_row_at_the_start(folder, state):
+    hospital = private_hospital(private_run(folder, privacy=NO_DP), state, max_epsilon=None)
+    info = hospital.info()
+    assert math.isinf(info.spent.epsilon)
+    assert [row["kind"] for rows in info.spent.ledger_rows for row in rows.events] == ["unprotected"]
