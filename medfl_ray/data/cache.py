@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import threading
 import weakref
 from collections import OrderedDict
@@ -143,7 +144,8 @@ class PreparedCases(Sequence[PreparedCase]):
         """Prepare every case once and return what is wrong, by position; whatever goes wrong is of that case alone.
 
         Raises:
-          MemoryError, OSError: this machine, and not the case, is at fault; which case met it says nothing of it.
+          MemoryError, RuntimeError, OSError: this machine, and not the case, is at fault; which case met it says
+            nothing of it. RuntimeError is how torch reports that there is no memory.
         """
 
         def problem_of(position: int) -> str | None:
@@ -199,13 +201,21 @@ def is_of_this_machine(error: BaseException | None) -> bool:
     Readers put such a fault into words of their own, which keep it as context. Where a reader itself found no room
     for what a file's header claims, that is the file's own fault.
     """
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _is_of_torch_memory(error):
         return True
     while error is not None:
         if isinstance(error, OSError) and error.errno in OF_THIS_MACHINE:
             return True
         error = error.__context__
     return False
+
+
+def _is_of_torch_memory(error: BaseException | None) -> bool:
+    """Say whether torch found no memory; it is not imported for that, since without it it cannot have failed."""
+    if not isinstance(error, RuntimeError):
+        return False
+    torch = sys.modules.get("torch")
+    return (torch is not None and isinstance(error, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def num_bytes_of(case: PreparedCase) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from medfl_ray.data.cases import Case, CaseIndex, patient_name, unusable
@@ -21,13 +21,15 @@ UNDECODED = re.compile("[\ud800-\udfff]")
 UNREADABLE = "\udcff"
 MOST_DIGITS = 400
 """No whole number of a list has more; Python reads those of up to 4300 digits."""
+OWN = "./"
+"""Starts a patient's name that is made from a path; a given name that starts so gets it once more."""
 VALUE = re.compile(r"-?[0-9]{1,9}")
 
 
 def read_decathlon(directory: Path, private: bool = False) -> CaseIndex:
     """List the cases of a Decathlon folder; a key of an entry beside image and label becomes a field.
 
-    An entry without an image has a `problem`.
+    An entry without an image has a `problem`; one without patient_id is a patient of its own, see `own_patient`.
 
     Args:
       private: see `read_json`.
@@ -49,13 +51,16 @@ def read_decathlon(directory: Path, private: bool = False) -> CaseIndex:
     problems = (
         () if any("patient_id" in entry for entry, _ in entries if isinstance(entry, Mapping)) else (NO_PATIENTS,)
     )
-    return CaseIndex(tuple(sorted(cases, key=lambda c: c.case_id)), channel_names(raw), label_names(raw), problems)
+    return CaseIndex(
+        tuple(sorted(cases, key=lambda c: (c.case_id, c.patient_id))), channel_names(raw), label_names(raw), problems
+    )
 
 
 def read_nnunet(directory: Path, private: bool = False) -> CaseIndex:
     """List the training cases of an nnU-Net raw folder, versions 1 and 2 of its dataset.json.
 
-    A case that lacks one of its channels has a `problem`.
+    A case that lacks one of its channels has a `problem`. One that patient_ids does not name is a patient called as the
+    case, so that a later case can be given to that patient.
 
     Args:
       private: see `read_json`.
@@ -228,7 +233,8 @@ def _entry(directory: Path, entry: Any, split: Split, position: int) -> Case:
     label = entry.get("label")
     fields = {str(k): str(v) for k, v in entry.items() if k not in {"image", "label", "patient_id"}}
     target = label if isinstance(label, int) else directory / str(label) if label else None
-    patient = _patient(entry.get("patient_id"), name)
+    listed = image[0] if isinstance(image, list) else image
+    patient = _patient(entry.get("patient_id"), own_patient(str(listed), fields.get("series_0", "")))
     if patient is None:
         return unusable(
             LayoutError(f"entry {position + 1} of 'training' in dataset.json has a patient_id that is no name")
@@ -236,12 +242,30 @@ def _entry(directory: Path, entry: Any, split: Split, position: int) -> Case:
     return Case(patient, name, images, target, split, fields)
 
 
-def _patient(given: Any, name: str) -> str | None:
-    """Return a case's patient: itself where none is given, None where what is given is no name.
+def own_patient(listed: str, series_uid: str = "") -> str:
+    """Return the patient of an entry that names none, from its first image alone, as the list writes the path.
+
+    NAME.nii.gz and imagesTr/NAME.nii.gz are NAME, to which other entries can refer in patient_id. Everything else is
+    the whole path after './', because t1.png in two folders is of two patients; no given name starts so. A last part
+    without an image ending, such as a DICOM folder's UID, is kept whole.
+    """
+    path = PurePosixPath(listed)
+    if path.name.lower().endswith(IMAGE_ENDINGS):
+        path = path.with_name(stem_of(Path(path.name)) or path.name)
+    if path.name and not series_uid and path.parent in (PurePosixPath("."), PurePosixPath("imagesTr")):
+        return path.name
+    return f"{OWN}{path}/./{series_uid}" if series_uid else f"{OWN}{path}"
+
+
+def _patient(given: Any, own: str) -> str | None:
+    """Return a case's patient: its own where none is given, None where what is given is no name.
 
     Else each case of somebody whose name cannot be read would count as a patient of its own.
     """
-    return name if given is None or given == "" else patient_name(given) or None
+    if given is None or given == "":
+        return own
+    name = patient_name(given)
+    return f"{OWN}{name}" if name.startswith(OWN) else name or None
 
 
 def _label_file(folder: Path, name: str) -> Path | None:

@@ -14,12 +14,20 @@ from medfl_ray.data.readers import read_label, read_series_files, read_volume
 from medfl_ray.data.volume import Volume, same_grid
 from medfl_ray.errors import ConfigError, DataError, GeometryError, LabelError, UnreadableFile
 
+MAX_PRIVATE_VOXELS = 2**29
+"""Most voxels of a private case, over all channels, as its files hold them and at the model's spacing.
+
+It is the same on every machine, so that what else is in memory never decides whether a case is used. A larger case is
+left out; where there is no memory for one that is not, the hospital fails as a whole. One copy takes 2 GiB.
+"""
+
 
 @dataclass(frozen=True)
 class CaseLoader:
     """Reads and prepares one case when called.
 
     `where` names the case in messages: its position, and the file's name only where the data are not private.
+    `max_voxels` are the most that its channels may have together, before and after preparation; any number when None.
     """
 
     case: Case
@@ -28,6 +36,19 @@ class CaseLoader:
     labels: Mapping[int, str]
     where: str
     by_name_alone: bool = False
+    max_voxels: int | None = None
+
+    @classmethod
+    def of_private(
+        cls,
+        case: Case,
+        preprocessing: Preprocessing,
+        picked: tuple[int, ...] | None,
+        labels: Mapping[int, str],
+        where: str,
+    ) -> CaseLoader:
+        """Return the loader of a private case, which the case and constants alone decide about."""
+        return cls(case, preprocessing, picked, labels, where, by_name_alone=True, max_voxels=MAX_PRIVATE_VOXELS)
 
     def __call__(self) -> PreparedCase:
         """Read and prepare the case.
@@ -36,8 +57,8 @@ class CaseLoader:
           DataError: of the kind that the readers raise, with `where` in front.
         """
         try:
-            image, label = read_case(self.case, self.labels, self.picked, self.by_name_alone)
-            prepared = self.preprocessing.prepare(image, label)
+            image, label = read_case(self.case, self.labels, self.picked, self.by_name_alone, self.max_voxels)
+            prepared = self.preprocessing.prepare(image, label, self.max_voxels)
         except DataError as error:
             raise type(error)(f"{self.where}: {error}") from None
         return PreparedCase(
@@ -51,7 +72,11 @@ class CaseLoader:
 
 
 def read_case(
-    case: Case, labels: Mapping[int, str], picked: Sequence[int] | None = None, by_name_alone: bool = False
+    case: Case,
+    labels: Mapping[int, str],
+    picked: Sequence[int] | None = None,
+    by_name_alone: bool = False,
+    max_voxels: int | None = None,
 ) -> tuple[Volume, Volume | int | None]:
     """Read a case's channels, stacked, and its label.
 
@@ -59,11 +84,12 @@ def read_case(
       labels: names of the label values, for DICOM segments.
       picked: which channels to keep, in this order; all when None.
       by_name_alone: match no segment by its number.
+      max_voxels: most voxels of all channels together, those that are not picked included; any number when None.
+
+    Raises:
+      GeometryError: the channels have more voxels, or do not lie on one grid, or lack one that is picked.
     """
-    if case.series:
-        first, *others = [read_series_files(files) for files in case.series]
-    else:
-        first, *others = [read_volume(path, case.fields.get(f"series_{i}", "")) for i, path in enumerate(case.images)]
+    first, *others = _read_channels(case, max_voxels)
     for i, other in enumerate(others):
         if not same_grid(first, other):
             raise GeometryError(
@@ -78,6 +104,25 @@ def read_case(
         image = Volume(image.array[list(picked)], image.affine, image.notes)
     label = read_label(case.label, first, labels, by_name_alone) if isinstance(case.label, Path) else case.label
     return image, label
+
+
+def _read_channels(case: Case, max_voxels: int | None) -> list[Volume]:
+    """Read the files of a case until they have too many voxels together; nothing is stacked before."""
+    if case.series:
+        volumes = (read_series_files(files) for files in case.series)
+    else:
+        volumes = (read_volume(path, case.fields.get(f"series_{i}", "")) for i, path in enumerate(case.images))
+    read: list[Volume] = []
+    num_voxels = 0
+    for volume in volumes:
+        num_voxels += volume.array.size
+        if max_voxels is not None and num_voxels > max_voxels:
+            raise GeometryError(
+                f"the first {len(read) + 1} file(s) of the image have {num_voxels} voxels together; at most "
+                f"{max_voxels} in all are read. Crop the image, or resample it to a larger spacing"
+            )
+        read.append(volume)
+    return read
 
 
 def check_labelled(cases: Sequence[Case], task: str) -> None:

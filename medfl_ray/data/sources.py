@@ -343,7 +343,7 @@ def _open_private(run: RunConfig, site: Site, index: CaseIndex) -> HospitalCases
     preprocessing = _preprocessing(run, data, channels, values)
 
     def loader(case: Case) -> CaseLoader:
-        return CaseLoader(case, preprocessing, picked, values, places[id(case)], by_name_alone=True)
+        return CaseLoader.of_private(case, preprocessing, picked, values, places[id(case)])
 
     return HospitalCases(
         hospital_id=who,

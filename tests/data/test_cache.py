@@ -147,14 +147,28 @@ def raises(error):
     raise error
 
 
+def torch_asks_for_too_much():
+    import torch
+
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def cuda_is_full():
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to take 2 GiB")
+
+
 @pytest.mark.parametrize(
     ("load", "kind"),
     [
         (lambda: raises(MemoryError()), MemoryError),
         (lambda: raises(OSError(errno.ENFILE, "Too many open files in system")), OSError),
         (too_many_files_in_a_readers_words, UnreadableFile),
+        (torch_asks_for_too_much, RuntimeError),
+        (cuda_is_full, RuntimeError),
     ],
-    ids=["memory", "files", "files in a reader's words"],
+    ids=["memory", "files", "files in a reader's words", "memory in torch's words", "memory of a GPU"],
 )
 def test_hole_a_machine_without_memory_or_files_excludes_no_case(load, kind):
     cases = PreparedCases([*Loaders(2).all(), load])
@@ -165,3 +179,8 @@ def test_hole_a_machine_without_memory_or_files_excludes_no_case(load, kind):
 def test_a_file_that_cannot_be_read_is_its_own_cases_fault():
     cases = PreparedCases([*Loaders(1).all(), lambda: raises(OSError(errno.EIO, "x")), lambda: raises(KeyError("x"))])
     assert sorted(cases.problems(1)) == [1, 2]
+
+
+def test_an_error_of_torch_that_is_not_of_memory_is_its_own_cases_fault():
+    cases = PreparedCases([*Loaders(2).all(), lambda: raises(RuntimeError("expected a 5D tensor"))])
+    assert cases.problems(1) == {2: "case at position 3: RuntimeError while it was read"}

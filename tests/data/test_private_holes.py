@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from neighbours import DICOM_ODDITIES, Person, dicom_patient, opened, run_of, write
 
+from medfl_ray.data import loading
 from medfl_ray.data.cache_folders import sweep_caches
 from medfl_ray.data.layouts import discover_cases
 from medfl_ray.data.partitions import split_holdout
@@ -182,3 +184,133 @@ def test_what_a_fork_inherits_it_does_not_remove(tmp_path):
     assert folder.exists()
     release()
     assert not folder.exists()
+
+
+def volumes(folder: Path, paths, edge: int = 8) -> None:
+    """Write an image per path and beside each a label, each of its own voxels."""
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        label = np.zeros((edge, edge, edge), np.uint8)
+        label[2:5, 2:6, 2:5] = 1
+        image = np.random.default_rng(list(path.encode())).integers(0, 90, label.shape).astype(np.int16)
+        nib.save(nib.Nifti1Image(image, np.eye(4)), folder / path)
+        nib.save(nib.Nifti1Image(label, np.eye(4)), folder / f"{path.removesuffix('.nii')}-label.nii")
+
+
+def two_channels(folder: Path, names) -> dict:
+    lines = [f"{name},{name}-0.nii,{name}-1.nii,{name}-0-label.nii" for name in names]
+    (folder / "manifest.csv").write_text("\n".join(["patient_id,image_flair,image_t1,label", *lines]))
+    return opened(run_of(folder, "csv nifti"))
+
+
+def test_hole_a_case_that_is_too_large_is_left_out_before_its_channels_are_stacked(tmp_path, monkeypatch):
+    names = [f"p{i}" for i in range(10)]
+    volumes(tmp_path, [f"{name}-{channel}.nii" for name in names for channel in (0, 1)])
+    volumes(tmp_path, ["x-0.nii", "x-1.nii"], edge=20)
+    monkeypatch.setattr(loading, "MAX_PRIVATE_VOXELS", 2 * 8**3)
+    real = np.concatenate
+
+    def little_memory(arrays, *args, **options):
+        if sum(array.size for array in arrays) > 2 * 8**3:
+            raise MemoryError
+        return real(arrays, *args, **options)
+
+    before = two_channels(tmp_path, names)
+    monkeypatch.setattr(np, "concatenate", little_memory)
+    assert two_channels(tmp_path, [*names[:3], "x", *names[3:]]) == before
+    assert sum(name.startswith("patient") for name in before) == 10
+
+
+def test_hole_a_case_that_is_too_large_at_the_models_spacing_is_left_out_with_numbers(tmp_path, monkeypatch):
+    volumes(tmp_path, [f"p{i}-{channel}.nii" for i in range(10) for channel in (0, 1)])
+    for name in ("p3-0", "p3-1", "p3-0-label"):
+        image = nib.load(tmp_path / f"{name}.nii")
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), np.diag([4, 4, 4, 1])), tmp_path / f"{name}.nii")
+    monkeypatch.setattr(loading, "MAX_PRIVATE_VOXELS", 2 * 8**3)
+    two_channels(tmp_path, [f"p{i}" for i in range(10)])
+    run = run_of(tmp_path, "csv nifti")
+    spaced = run.model_copy(update={"data": run.data.model_copy(update={"spacing_mm": (1.0, 1.0, 1.0)})})
+    data = open_hospital_data(spaced, ("a",))
+    data.check_cases()
+    (note,) = data.notes
+    assert "case 4 of 10" in note
+    assert "at most 1024 in all are prepared" in note
+    assert len(data.train) + len(data.holdout) == 9
+
+
+def test_data_that_are_not_private_have_no_such_bound(tmp_path, monkeypatch):
+    volumes(tmp_path, [f"p{i}-{channel}.nii" for i in range(4) for channel in (0, 1)])
+    two_channels(tmp_path, [f"p{i}" for i in range(4)])
+    monkeypatch.setattr(loading, "MAX_PRIVATE_VOXELS", 1)
+    run = run_of(tmp_path, "csv nifti")
+    hospitals = [run.data.hospitals[0].model_copy(update={"declared": "public"})]
+    data = open_hospital_data(
+        run.model_copy(update={"data": run.data.model_copy(update={"hospitals": hospitals})}), ("a",)
+    )
+    data.check_cases()
+    assert len(data.train) + len(data.holdout) == 4
+    monkeypatch.undo()
+    assert loading.MAX_PRIVATE_VOXELS == 2**29
+
+
+def dataset_json(folder: Path, entries) -> tuple:
+    folder.mkdir(exist_ok=True)
+    listed = [{"label": "x.nii", **entry} for entry in entries]
+    document = {"modality": {"0": "t1"}, "labels": {"1": "lesion"}, "training": listed}
+    (folder / "dataset.json").write_text(json.dumps(document))
+    return discover_cases(folder, "decathlon", named=()).cases
+
+
+def test_hole_equal_file_names_in_folders_of_their_own_are_not_one_patient(tmp_path):
+    paths = [f"person-{i}/t1.nii" for i in range(10)]
+    volumes(tmp_path, paths)
+
+    def shown(listed):
+        dataset_json(tmp_path, [{"image": path, "label": path.replace(".nii", "-label.nii")} for path in listed])
+        return opened(run_of(tmp_path, "decathlon"))
+
+    before, after = shown(paths[:-1]), shown(paths)
+    assert after.pop("patient ./person-9/t1")
+    assert before == after
+    assert sum(name.startswith("patient") for name in before) == 9
+
+
+@pytest.mark.parametrize(
+    ("entry", "patient"),
+    [
+        ({"image": "a.nii.gz"}, "a"),
+        ({"image": "./imagesTr/a.nii.gz"}, "a"),
+        ({"image": "imagesTr//a.NII.gz"}, "a"),
+        ({"image": "imagesTr/p/t1.png"}, "./imagesTr/p/t1"),
+        ({"image": "./p/t1.png"}, "./p/t1"),
+        ({"image": ["p/t1.nii", "p/t2.nii"]}, "./p/t1"),
+        ({"image": "/p/t1.png"}, ".//p/t1"),
+        ({"image": "1.2.840.113"}, "1.2.840.113"),
+        ({"image": "p/1.2.840.113", "series_0": "7"}, "./p/1.2.840.113/./7"),
+        ({"image": "all", "series_0": "7"}, "./all/./7"),
+        ({"image": "."}, "./."),
+        ({"image": "p/t1.png", "patient_id": "p/t1"}, "p/t1"),
+        ({"image": "p/t1.png", "patient_id": "./p/t1"}, "././p/t1"),
+        ({"image": "p/t1.png", "patient_id": "././p/t1"}, "./././p/t1"),
+    ],
+)
+def test_hole_an_entry_alone_decides_its_patient_and_no_path_equals_a_given_name(tmp_path, entry, patient):
+    others = [{"image": "q/t1.png"}, {"image": "r/t1.png", "patient_id": "p/t1"}, {"image": "imagesTr/s.nii"}]
+    names = [
+        [case.patient_id for case in dataset_json(tmp_path, listed) if case.images[0] == tmp_path / first]
+        for first in [entry["image"] if isinstance(entry["image"], str) else entry["image"][0]]
+        for listed in ([entry], [*others, entry], [entry, *others])
+    ]
+    assert names == [[patient]] * 3
+
+
+def test_hole_nnunet_cases_without_a_patient_are_patients_of_their_own(tmp_path):
+    (tmp_path / "labelsTr").mkdir()
+    volumes(tmp_path, [f"imagesTr/{name}_0000.nii" for name in ("a", "b", "c", "d")])
+    document = {"channel_names": {"0": "t1"}, "labels": {"lesion": 1}, "file_ending": ".nii"}
+    found = []
+    for patients in ({}, {"b": "a", "c": "./d"}, {"b": "a", "c": "./d", "d": ""}):
+        (tmp_path / "dataset.json").write_text(json.dumps({**document, "patient_ids": patients}))
+        found.append([case.patient_id for case in discover_cases(tmp_path, named=()).cases])
+    # A case given to the name of another is of that patient, as a later examination is.
+    assert found == [["a", "b", "c", "d"], ["a", "a", "././d", "d"], ["a", "a", "././d", "d"]]
