@@ -2,7 +2,13 @@
 
 Whatever the mirror or a readable row says was charged is charged afterwards. Recovery may charge twice what
 two histories tell differently; it never charges less than either. Where nobody can say how many rows were lost it
-refuses: a mirror cannot prove that it has seen the last one.
+refuses: a mirror cannot prove that it has seen the last one. It refuses too where a row can be read neither in the file
+nor in a mirror. A mirror's row stands for a lost one only where its history is the file's own: rows behind the first
+disagreement stand for nothing, and rows behind the last readable one only where the mirror holds that one.
+
+What follows the last readable row has left its place and its reservation in the indices, and no hash. A mirror that
+splits from the file there is told apart by its reservations; one that differs in nothing but rows that reserve nothing
+is not, nor is any where the indices are bad as well.
 """
 
 from __future__ import annotations
@@ -12,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medfl_ray.errors import LedgerError
 from medfl_ray.store.ledger import PrivacyLedger
@@ -35,6 +41,15 @@ from medfl_ray.store.tables import ledger_events
 
 Account = tuple[str, str]
 SMALLEST_ROW_BYTES = 256  # hash, previous hash and signature alone
+BY_PLACE, BY_RESERVATION = (f"INDEXED BY sqlite_autoindex_{ledger_events.name}_{n}" for n in (1, 2))
+
+
+class _Lost(NamedTuple):
+    """What the indices still say of a row that cannot be read; None for what they do not."""
+
+    place: tuple[Account, int] | None = None
+    reservation: str | None = None
+    """Empty for a row that reserves nothing."""
 
 
 def recover(path: Path, exports: Sequence[Mapping[str, Any]], delta: float) -> dict[Account, int]:
@@ -146,12 +161,13 @@ def _set_aside_if_damaged(
                 f"the damaged ledger {path.name!r} also holds {len(unknown)} data set(s) of which no mirror was given: "
                 f"{', '.join(sorted(data_set for _, data_set in unknown))}. Give the mirrors of all of them."
             ) from None
-        num_unknown = _num_unexplained(rows, num_lost, key, [row for _, history in histories for row in history])
+        num_unknown = _num_unexplained(rows, _lost_rows(path) if num_lost else [], key, histories)
         if num_unknown:
             raise LedgerError(
                 f"{num_unknown} rows of the damaged ledger {path.name!r} cannot be read, or were altered, and stand in "
-                "none of the mirrors given: what the others charged is unknown. Give newer mirrors, those of all data "
-                "sets, or restore the file from a backup."
+                "none of the mirrors given, as far as these tell the file's own history: what the others charged is "
+                "unknown. Give newer mirrors, those of all data sets and of all coordinators that trained on them, or "
+                "restore the file from a backup."
             ) from None
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")
         for part in (path, *path.parent.glob(f"{path.name}-*")):
@@ -161,17 +177,78 @@ def _set_aside_if_damaged(
 
 
 def _num_unexplained(
-    rows: Sequence[LedgerEvent], num_lost: int, key: SigningKey | None, mirrored: Sequence[LedgerEvent]
+    rows: Sequence[LedgerEvent],
+    lost: Sequence[_Lost],
+    key: SigningKey | None,
+    histories: Sequence[tuple[Account, tuple[LedgerEvent, ...]]],
 ) -> int:
-    """Return at least how many rows of a damaged file neither it nor the mirrors show as they were.
+    """Return how many rows of a damaged file neither it nor the mirrors show as they were; 0 where that is certain.
 
-    A lost row is known by its hash where a row that follows it can be read, and else by its number alone.
+    A lost row is known by its hash where a row that follows it can be read, and else by what the indices say of it.
     """
-    in_mirrors, readable = {row.hash for row in mirrored}, {row.hash for row in rows}
+    in_mirrors, readable = {row.hash for _, history in histories for row in history}, {row.hash for row in rows}
     whole = [row for row in rows if (row.digest() == row.hash if key is None else is_genuine(row, key.public_key))]
     num_altered = len(readable - {row.hash for row in whole} - in_mirrors)
     named = {row.previous_hash for row in whole if row.sequence > 1} - readable - in_mirrors
-    return num_altered + max(len(named), num_lost - len(in_mirrors - readable))
+    num_missing = _num_beyond_mirrors(whole, lost, len(rows) - len(whole), histories) if lost else 0
+    return max(num_altered + len(named), num_missing)
+
+
+def _num_beyond_mirrors(
+    whole: Sequence[LedgerEvent],
+    lost: Sequence[_Lost],
+    num_altered: int,
+    histories: Sequence[tuple[Account, tuple[LedgerEvent, ...]]],
+) -> int:
+    """Return how many lost rows no history that is the file's own reaches.
+
+    Lost rows of which nothing tells the place fill the gaps of the accounts first, in which altered rows may stand as
+    well. The others follow the end of some account: each account's histories must reach far enough for all of them.
+    """
+    mirrored = {row.reservation: (account, row.sequence) for account, rows in histories for row in rows}
+    places = [(row.place or (mirrored.get(row.reservation) if row.reservation else None), row) for row in lost]
+    placed = {place: row.reservation for place, row in places if place}
+    num_foreign = sum(bool(row.reservation) and row.reservation not in mirrored for row in lost)
+    known = {((row.hospital, row.data_set), row.sequence) for row in whole} | set(placed)
+    ends = {account: 0 for account, _ in histories}
+    for account, sequence in known:
+        ends[account] = max(ends.get(account, 0), sequence)
+    gaps = {(account, sequence) for account, end in ends.items() for sequence in range(1, end)} - known
+    num_behind = max(0, len(lost) - len(placed) - max(0, len(gaps) - num_altered))
+    reach = {
+        account: max((_reach(rows, whole, placed) for other, rows in histories if other == account), default=0)
+        for account in ends
+    }
+    num_inside = sum(sequence > reach[account] for account, sequence in gaps | set(placed))
+    short = [num_behind - max(0, reach[account] - end) for account, end in ends.items()]
+    return max(num_foreign, num_inside + max(0, max(short, default=num_behind)))
+
+
+def _reach(
+    history: Sequence[LedgerEvent],
+    whole: Sequence[LedgerEvent],
+    placed: Mapping[tuple[Account, int], str | None],
+) -> int:
+    """Return up to which of its rows a mirror's history is the file's own.
+
+    A row that both hold proves all before it. What follows the last such row counts only where the file itself shows
+    nothing later, and up to where the reservations in its indices are others.
+    """
+    if not history:
+        return 0
+    account = (history[0].hospital, history[0].data_set)
+    own = {row.sequence: row for row in whole if (row.hospital, row.data_set) == account}
+    num_agreed = 0
+    for row in history:
+        seen = placed.get((account, row.sequence))
+        if (row.sequence in own and own[row.sequence].hash != row.hash) or seen not in (None, row.reservation or ""):
+            break
+        num_agreed += 1
+    hashes = {row.hash for row in own.values()} | {row.previous_hash for row in own.values()}
+    reserved = {reservation for reservation in placed.values() if reservation}
+    shared = (row.sequence for row in history[:num_agreed] if row.hash in hashes or row.reservation in reserved)
+    proven = max(shared, default=0)
+    return num_agreed if proven >= max(own, default=1) else proven
 
 
 def _credible(rows: Sequence[LedgerEvent], key: SigningKey | None) -> list[LedgerEvent]:
@@ -237,10 +314,42 @@ def _read_row(connection: sqlite3.Connection, number: int) -> LedgerEvent | None
 def _last_number(connection: sqlite3.Connection) -> int | None:
     """Return the largest row number that the table or an index of it names; None where none of them can be read."""
     found = []
-    for place in ("NOT INDEXED", *(f"INDEXED BY sqlite_autoindex_{ledger_events.name}_{n}" for n in (1, 2))):
+    for place in ("NOT INDEXED", BY_RESERVATION, BY_PLACE):
         try:
             (number,) = connection.execute(f"SELECT max(id) FROM ledger_events {place}").fetchone()
         except (sqlite3.DatabaseError, TypeError):
             continue
         found.append(number or 0)
     return max(found, default=None)
+
+
+def _lost_rows(path: Path) -> list[_Lost]:
+    """Return what the indices say of each row that cannot be read, of a file whose rows can be counted."""
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        reservations = _index_entries(connection, ("reservation",), BY_RESERVATION)
+        places = _index_entries(connection, ("hospital", "data_set", "sequence"), BY_PLACE)
+        connection.row_factory = sqlite3.Row
+        readable = [n for n in range(1, _most_rows(path) + 1) if _read_row(connection, n) is not None]
+        last = max([_last_number(connection) or 0, *readable])
+    lost = []
+    for number in sorted(set(range(1, last + 1)) - set(readable)):
+        hospital, data_set, sequence = places.get(number, (None, None, None))
+        is_place = isinstance(hospital, str) and isinstance(data_set, str) and isinstance(sequence, int)
+        reservation = str(reservations[number][0] or "") if number in reservations else None
+        lost.append(_Lost(((hospital, data_set), sequence) if is_place else None, reservation))
+    return lost
+
+
+def _index_entries(connection: sqlite3.Connection, columns: Sequence[str], index: str) -> dict[int, tuple[Any, ...]]:
+    """Return an index's entries by row number: those before its first bad page and those behind its last."""
+    found: dict[int, tuple[Any, ...]] = {}
+    for direction in ("ASC", "DESC"):
+        order = ", ".join(f"{column} {direction}" for column in columns)
+        try:
+            for number, *values in connection.execute(
+                f"SELECT id, {', '.join(columns)} FROM ledger_events {index} ORDER BY {order}"
+            ):
+                found[number] = tuple(values)
+        except (sqlite3.DatabaseError, UnicodeDecodeError):
+            continue
+    return found
