@@ -241,7 +241,8 @@ def _excess(found: float, expected: float) -> int:
 def _sign_of_time(found: float, t: Transcript, num_others: int) -> int:
     """Compare a time with that of the work without the patient: padded as is promised, or as it is where it is not."""
     expected = padded(t.step_s, t.cost_s * num_others)
-    is_padded = math.isclose(math.log2(found / t.step_s) % 1.0, 0.0, abs_tol=1e-6) if found > 0 else False
+    steps = math.log2(found / t.step_s) if found > 0 else 0.5
+    is_padded = math.isclose(steps, round(steps), abs_tol=1e-6)
     return _excess(found, expected) if is_padded else _excess(found, t.cost_s * (num_others + 0.5))
 
 
