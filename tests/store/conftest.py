@@ -1,4 +1,4 @@
-"""Servers for the registry's tests, on loopback: a PostgreSQL of our own, and S3 as moto plays it."""
+"""A hospital with its mirror, and servers for the registry's tests on loopback: PostgreSQL, and S3 as moto plays it."""
 
 import os
 import pwd
@@ -10,6 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from ledger_files import POLICIES, opened, rows_of, train
+
+from medfl_ray.store.ledger_mirror import LedgerMirror
+from medfl_ray.store.run_mirror import RunMirror
 
 PASSWORD = "only-for-tests"
 
@@ -121,3 +125,23 @@ def bucket(s3_server, monkeypatch):
     name = f"models-{time.monotonic_ns()}"
     files.mkdir(name)
     return f"s3://{name}/registry"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A hospital that has trained two rounds."""
+    train(opened(tmp_path / "site"), 1, 2)
+    return tmp_path / "site"
+
+
+@pytest.fixture
+def mirror(tmp_path: Path, site: Path) -> RunMirror:
+    """A mirror that has seen them."""
+    mirror = RunMirror(POLICIES, tmp_path / "run", tmp_path / "state")
+    assert mirror.keep(rows_of(opened(site))) == {}
+    return mirror
+
+
+@pytest.fixture
+def copies(tmp_path: Path, mirror: RunMirror) -> LedgerMirror:
+    return LedgerMirror(tmp_path / "state" / "_mirror")

@@ -30,26 +30,6 @@ from medfl_ray.store.ledger_recovery import recover
 from medfl_ray.store.run_mirror import RunMirror
 
 
-@pytest.fixture
-def site(tmp_path: Path) -> Path:
-    """A hospital that has trained two rounds."""
-    train(opened(tmp_path / "site"), 1, 2)
-    return tmp_path / "site"
-
-
-@pytest.fixture
-def mirror(tmp_path: Path, site: Path) -> RunMirror:
-    """A mirror that has seen them."""
-    mirror = RunMirror(POLICIES, tmp_path / "run", tmp_path / "state")
-    assert mirror.keep(rows_of(opened(site))) == {}
-    return mirror
-
-
-@pytest.fixture
-def copies(tmp_path: Path, mirror: RunMirror) -> LedgerMirror:
-    return LedgerMirror(tmp_path / "state" / "_mirror")
-
-
 def head_of(mirror: RunMirror) -> LedgerHead:
     return LedgerHead.parse(mirror.heads(["north"])["north"])
 
