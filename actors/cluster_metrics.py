@@ -17,11 +17,11 @@ from statistics import fmean
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.federation.events import AccountsClosed, Event, HospitalState, PhaseStarted, RoundClosed, RoundTimed
 from medfl_ray.messages import HEADLINES, Metric, PrivacySpent, Receipt, RoundResult
 from medfl_ray.round_times import Clock, exact_now, has_secret_cohorts
-from medfl_ray.site_policy import SitePolicy
 
 if TYPE_CHECKING:
     from ray.util.metrics import Counter, Gauge, Histogram

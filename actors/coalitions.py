@@ -13,17 +13,17 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from actors.coordinator import local_pool
-from actors.hospital import HospitalSpec
 from actors.placement import resource_of
 from actors.ray_pool import put
 from medfl_ray.aggregation.strategies import build_strategy
+from medfl_ray.assembly.run import local_pool
+from medfl_ray.assembly.spec import HospitalSpec
 from medfl_ray.errors import FederationError
-from medfl_ray.federation.baselines import CENTRAL
-from medfl_ray.federation.coalitions import NoKeeper, NoMirror, TrainCoalitions, train_coalition
 from medfl_ray.federation.events import Event
 from medfl_ray.federation.policies import Standings
 from medfl_ray.federation.round_context import Past, RoundContext
+from medfl_ray.federation.studies.baselines import CENTRAL
+from medfl_ray.federation.studies.coalitions import NoKeeper, NoMirror, TrainCoalitions, train_coalition
 from medfl_ray.params import Vector
 from medfl_ray.study_records import CoalitionRecord
 

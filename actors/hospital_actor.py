@@ -9,13 +9,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from actors.hospital import HospitalSpec, build_hospital
 from actors.names import home_name
+from medfl_ray.assembly.hospital import build_hospital
+from medfl_ray.assembly.spec import HospitalSpec
 from medfl_ray.errors import MedflError
-from medfl_ray.federation.failures import start_failure
 from medfl_ray.federation.hospital import Hospital
+from medfl_ray.federation.hospital_rules.failures import start_failure
+from medfl_ray.federation.hospital_rules.private_answers import shown_reason
 from medfl_ray.federation.ports import AlonePlan, AloneResult
-from medfl_ray.federation.private_answers import shown_reason
 from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,

@@ -17,14 +17,14 @@ import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.cluster import check_pinned
-from actors.hospital import HospitalSpec
 from actors.hospital_actor import HospitalActor
 from actors.names import actor_name, home_name
 from actors.placement import Place, Policy, place_actors
+from medfl_ray.assembly.spec import HospitalSpec
 from medfl_ray.errors import ClusterError
-from medfl_ray.federation.baselines import CENTRAL
-from medfl_ray.federation.failures import deadline_failure, evaluation_failure, start_failure
+from medfl_ray.federation.hospital_rules.failures import deadline_failure, evaluation_failure, start_failure
 from medfl_ray.federation.ports import AlonePlan, AloneResult
+from medfl_ray.federation.studies.baselines import CENTRAL
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation, Stage
 from medfl_ray.params import Vector
 

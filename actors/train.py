@@ -11,15 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from actors.coordinator import Coordinator, hospital_specs, local_pool, run_in_process
+from actors.coordinator import Coordinator
+from actors.flower.rule import with_flower
 from actors.names import actor_name
-from medfl_ray.config import RunConfig
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
+from medfl_ray.assembly.tracking import tracked
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import ClusterError, MedflError
-from medfl_ray.federation.events import Event, Notice, RoundClosed
+from medfl_ray.federation.events import Event, Notice
 from medfl_ray.federation.run import RunOutcome
 from medfl_ray.round_times import has_secret_cohorts
-from medfl_ray.site_policy import SitePolicy
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 from medfl_ray.store.state_folders import state_root
 
 POLL_S = 0.25
@@ -50,7 +53,7 @@ def drive(
         if run.federation.pool == "local":
             pool = local_pool(hospital_specs(run, policies, folder))
             with one_thread(run.federation.exact):
-                return run_in_process(run, policies, folder, pool, emit, stop)
+                return run_in_process(run, policies, folder, pool, emit, stop, with_flower(run, emit))
         from actors.cluster import connect, disconnect
 
         # Ray's own figures count who is asked to train, on a page that asks for no token.
@@ -59,34 +62,12 @@ def drive(
             if dashboard and cluster.dashboard_url:
                 emit(Notice(message=f"Ray dashboard: http://{cluster.dashboard_url}"))
             if run.federation.pool == "virtual":
-                from actors.simulate import simulate
+                from actors.simulation.run import simulate
 
                 return simulate(run, policies, folder, emit, stop=stop)
             return _follow(run, policies, folder, emit, stop, cluster.umask)
         finally:
             disconnect()
-
-
-def tracked(run: RunConfig, folder: Path, emit: Emit) -> Emit:
-    """Return what also tells MLflow, where the run names its store.
-
-    Raises:
-      ConfigError: the store cannot be opened.
-    """
-    if run.output.mlflow is None:
-        return emit
-    from medfl_ray.store.mlflow_tracking import MlflowRun
-
-    copy = MlflowRun(run, folder.name)
-
-    def tell(event: Event) -> None:
-        emit(event)
-        if isinstance(event, RoundClosed) and copy.problem is None:
-            copy.add_round(event.result)
-            if copy.problem is not None:
-                emit(Notice(message=f"note: {copy.problem}"))
-
-    return tell
 
 
 def _follow(

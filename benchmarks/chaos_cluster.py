@@ -21,15 +21,15 @@ import numpy as np
 import psutil
 
 from actors.cluster import secure_environment, worker_environment
-from medfl_ray.config import RunConfig
-from medfl_ray.config_files import dump_yaml, parse_run_config
+from medfl_ray.config.files import dump_yaml, parse_run_config
+from medfl_ray.config.run import RunConfig
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ReceiptError
 from medfl_ray.messages import SignedReceipt
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import charges
-from medfl_ray.store.receipts import read_receipts, verify_receipts
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.events import charges
+from medfl_ray.store.run.folder import RunFolder
+from medfl_ray.store.run.receipts import read_receipts, verify_receipts
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_S = 0.2

@@ -19,20 +19,20 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
 from medfl_ray import params
-from medfl_ray.config import RunConfig
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
+from medfl_ray.config.files import parse_run_config
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ReceiptError
 from medfl_ray.federation.hospital import Hospital
 from medfl_ray.messages import RoundPlan
-from medfl_ray.site_policy import SitePolicy
-from medfl_ray.store.checkpoints import last_good_checkpoint
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import charges
-from medfl_ray.store.receipts import read_receipts, verify_receipts
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.events import charges
+from medfl_ray.store.run.checkpoints import last_good_checkpoint
+from medfl_ray.store.run.folder import RunFolder
+from medfl_ray.store.run.receipts import read_receipts, verify_receipts
 from medfl_ray.training.trainer import LocalJob
 
 FAILPOINTS = (

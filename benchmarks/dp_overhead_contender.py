@@ -23,15 +23,16 @@ from opacus import PrivacyEngine
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.config.training import TrainingConfig
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.privacy.dpsgd import PatientGradientSum
 from medfl_ray.privacy.noise import GaussianNoise
-from medfl_ray.training.engine_choice import choose_group_size, engine_of, make_patient_like
+from medfl_ray.training.gradients.engine_choice import choose_group_size, engine_of, make_patient_like
+from medfl_ray.training.gradients.patient_gradients import GradientEngine, InGroups, OneAtATime, Patient
 from medfl_ray.training.losses import dice_ce
 from medfl_ray.training.optimizers import make_optimizer
-from medfl_ray.training.patient_gradients import GradientEngine, InGroups, OneAtATime, Patient
 
 Step = Callable[[], None]
 NUM_CLASSES = 2

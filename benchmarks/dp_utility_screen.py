@@ -21,14 +21,14 @@ from harness import describe_machine
 from runs import ROOT, hippocampus_folder
 
 from medfl_ray.aggregation.strategies import build_strategy, released_weights
-from medfl_ray.config import RunConfig
-from medfl_ray.config_files import load_run_config
+from medfl_ray.config.files import load_run_config
+from medfl_ray.config.run import RunConfig
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.export.public_weights import load_public_weights
 from medfl_ray.federation.planning import mechanisms
 from medfl_ray.params import flatten, load_into
-from medfl_ray.training.evaluation import summarise
 from medfl_ray.training.schedules import learning_rate
+from medfl_ray.training.scoring.evaluation import summarise
 from medfl_ray.training.trainer import LocalJob, Trainer
 
 CONFIG = ROOT / "configs" / "hippocampus_dp_pretrained.yaml"

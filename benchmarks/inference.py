@@ -31,7 +31,7 @@ from inference_model import Case, make_cases, trained_package
 from runs import ROOT
 
 from medfl_ray.export.description import read_description
-from medfl_ray.training.evaluation import dice_per_label
+from medfl_ray.training.scoring.evaluation import dice_per_label
 
 GOALS = (
     Goal("http_over_ort", at_most=1.1),

@@ -13,8 +13,8 @@ import numpy as np
 from harness import Options
 from runs import ROOT, run
 
+from medfl_ray.data.formats.readers import read_volume
 from medfl_ray.data.phantoms.render import render_phantom
-from medfl_ray.data.readers import read_volume
 from medfl_ray.export.description import read_description
 from medfl_ray.export.predictor import label_values
 

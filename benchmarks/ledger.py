@@ -18,7 +18,7 @@ from pathlib import Path
 from harness import Goal, Options, benchmark, report
 from ledger_victim import MECHANISM, open_ledger
 
-from medfl_ray.store.ledger_events import charges
+from medfl_ray.store.ledger.events import charges
 
 OPENING = ("create.begin", "create.before_commit", "create.done", "create.key")
 PLACES = ("begin", "appended", "before_commit", "committed")

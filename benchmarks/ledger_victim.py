@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from medfl_ray.messages import Mechanism
-from medfl_ray.store.ledger import PrivacyLedger
+from medfl_ray.store.ledger.account import PrivacyLedger
 
 MECHANISM = Mechanism(
     noise_multiplier=20.0, sample_rate=1.0, max_grad_norm=1.0, num_steps=8, num_patients=40, delta=1e-5

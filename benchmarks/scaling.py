@@ -20,7 +20,7 @@ from scaling_overhead import compare
 from scaling_runs import SMALL, configure, num_parameters, simulate
 
 from actors.cluster import connect, disconnect, simulation_environment
-from actors.simulate import Simulation
+from actors.simulation.run import Simulation
 
 GOALS = (
     Goal("hospitals_exponent", at_least=0.97, at_most=1.03),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medfl_ray.config import RunConfig
-from medfl_ray.site_policy import SitePolicy
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 
 if TYPE_CHECKING:
     from torch import Tensor

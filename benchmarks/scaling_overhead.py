@@ -26,7 +26,7 @@ import numpy as np
 import scaling_hospitals as hospitals
 from scaling_runs import SMALL, configure, make_trainer, simulate
 
-from actors.simulate import Simulation
+from actors.simulation.run import Simulation
 
 HOSPITALS, ROUNDS, PAIRS = 200, 8, 9
 
@@ -36,9 +36,9 @@ class BareLoop:
 
     def __init__(self, count: int, group_size: int) -> None:
         """Open the data of `count` hospitals."""
-        from medfl_ray.training.group_forming import form_groups
-        from medfl_ray.training.local_job import LocalJob
-        from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals
+        from medfl_ray.training.grouped.group_forming import form_groups
+        from medfl_ray.training.grouped.trainer import HospitalTask, ManyHospitals
+        from medfl_ray.training.rules.local_job import LocalJob
 
         self._trainer = make_trainer(SMALL)
         self._many = ManyHospitals(self._trainer, group_size)

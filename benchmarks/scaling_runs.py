@@ -9,10 +9,10 @@ from typing import Any
 
 import scaling_hospitals as hospitals
 
-from actors.simulate import Simulation
-from medfl_ray.config import RunConfig
+from actors.simulation.run import Simulation
+from medfl_ray.config.run import RunConfig
 from medfl_ray.federation.events import Event, PhaseStarted, RoundClosed, RoundTimed
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 SMALL = (12, 24, 48, 96)
 

@@ -15,11 +15,11 @@ import simulation_hospitals as hospitals
 import workload
 
 from actors.cluster import connect, disconnect
-from actors.simulate import Simulation
-from medfl_ray.config import RunConfig
+from actors.simulation.run import Simulation
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.federation.events import Event, PhaseStarted, RoundClosed
-from medfl_ray.site_policy import SitePolicy
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 MODES = ("fast", "exact", "bf16")
 WARM_UP_CLIENTS = 100

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import workload
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 
 if TYPE_CHECKING:  # the process that starts the actors must not spend its time on loading torch before it does
     from torch import Tensor, nn

@@ -14,8 +14,8 @@ import typer
 from pydantic import BaseModel
 
 from medfl_ray.cli.main import app
-from medfl_ray.config import FIELD_ALIASES, SECTION_ALIASES, RunConfig
-from medfl_ray.site_policy import SiteConfig
+from medfl_ray.config.run import FIELD_ALIASES, SECTION_ALIASES, RunConfig
+from medfl_ray.config.site import SiteConfig
 
 REFERENCE = Path(__file__).parent / "reference"
 GENERATED = "<!-- Written by docs/gen_reference.py; edit the source, then run `make reference`. -->\n"

@@ -112,9 +112,9 @@ def main() -> None:
 
     from actors.cluster import connect, disconnect
     from actors.train import _follow
-    from medfl_ray.config_files import parse_run_config
+    from medfl_ray.config.files import parse_run_config
     from medfl_ray.data.sources import list_hospitals
-    from medfl_ray.store.run_folder import RunFolder
+    from medfl_ray.store.run.folder import RunFolder
 
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -12,9 +12,9 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from actors.train import drive
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.config.files import parse_run_config
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 FAST = "--fast" in sys.argv
 work = Path(mkdtemp(prefix="medfl-flower-monai-"))
@@ -36,7 +36,7 @@ from monai.networks.nets import UNet
 from monai.networks.utils import one_hot
 from monai.utils import set_determinism
 
-from actors.flower_app import algo_of
+from actors.flower.app import algo_of
 
 HOSPITALS = ("north", "south")
 

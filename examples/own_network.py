@@ -12,11 +12,11 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from actors.train import drive
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.config.files import parse_run_config
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import NotFitForDP
 from medfl_ray.models.catalogue import build_network
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 FAST = "--fast" in sys.argv
 work = Path(mkdtemp(prefix="medfl-own-network-"))

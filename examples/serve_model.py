@@ -16,11 +16,11 @@ import nibabel as nib
 import numpy as np
 
 from actors.train import drive
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.config.files import parse_run_config
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.export.description import read_description
 from medfl_ray.export.onnx_export import export_run
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 from serve.auth import add_token
 from serve.launcher import served
 from serve.settings import ServeSettings

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from actors.train import drive
 from medfl_ray import load_run_config
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 FAST = "--fast" in sys.argv
 SMALL = ("data.phantom.num_hospitals=20", "federation.rounds=3", "federation.fraction=0.5", "federation.eval_every=1")

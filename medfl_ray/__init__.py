@@ -7,16 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from medfl_ray.config import RunConfig
-    from medfl_ray.config_files import load_run_config
+    from medfl_ray.config.files import load_run_config
+    from medfl_ray.config.run import RunConfig
     from medfl_ray.errors import MedflError
 
 __version__ = "0.1.0"
 __all__ = ["MedflError", "RunConfig", "__version__", "load_run_config"]
 _HOMES = {
     "MedflError": "medfl_ray.errors",
-    "RunConfig": "medfl_ray.config",
-    "load_run_config": "medfl_ray.config_files",
+    "RunConfig": "medfl_ray.config.run",
+    "load_run_config": "medfl_ray.config.files",
 }
 
 

@@ -285,7 +285,7 @@ class Receipt(Message):
 
 
 class SignedReceipt(Receipt):
-    """A receipt in its chain: `previous` is the hash of the one before, see medfl_ray/store/receipts.py.
+    """A receipt in its chain: `previous` is the hash of the one before, see medfl_ray/store/run/receipts.py.
 
     All three are empty in a receipt of a version that did not sign.
     """

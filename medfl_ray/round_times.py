@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 
 GRID_S = 3600
 """Times of runs with secret cohorts are rounded up to multiples of this, in UTC."""

@@ -2,7 +2,7 @@
 
 from ray.serve import Application
 
-from serve.deployments import application
+from serve.replicas.deployments import application
 from serve.settings import ServeSettings
 
 

@@ -16,9 +16,9 @@ from medfl_ray.data.volume import Volume
 from medfl_ray.errors import MedflError
 from medfl_ray.export.description import PackageDescription
 from medfl_ray.export.predictor import Segmentation
-from serve.model_loader import Catalogue, ModelKey
 from serve.refusals import TimedOut, Unavailable
-from serve.replica import Parcel, SegmentAnswer, TensorAnswer, WorkReport
+from serve.replicas.model_loader import Catalogue, ModelKey
+from serve.replicas.replica import Parcel, SegmentAnswer, TensorAnswer, WorkReport
 from serve.serving_metrics import ServingMetrics
 
 ATTEMPTS = 2

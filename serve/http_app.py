@@ -20,14 +20,14 @@ from medfl_ray.errors import MedflError
 from medfl_ray.store.state_folders import state_root
 from serve.auth import TokenBook
 from serve.backend import Backend
+from serve.clinic.pools import DISK
+from serve.clinic.scratch import Scratch
 from serve.gate import LEFT, METRICS_ROUTE, OPEN_ROUTES, Gate, refusal_response
-from serve.open_inference_routes import open_inference_router
-from serve.pools import DISK
+from serve.protocols.open_inference_routes import open_inference_router
+from serve.protocols.sign_in import SIGN_IN_ROUTES, sign_in_router
 from serve.refusals import Refusal, status_of
-from serve.scratch import Scratch
 from serve.serving_metrics import ServingMetrics
 from serve.settings import ServeSettings
-from serve.sign_in import SIGN_IN_ROUTES, sign_in_router
 
 log = structlog.get_logger("medfl_ray.serve")
 

@@ -7,18 +7,18 @@ from typing import Any
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from medfl_ray.data.upload_limits import UploadLimits
+from medfl_ray.data.uploads.limits import UploadLimits
 from medfl_ray.errors import ConfigError
 from serve.auth import TokenBook, tokens_path
 from serve.backend import Backend
-from serve.clinic import clinical_routers
+from serve.clinical_routes import clinical_routers
 from serve.http_app import build_http_app
 from serve.logs import configure_logs
-from serve.model_loader import Catalogue
-from serve.ray_replicas import RayReplicas
+from serve.replicas.model_loader import Catalogue
+from serve.replicas.ray_replicas import RayReplicas
+from serve.replicas.sources import open_source
 from serve.serving_metrics import ServingMetrics
 from serve.settings import Limits, ServeSettings
-from serve.sources import open_source
 
 
 def ingress_app(settings: ServeSettings, models: DeploymentHandle[Any]) -> FastAPI:

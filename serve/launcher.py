@@ -36,7 +36,7 @@ def served(
     try:
         from ray import serve as ray_serve
 
-        from serve.deployments import application
+        from serve.replicas.deployments import application
 
         logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # its notices concern nobody here
         ray_serve.start(http_options=http_options(settings, host, port))

@@ -7,9 +7,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from serve.drift import DriftState
-from serve.model_loader import ModelKey
-from serve.replica import WorkReport
+from serve.replicas.drift import DriftState
+from serve.replicas.model_loader import ModelKey
+from serve.replicas.replica import WorkReport
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128)

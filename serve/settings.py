@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import Field
 
-from medfl_ray.config_base import Fraction, Positive, PositiveFloat, Section
+from medfl_ray.config.base import Fraction, Positive, PositiveFloat, Section
 from medfl_ray.export.precision import VariantName
-from serve.pacs_target import PacsTarget
+from serve.protocols.pacs_target import PacsTarget
 
 ENVIRONMENT = {
     "MEDFL_MODELS": "models",

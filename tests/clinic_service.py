@@ -14,23 +14,23 @@ import onnx
 from local_service import LocalService
 from onnx import TensorProto, helper, numpy_helper
 
-from medfl_ray.config import ModelConfig
-from medfl_ray.data.preprocess import Preprocessing
-from medfl_ray.data.upload_limits import UploadLimits
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.data.prepare.preprocess import Preprocessing
+from medfl_ray.data.uploads.limits import UploadLimits
 from medfl_ray.export.description import DESCRIPTION, PackageDescription, Variant
 from serve.auth import Role, TokenBook, add_token
 from serve.backend import Backend, LocalReplicas
-from serve.clinic import Clinic
+from serve.clinic.jobs import JobLimits
+from serve.clinic.service import Clinic
 from serve.http_app import build_http_app
-from serve.jobs import JobLimits
-from serve.model_loader import Catalogue
-from serve.monai_label import monai_label_router
-from serve.pacs_target import PacsTarget
-from serve.replica import ModelReplica
-from serve.segment_routes import segment_router
+from serve.protocols.monai_label import monai_label_router
+from serve.protocols.pacs_target import PacsTarget
+from serve.protocols.segment_routes import segment_router
+from serve.replicas.model_loader import Catalogue
+from serve.replicas.replica import ModelReplica
+from serve.replicas.sources import FolderSource
 from serve.serving_metrics import ServingMetrics
 from serve.settings import ServeSettings
-from serve.sources import FolderSource
 
 LABELS = {1: "liver", 2: "tumour"}
 BRIGHT, BRIGHTEST = 100.0, 1000.0

@@ -5,11 +5,11 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.messages import LedgerRows, Mechanism
-from medfl_ray.site_policy import SitePolicy
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_budgets import AccountTerms
-from medfl_ray.store.ledger_file import KEY_NAME, LedgerFile
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.budgets import AccountTerms
+from medfl_ray.store.ledger.file import KEY_NAME, LedgerFile
 from medfl_ray.store.signing_key import load_key
 
 DELTA = 1e-5

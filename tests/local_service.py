@@ -18,13 +18,13 @@ from starlette.types import ASGIApp
 
 from serve.auth import TokenBook, add_token
 from serve.backend import Backend, LocalReplicas
+from serve.clinic.scratch import Scratch
 from serve.http_app import build_http_app
-from serve.model_loader import Catalogue
-from serve.replica import ModelReplica
-from serve.scratch import Scratch
+from serve.replicas.model_loader import Catalogue
+from serve.replicas.replica import ModelReplica
+from serve.replicas.sources import FolderSource
 from serve.serving_metrics import ServingMetrics
 from serve.settings import ServeSettings
-from serve.sources import FolderSource
 
 
 @dataclass

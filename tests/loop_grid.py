@@ -3,8 +3,8 @@
 from flwr.app import Context, RecordDict
 from flwr.serverapp import Grid
 
-from actors import flower_hospital
-from actors.flower_app import client_app
+from actors.flower import hospital as flower_hospital
+from actors.flower.app import client_app
 
 
 class LoopGrid(Grid):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from medfl_ray.config import ModelConfig
-from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.data.prepare.preprocess import Preprocessing
 from medfl_ray.export.onnx_export import export_onnx, network_of
 from medfl_ray.export.package import ModelPackage
 from medfl_ray.params import flatten

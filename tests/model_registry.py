@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from medfl_ray.store.lineage import DataSet, EpsilonSpent, Figure, Lineage, ParityRecord, PrivacyRecord
+from medfl_ray.store.registry.lineage import DataSet, EpsilonSpent, Figure, Lineage, ParityRecord, PrivacyRecord
 
 PARITY = ParityRecord(max_abs_difference=1e-6, agreement=1.0, dice=1.0, num_patches=4, images="2 phantoms")
 SPENT = EpsilonSpent(epsilon=2.0, delta=1e-5, unit="patient", adjacency="add_remove")

@@ -19,8 +19,8 @@ from dicom_builder import DicomBuilder
 from PIL import Image
 from pydicom.uid import generate_uid
 
-from medfl_ray.config import RunConfig
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.config.files import parse_run_config
+from medfl_ray.config.run import RunConfig
 from medfl_ray.data.sources import open_hospital_data
 from medfl_ray.errors import MedflError
 

@@ -17,10 +17,11 @@ import numpy as np
 from PIL import Image
 from private_hospitals import EDGE, Clock, first_weights, plan_for, private_run, write_manifest, write_patients
 
-from actors.hospital import HospitalSpec, build_hospital
+from medfl_ray.assembly.hospital import build_hospital
+from medfl_ray.assembly.spec import HospitalSpec
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import MedflError
-from medfl_ray.federation.answer_times import AnswerTimes, answer_step_s
+from medfl_ray.federation.hospital_rules.answer_times import AnswerTimes, answer_step_s
 from medfl_ray.federation.ports import AlonePlan
 from medfl_ray.messages import ClientFailure
 
@@ -221,7 +222,7 @@ class Game:
 
 
 def _is_held_out(patient: str, run: Any) -> bool:
-    from medfl_ray.data.partitions import patient_draw
+    from medfl_ray.data.layouts.partitions import patient_draw
 
     return patient_draw(patient, run.federation.seed) < run.data.holdout_fraction
 

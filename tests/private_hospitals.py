@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from small_runs import small_run
 
-from actors.hospital import HospitalSpec, build_hospital
-from medfl_ray.config import RunConfig
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.assembly.hospital import build_hospital
+from medfl_ray.assembly.spec import HospitalSpec
+from medfl_ray.config.files import parse_run_config
+from medfl_ray.config.run import RunConfig
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.federation.answer_times import AnswerTimes
+from medfl_ray.federation.hospital_rules.answer_times import AnswerTimes
 from medfl_ray.federation.planning import mechanism_for
 from medfl_ray.messages import RoundPlan
 
@@ -103,3 +105,14 @@ def plan_for(hospital, number: int = 1, attempt: int = 1, job: str = "job", **fi
 
 def first_weights(hospital):
     return hospital._parts.trainer.initial_weights(0)
+
+
+def two_private_hospitals(rounds=1):
+    """Return a run of two hospitals of synthetic patients that they declare private, and their policies."""
+    run = small_run(
+        data={"phantom": {"num_hospitals": 2, "patients_per_hospital": 4, "size_voxels": 16, "seed": 3}},
+        privacy={"enable_dp": True, "noise_multiplier": 30.0, "sample_rate": 0.5},
+        federation={"rounds": rounds, "local_steps": 1},
+    )
+    policies = [p.model_copy(update={"declared": "private", "max_epsilon": 8.0}) for p in list_hospitals(run)]
+    return run, tuple(policies)

@@ -1,7 +1,7 @@
 """Federations of phantoms that train in about a second, and a pool that interferes with their updates."""
 
-from medfl_ray.config import RunConfig
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.config.files import parse_run_config
+from medfl_ray.config.run import RunConfig
 from medfl_ray.messages import ClientUpdate
 
 

@@ -3,7 +3,7 @@
 import pytest
 from small_runs import small_run
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 from medfl_ray.errors import ConfigError
 
 SGD = {"training": {"optimizer": "sgd"}}

@@ -18,14 +18,14 @@ from scraping import metrics_address, scrape_until
 from small_runs import Interfering, balls, small_run
 
 from actors.cluster_metrics import COUNTERS, GAUGES, HISTOGRAMS, ClusterMetrics
-from actors.coordinator import hospital_specs, run_in_process
 from actors.ray_pool import RayPool
-from actors.simulate import Simulation
+from actors.simulation.run import Simulation
+from medfl_ray.assembly.run import hospital_specs, run_in_process
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.messages import ClientFailure
-from medfl_ray.store.run_folder import RunFolder
-from serve.model_loader import ModelKey
-from serve.replica import WorkReport
+from medfl_ray.store.run.folder import RunFolder
+from serve.replicas.model_loader import ModelKey
+from serve.replicas.replica import WorkReport
 from serve.serving_metrics import ServingMetrics
 
 ROOT = Path(__file__).parent.parent

@@ -1,6 +1,6 @@
 """hospital_config.yaml becomes the policy that wins over any job."""
 
-from medfl_ray.site_policy import SitePolicy, load_site_config
+from medfl_ray.config.site import SitePolicy, load_site_config
 
 
 def test_every_limit_of_the_file_reaches_the_policy(tmp_path):

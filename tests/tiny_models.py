@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from medfl_ray.config import ModelConfig
-from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.data.prepare.preprocess import Preprocessing
 from medfl_ray.data.volume import Volume
 from medfl_ray.export.description import (
     DESCRIPTION,

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.federation.planning import account_delta
 from medfl_ray.privacy.accountant import Charge, epsilon_spent
-from medfl_ray.site_policy import SitePolicy
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ def past_of(run: RunConfig, policies: Sequence[SitePolicy], folder: Path) -> Pas
     Raises:
       LedgerError: a ledger is damaged.
     """
-    from medfl_ray.store.ledger import PrivacyLedger
-    from medfl_ray.store.ledger_events import charged_segments, unprotected_jobs
-    from medfl_ray.store.ledger_file import LEDGER_NAME
+    from medfl_ray.store.ledger.account import PrivacyLedger
+    from medfl_ray.store.ledger.events import charged_segments, unprotected_jobs
+    from medfl_ray.store.ledger.file import LEDGER_NAME
     from medfl_ray.store.state_folders import hospital_folder, state_root
 
     charged, unprotected = {}, set()

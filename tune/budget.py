@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import BudgetExceeded, ConfigError, PrivacyConfigError
 from medfl_ray.federation.planning import account_delta, delta_of, mechanisms, steps_of_run
 from medfl_ray.privacy.account import INFINITE, epsilon_words
 from medfl_ray.privacy.accountant import Charge, Segment, epsilon_spent
 from medfl_ray.privacy.search_cost import merge_kinds, selected_epsilon, worst_case_epsilon
-from medfl_ray.site_policy import SitePolicy
 from tune.accounts import Past
 from tune.private_folders import refuse_private_folders
 from tune.space import Parameters, SearchConfig, trial_run, with_parameters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 from medfl_ray.data.sources import declared_folders
 from medfl_ray.errors import PrivacyConfigError
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import yaml
 
-from medfl_ray.config import RunConfig
-from medfl_ray.config_files import dump_yaml, parse_model, read_yaml
+from medfl_ray.config.files import dump_yaml, parse_model, read_yaml
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import CheckpointError, ClusterError, ConfigError, FederationError
-from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.durable import replace_file
 from tune.accounts import Past, largest_known, past_of
 from tune.budget import Terms, check_terms, first_point
@@ -249,8 +249,8 @@ def _tune(search: Search, left: int, num_cpus: float, progress: Any) -> None:
 
 def cache_folders(search: Search) -> list[Path]:
     """Return where this machine's hospitals may keep prepared images of private patients on the disk."""
-    from actors.hospital import CACHE_FOLDER
-    from medfl_ray.federation.private_answers import is_confidential
+    from medfl_ray.assembly.hospital import CACHE_FOLDER
+    from medfl_ray.federation.hospital_rules.private_answers import is_confidential
     from medfl_ray.store.state_folders import hospital_folder, state_root
 
     run = _first_run(search.plan)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from medfl_ray.config import RunConfig
-from medfl_ray.config_base import Positive, PositiveFloat, Section
-from medfl_ray.config_evaluation import EvaluationConfig
-from medfl_ray.config_files import apply_override, parse_run_config, read_yaml
+from medfl_ray.config.base import Positive, PositiveFloat, Section
+from medfl_ray.config.evaluation import EvaluationConfig
+from medfl_ray.config.files import apply_override, parse_run_config, read_yaml
+from medfl_ray.config.run import RunConfig
 from medfl_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def load_search(path: Path, overrides: tuple[str, ...] = ()) -> SearchConfig:
     Raises:
       ConfigError: the file is missing or not YAML, a key is unknown or a value is out of range.
     """
-    from medfl_ray.config_files import parse_model
+    from medfl_ray.config.files import parse_model
 
     raw = read_yaml(path)
     for override in overrides:

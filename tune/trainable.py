@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medfl_ray.config import RunConfig
-from medfl_ray.config_files import dump_yaml
+from medfl_ray.config.files import dump_yaml
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import CheckpointError, FederationError, MedflError
 from medfl_ray.federation.events import Event, RoundClosed
 from medfl_ray.federation.planning import delta_of
 from medfl_ray.messages import Metric, SiteEvaluation
 from medfl_ray.privacy.account import INFINITE, Budgets, account_of
-from medfl_ray.site_policy import SitePolicy
 from medfl_ray.store.durable import replace_file
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 from tune.budget import check_patient_level, trial_epsilon, with_noise
 from tune.journal import RESULT, Result, trial_folder
 from tune.space import Parameters, SearchConfig, trial_run
@@ -160,14 +160,15 @@ def _federate(plan: TrialPlan, folder: Path, number: int, parameters: Parameters
 
 def _run(run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, emit: Callable[[Event], None]) -> Any:
     if run.federation.pool == "virtual":
-        from actors.simulate import simulate
+        from actors.simulation.run import simulate
 
         return simulate(run, policies, folder, emit)
-    from actors.coordinator import hospital_specs, run_in_process
+    from actors.flower.rule import with_flower
+    from medfl_ray.assembly.run import hospital_specs, run_in_process
     from tune.trial_pool import trial_pool
 
     pool = trial_pool(hospital_specs(run, policies, folder))
-    return run_in_process(run, policies, folder, pool, emit, threading.Event())
+    return run_in_process(run, policies, folder, pool, emit, threading.Event(), with_flower(run, emit))
 
 
 def open_trial(folder: Path, run: RunConfig, job: str) -> RunFolder:
@@ -210,7 +211,7 @@ def mean_dice(metrics: Mapping[str, Mapping[str, Metric]]) -> float | None:
 
 def whole_bytes(folder: Path, run: RunConfig) -> float:
     """Return the bytes of weights that the whole run moves, down to and up from every hospital that it asks."""
-    from medfl_ray.store.checkpoints import last_good_checkpoint
+    from medfl_ray.store.run.checkpoints import last_good_checkpoint
 
     checkpoint, _ = last_good_checkpoint(folder / "checkpoints")
     assert checkpoint is not None  # a round was published
@@ -224,8 +225,8 @@ def score(plan: TrialPlan, folder: Path, run: RunConfig) -> tuple[float, float, 
     Raises:
       FederationError: nobody showed a score.
     """
-    from medfl_ray.training.evaluation import PatientScore
-    from medfl_ray.training.intervals import bootstrap_intervals
+    from medfl_ray.training.scoring.evaluation import PatientScore
+    from medfl_ray.training.scoring.intervals import bootstrap_intervals
 
     if plan.search.score_data is not None:
         scores = score_folder(folder, run, plan.search.score_data)
@@ -241,7 +242,7 @@ def score(plan: TrialPlan, folder: Path, run: RunConfig) -> tuple[float, float, 
 
 def score_folder(folder: Path, run: RunConfig, directory: Path) -> list[float]:
     """Return the Dice of the final weights on every patient of a folder of public labelled images."""
-    from medfl_ray.data.labelled_folder import open_labelled_folder
+    from medfl_ray.data.layouts.labelled_folder import open_labelled_folder
     from medfl_ray.export.package import open_public_data, read_package
     from medfl_ray.export.weights import load_weights
     from medfl_ray.training.trainer import Trainer

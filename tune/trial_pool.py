@@ -10,14 +10,14 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 from medfl_ray.federation.local_pool import LocalPool
 from medfl_ray.messages import ClientFailure, SiteEvaluation
 from medfl_ray.params import Vector
 
 if TYPE_CHECKING:
-    from actors.hospital import HospitalSpec
-    from medfl_ray.data.dataset import HospitalData
+    from medfl_ray.assembly.spec import HospitalSpec
+    from medfl_ray.data.prepare.dataset import HospitalData
     from medfl_ray.federation.hospital import Hospital
 
 SWEEP_PATIENCE_S = 10.0
@@ -63,7 +63,7 @@ def trial_pool(specs: Sequence[HospitalSpec]) -> TrialPool:
 
 
 def _build(spec: HospitalSpec) -> Hospital:
-    from actors.hospital import build_hospital, cache_root
+    from medfl_ray.assembly.hospital import build_hospital, cache_root
 
     return build_hospital(spec, lambda run, members: open_once(run, members, cache_root(spec)))
 
@@ -90,7 +90,7 @@ def sweep_after(folders: Sequence[Path], patience_s: float = SWEEP_PATIENCE_S) -
     A process that ends in order removes its own; one that Ray kills does not. One that still ends holds its
     lock, so this waits for it; what another run is using at that time stays.
     """
-    from medfl_ray.data.cache_folders import PREFIX, sweep_caches
+    from medfl_ray.data.prepare.cache_folders import PREFIX, sweep_caches
 
     until = time.monotonic() + patience_s
     while True:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medfl_ray.aggregation.interface import Next, ServerState, Strategy
-from medfl_ray.config_aggregation import AggregationConfig
+from medfl_ray.config.aggregation import AggregationConfig
 from medfl_ray.params import Vector
 
 Wide = npt.NDArray[np.float64]

@@ -1,6 +1,6 @@
 """Strategies against the drift of hospitals with different data or different amounts of work.
 
-What hospitals do for them is in medfl_ray/training/local_rules.py. Shapes: P values of the weights.
+What hospitals do for them is in medfl_ray/training/rules/client_rules.py. Shapes: P values of the weights.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from medfl_ray.aggregation.interface import Next, ServerState, Strategy, no_state, of_part
-from medfl_ray.config_aggregation import AggregationConfig
+from medfl_ray.config.aggregation import AggregationConfig
 from medfl_ray.params import Vector
 
 CONTROL, DYNAMIC = "scaffold_control", "feddyn_state"

@@ -1,6 +1,6 @@
 """Strategies that care for the worst hospital.
 
-What hospitals do for them is in medfl_ray/training/local_rules.py. Shapes: P values of the weights, N hospitals.
+What hospitals do for them is in medfl_ray/training/rules/client_rules.py. Shapes: P values of the weights, N hospitals.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medfl_ray.aggregation.interface import Next, ServerState, Strategy, no_state
-from medfl_ray.config_aggregation import AggregationConfig
+from medfl_ray.config.aggregation import AggregationConfig
 from medfl_ray.params import Vector
 
 HOSPITAL_WEIGHTS = "afl_weights"

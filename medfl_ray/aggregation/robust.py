@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from medfl_ray.aggregation.strategies import ServerState
 from medfl_ray.aggregation.updates import ROBUST_STATE, Updates
-from medfl_ray.config_aggregation import RobustConfig
+from medfl_ray.config.aggregation import RobustConfig
 from medfl_ray.errors import UpdateRejected
 from medfl_ray.params import Vector
 

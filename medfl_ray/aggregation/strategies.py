@@ -10,7 +10,7 @@ from medfl_ray.aggregation.adaptive import adaptive, fedavgm
 from medfl_ray.aggregation.drift import feddyn, fednova, scaffold
 from medfl_ray.aggregation.fairness import afl, qfedavg
 from medfl_ray.aggregation.interface import Next, ServerState, Strategy, no_state, of_part
-from medfl_ray.config import AggregationConfig
+from medfl_ray.config.aggregation import AggregationConfig
 from medfl_ray.errors import ConfigError
 from medfl_ray.named_code import named_function
 from medfl_ray.params import Vector

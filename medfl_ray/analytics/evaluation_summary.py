@@ -13,7 +13,7 @@ from pathlib import Path
 from medfl_ray.analytics.summary import Baselines, Curve, RunSummary, read_as
 from medfl_ray.messages import ReliabilityBins, SiteEvaluation
 from medfl_ray.study_records import STOPPING_FILE, STUDIES_FILE, StoppingRecord, StudiesRecord
-from medfl_ray.training.intervals import Intervals, intervals_of_means
+from medfl_ray.training.scoring.intervals import Intervals, intervals_of_means
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from medfl_ray.analytics.headline import (
     tiles,
 )
 from medfl_ray.analytics.summary import RunSummary, summarise_run
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 from medfl_ray.messages import PrivacySpent
 from medfl_ray.privacy.account import epsilon_words, remaining_words
 from medfl_ray.round_times import Clock, clock_of, exact_now, has_secret_cohorts

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from medfl_ray.config import RunConfig
-from medfl_ray.config_files import load_run_config
+from medfl_ray.config.files import load_run_config
+from medfl_ray.config.run import RunConfig
 from medfl_ray.errors import ConfigError
 from medfl_ray.messages import (
     HEADLINES,

@@ -24,7 +24,7 @@ def from_bundle(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("bundle_weights.safetensors"),
 ) -> None:
     """Write a MONAI bundle's weights as first weights of a run; they cost no epsilon where no patient shaped them."""
-    from medfl_ray.config_files import load_run_config
+    from medfl_ray.config.files import load_run_config
     from medfl_ray.export.bundle_weights import take_bundle_weights
 
     kind: Literal["public", "synthetic"] = "public" if origin is Origin.PUBLIC else "synthetic"

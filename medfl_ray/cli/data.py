@@ -168,11 +168,11 @@ def split(
     from rich.console import Console
     from rich.table import Table
 
-    from medfl_ray.config import PartitionConfig
-    from medfl_ray.config_files import parse_model
-    from medfl_ray.data.layouts import discover_cases
-    from medfl_ray.data.partitions import partition_patients
-    from medfl_ray.data.write_manifest import deal, write_manifest
+    from medfl_ray.config.data import PartitionConfig
+    from medfl_ray.config.files import parse_model
+    from medfl_ray.data.layouts.catalogue import discover_cases
+    from medfl_ray.data.layouts.partitions import partition_patients
+    from medfl_ray.data.layouts.write_manifest import deal, write_manifest
 
     if not 0 < holdout < 1:
         raise ConfigError(f"--holdout is {holdout}; expected a fraction between 0 and 1")
@@ -202,7 +202,7 @@ def fetch(
     """Fetch a public data set from its source."""
     from medfl_ray.data.fetch import DATA_SETS
     from medfl_ray.data.fetch import fetch as fetch_data_set
-    from medfl_ray.data.layouts import discover_cases
+    from medfl_ray.data.layouts.catalogue import discover_cases
 
     folder = fetch_data_set(name, out, archive)
     index = discover_cases(folder)

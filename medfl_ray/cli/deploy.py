@@ -63,8 +63,8 @@ def _settings(model: str, registry: str | None, common: dict[str, Any]) -> Serve
     Raises:
       ConfigError: it is neither.
     """
+    from serve.replicas.sources import open_source
     from serve.settings import ServeSettings
-    from serve.sources import open_source
 
     if registry is None and Path(model).is_dir():
         return ServeSettings.model_validate({"models": Path(model).absolute(), **common})
@@ -97,7 +97,7 @@ def _make_first_token(path: Path) -> None:
 
 
 def _show(url: str, settings: ServeSettings) -> None:
-    from serve.sources import open_source
+    from serve.replicas.sources import open_source
 
     offers = open_source(settings).offers()
     names = [settings.only] if settings.only is not None else sorted(offers)

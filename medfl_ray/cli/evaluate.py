@@ -71,10 +71,10 @@ def study(
     """
     from medfl_ray.analytics.report import write_report
     from medfl_ray.cli.run import train_folder
-    from medfl_ray.config_fit import study_problem
+    from medfl_ray.config.compatibility import study_problem
     from medfl_ray.data.sources import list_hospitals
-    from medfl_ray.federation.study_checks import check_studies
-    from medfl_ray.store.run_folder import RunFolder
+    from medfl_ray.federation.studies.checks import check_studies
+    from medfl_ray.store.run.folder import RunFolder
 
     folder = RunFolder.open(path)
     with folder.locked():
@@ -108,11 +108,11 @@ def study(
 def score_folder(run: Path, data: Path, format: Layout, json_file: Path | None) -> None:
     """Score a run's model on every labelled case of a folder: Dice per label, or AUC and accuracy."""
     from medfl_ray.data.fingerprints import fingerprint_of
-    from medfl_ray.data.labelled_folder import open_labelled_folder
+    from medfl_ray.data.layouts.labelled_folder import open_labelled_folder
     from medfl_ray.export.package import load_run, open_public_data, read_package
     from medfl_ray.export.weights import load_weights
-    from medfl_ray.training.evaluation import summarise
-    from medfl_ray.training.intervals import bootstrap_intervals
+    from medfl_ray.training.scoring.evaluation import summarise
+    from medfl_ray.training.scoring.intervals import bootstrap_intervals
     from medfl_ray.training.trainer import Trainer
 
     config = load_run(run)

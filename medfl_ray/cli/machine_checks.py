@@ -195,7 +195,7 @@ def check_state(folder: Path) -> Check:
 
 def check_data(folder: Path) -> Check:
     """The folder can be read and has a known layout; no image is opened."""
-    from medfl_ray.data.layouts import discover_cases
+    from medfl_ray.data.layouts.catalogue import discover_cases
 
     try:
         index = discover_cases(folder, "auto")

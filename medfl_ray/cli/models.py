@@ -12,9 +12,9 @@ import typer
 from medfl_ray.cli.bundle_weights import from_bundle
 
 if TYPE_CHECKING:
-    from medfl_ray.store.model_records import ModelVersion
-    from medfl_ray.store.promotion import Decision
-    from medfl_ray.store.registry import Registry
+    from medfl_ray.store.registry.model_records import ModelVersion
+    from medfl_ray.store.registry.promotion import Decision
+    from medfl_ray.store.registry.registry import Registry
 
 app = typer.Typer(no_args_is_help=True)
 app.command("bundle")(from_bundle)
@@ -61,7 +61,7 @@ def register(
     database: DatabaseUrl = None,
 ) -> None:
     """Register a run's exported model as the next version, a candidate, with its lineage."""
-    from medfl_ray.cli.run_lineage import lineage_of_run, register_run
+    from medfl_ray.assembly.lineage import lineage_of_run, register_run
 
     version = register_run(_open(registry, database), run, lineage_of_run(run, evaluation), name, actor)
     typer.echo(
@@ -116,7 +116,7 @@ def promote(
     database: DatabaseUrl = None,
 ) -> None:
     """Make a version champion if the gate lets it: figures, worst hospital, ONNX parity, privacy statement."""
-    from medfl_ray.store.promotion import Gate
+    from medfl_ray.store.registry.promotion import Gate
 
     gate = Gate(
         metric=metric, least=least, tolerance=tolerance, worst_hospital=worst_hospital, when_unknown=unknown.value
@@ -230,9 +230,9 @@ def mirror(
     database: DatabaseUrl = None,
 ) -> None:
     """Set MLflow's aliases of a model after a promotion: champion, and the newest candidate."""
-    from medfl_ray.config_files import parse_model
-    from medfl_ray.config_output import MlflowConfig
-    from medfl_ray.store.mlflow_tracking import mirror_stages, open_client
+    from medfl_ray.config.files import parse_model
+    from medfl_ray.config.output import MlflowConfig
+    from medfl_ray.store.run.mlflow_tracking import mirror_stages, open_client
 
     checked = parse_model(MlflowConfig, {"tracking_uri": tracking_uri}, "the store").tracking_uri
     stages: dict[int, str] = {found.version: found.stage for found in _open(registry, database).versions(name)}
@@ -241,13 +241,13 @@ def mirror(
 
 
 def _open(place: str | None, database: str | None, key: str | None = None) -> Registry:
-    from medfl_ray.store.registry import Registry
+    from medfl_ray.store.registry.registry import Registry
 
     return Registry(place, database, public_key=key)
 
 
 def _verify_package(package: Path, key: str | None) -> None:
-    from medfl_ray.store.package_files import verify_package
+    from medfl_ray.store.registry.package_files import verify_package
 
     record, signed_by = verify_package(package, key)
     typer.echo(f"{package.name} holds version {record.version} of {record.name!r}, unchanged")
@@ -266,7 +266,7 @@ def _document(version: ModelVersion) -> dict[str, object]:
 
 
 def _print_version(version: ModelVersion) -> None:
-    from medfl_ray.store.promotion import default_metric
+    from medfl_ray.store.registry.promotion import default_metric
 
     lineage = version.lineage
     metric = default_metric(lineage)

@@ -14,8 +14,8 @@ from medfl_ray.errors import ConfigError
 from medfl_ray.export.precision import VariantName
 
 if TYPE_CHECKING:
-    from medfl_ray.data.mask_files import MaskFormat
-    from medfl_ray.data.uploads import Upload
+    from medfl_ray.data.results.mask_files import MaskFormat
+    from medfl_ray.data.uploads.read import Upload
     from medfl_ray.export.predictor import Predictor, Segmentation
 
 ENDINGS = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".dcm": "dicom-seg"}
@@ -46,9 +46,9 @@ def predict(
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; all cores when absent.")] = None,
 ) -> None:
     """Write the mask of one image on the image's own grid, or print its class probabilities."""
-    from medfl_ray.data.mask_files import check_writable
-    from medfl_ray.data.upload_limits import UploadLimits
-    from medfl_ray.data.uploads import opened_upload
+    from medfl_ray.data.results.mask_files import check_writable
+    from medfl_ray.data.uploads.limits import UploadLimits
+    from medfl_ray.data.uploads.read import opened_upload
 
     with tempfile.TemporaryDirectory(prefix="medfl-predict-") as folder:
         predictor = _open(model, registry, variant, threads or _cores(), Path(folder))
@@ -82,7 +82,7 @@ def _open(model: str, registry: str | None, variant: VariantName, threads: int, 
 
 
 def _fetch(model: str, registry: str | None, into: Path) -> tuple[Path, str]:
-    from medfl_ray.store.registry import Registry
+    from medfl_ray.store.registry.registry import Registry
 
     name, _, version = model.partition("@")
     if not name or "/" in model:
@@ -123,7 +123,7 @@ def _segment(predictor: Predictor, upload: Upload) -> Segmentation:
 
 
 def _write(result: Segmentation, upload: Upload, format: MaskFormat, output: Path, overlay: Path | None) -> None:
-    from medfl_ray.data.mask_files import MaskOrigin, write_mask
+    from medfl_ray.data.results.mask_files import MaskOrigin, write_mask
 
     origin = MaskOrigin(result.model, result.version or "1")
     _save(output, write_mask(result.mask, upload, result.labels, format, origin))

@@ -16,8 +16,8 @@ def pretrain(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
     """Pretrain a network on images made up from public label maps; no patient's image is read."""
-    from medfl_ray.config_files import apply_override, parse_model, read_yaml
-    from medfl_ray.config_pretrain import PretrainConfig
+    from medfl_ray.config.files import apply_override, parse_model, read_yaml
+    from medfl_ray.config.pretrain import PretrainConfig
 
     raw = read_yaml(config)
     for override in set_ or []:

@@ -68,7 +68,7 @@ def plan(
     if runs is not None and figure is None:
         raise PrivacyConfigError("--runs adds finished runs to the figure; give --figure FILE as well")
     if config is not None:
-        from medfl_ray.config_files import load_run_config
+        from medfl_ray.config.files import load_run_config
 
         if any(value is not None for value in (epsilon, noise_multiplier, sample_rate, rounds, batch_size)):
             raise PrivacyConfigError("give either a configuration (and --set) or the figures themselves, not both")
@@ -127,7 +127,7 @@ def estimate(
 
 
 def _delta(delta: float | None, num_patients: int | None) -> float:
-    from medfl_ray.site_policy import default_delta
+    from medfl_ray.config.site import default_delta
 
     if delta is not None:
         if num_patients is not None and delta >= 1 / num_patients:

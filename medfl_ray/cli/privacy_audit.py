@@ -11,7 +11,7 @@ from medfl_ray.errors import ConfigError, DataError, PrivacyConfigError
 
 if TYPE_CHECKING:
     from medfl_ray.privacy.audit_record import AuditRecord, MechanismAudit, MembershipAttack
-    from medfl_ray.store.run_folder import RunFolder
+    from medfl_ray.store.run.folder import RunFolder
 
 
 def audit(
@@ -30,7 +30,7 @@ def audit(
     Nothing is charged: the canaries are artificial, and no private image is read.
     """
     from medfl_ray.privacy.audit_record import AUDIT_FILE
-    from medfl_ray.store.run_folder import RunFolder
+    from medfl_ray.store.run.folder import RunFolder
 
     if not 0 < confidence < 1:
         raise PrivacyConfigError(f"--confidence is {confidence:g}; it must lie between 0 and 1, such as 0.95")
@@ -49,8 +49,8 @@ def audit(
 
 def _audit(folder: RunFolder, canaries: int | None, confidence: float, membership: bool) -> AuditRecord:
     from medfl_ray.data.sources import list_hospitals
-    from medfl_ray.federation.auditing import audit_mechanism, audit_subject, enough_canaries
     from medfl_ray.federation.planning import mechanisms
+    from medfl_ray.federation.studies.auditing import audit_mechanism, audit_subject, enough_canaries
     from medfl_ray.privacy.audit_record import AuditRecord
 
     results = folder.results()
@@ -77,7 +77,7 @@ def _attack(folder: RunFolder, confidence: float) -> tuple[MembershipAttack | No
     from medfl_ray.data.sources import list_hospitals, open_hospital_data
     from medfl_ray.export.package import read_package
     from medfl_ray.export.weights import load_weights
-    from medfl_ray.training.membership import attack_membership
+    from medfl_ray.training.scoring.membership import attack_membership
     from medfl_ray.training.trainer import Trainer
 
     run = folder.run

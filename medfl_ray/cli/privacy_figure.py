@@ -7,7 +7,7 @@ from pathlib import Path
 from medfl_ray.analytics.plan_figure import FinishedRun, finished_runs, write_plan_figure
 from medfl_ray.analytics.summary import Curve
 from medfl_ray.cli.privacy_tables import Question, answer, curve_of, labels
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 from medfl_ray.errors import ConfigError, PrivacyConfigError
 
 MOST_NAMED = 3

@@ -63,8 +63,8 @@ def accept_key(
 
     Before the first contact this enrols the hospital. Later it is for a hospital that lost its key and recovered.
     """
-    from medfl_ray.store.ledger_mirror import LedgerMirror
-    from medfl_ray.store.run_verification import check_key
+    from medfl_ray.store.ledger.mirror import LedgerMirror
+    from medfl_ray.store.run.verification import check_key
     from medfl_ray.store.state_folders import MIRROR_FOLDER, state_root
 
     check_key(key)
@@ -92,8 +92,8 @@ def recover(
     delta: DeltaOption = 1e-5,
 ) -> None:
     """Charge what mirrors remember into a ledger that is lost, shorter, damaged or another history."""
-    from medfl_ray.store.ledger_file import KEY_NAME, LEDGER_NAME
-    from medfl_ray.store.ledger_recovery import recover as recover_ledger
+    from medfl_ray.store.ledger.file import KEY_NAME, LEDGER_NAME
+    from medfl_ray.store.ledger.recovery import recover as recover_ledger
     from medfl_ray.store.signing_key import load_key
     from medfl_ray.store.state_folders import MIRROR_FOLDER, state_root
 
@@ -113,14 +113,14 @@ def recover(
 
 
 def _is_mirror(folder: Path) -> bool:
-    from medfl_ray.store.mirror_file import MIRROR_NAME
+    from medfl_ray.store.ledger.mirror_file import MIRROR_NAME
 
     return (folder / MIRROR_NAME).exists()
 
 
 def _verified_mirror(folder: Path) -> list[str]:
     """Check a coordinator's mirror by itself: its keys, their receipts and all generations."""
-    from medfl_ray.store.ledger_mirror import LedgerMirror
+    from medfl_ray.store.ledger.mirror import LedgerMirror
 
     lines = []
     mirror = LedgerMirror(folder)
@@ -135,7 +135,7 @@ def _verified_mirror(folder: Path) -> list[str]:
 
 
 def _verified_run(run: Path, mirror: Path | None, keys: list[str]) -> list[str]:
-    from medfl_ray.store.run_verification import LEDGERS, gather, read_exports, verify_exports
+    from medfl_ray.store.run.verification import LEDGERS, gather, read_exports, verify_exports
 
     evidence = gather(run, mirror, keys)
     # Where hospitals must have one, a file that is gone is said to be missing for them.
@@ -157,7 +157,7 @@ def _verified_run(run: Path, mirror: Path | None, keys: list[str]) -> list[str]:
 
 
 def _verified_line(export: Mapping[str, Any]) -> str:
-    from medfl_ray.store.ledger_export import verify_export
+    from medfl_ray.store.ledger.export import verify_export
 
     head = verify_export(export)
     return (
@@ -168,8 +168,8 @@ def _verified_line(export: Mapping[str, Any]) -> str:
 
 def _remembered(folder: Path) -> list[dict[str, Any]]:
     """Return what a folder remembers of ledgers: a coordinator's mirror, a run's own, a finished run's export."""
-    from medfl_ray.store.ledger_mirror import LedgerMirror
-    from medfl_ray.store.run_verification import LEDGERS, read_exports
+    from medfl_ray.store.ledger.mirror import LedgerMirror
+    from medfl_ray.store.run.verification import LEDGERS, read_exports
     from medfl_ray.store.state_folders import MIRROR_IN_RUN
 
     places = [place for place in (folder, folder / MIRROR_IN_RUN) if _is_mirror(place)]
@@ -181,7 +181,7 @@ def _remembered(folder: Path) -> list[dict[str, Any]]:
 
 
 def _exports(run: Path | None, state: Path | None, delta: float) -> list[dict[str, Any]]:
-    from medfl_ray.store.run_verification import read_exports
+    from medfl_ray.store.run.verification import read_exports
 
     if (run is None) == (state is None):
         raise LedgerError("give either a run's folder or --state with a hospital's state folder")
@@ -195,8 +195,8 @@ def _exports(run: Path | None, state: Path | None, delta: float) -> list[dict[st
 
 
 def _of_state(state: Path, delta: float) -> list[dict[str, Any]]:
-    from medfl_ray.store.ledger import PrivacyLedger
-    from medfl_ray.store.ledger_file import LEDGER_NAME, LedgerFile
+    from medfl_ray.store.ledger.account import PrivacyLedger
+    from medfl_ray.store.ledger.file import LEDGER_NAME, LedgerFile
 
     paths = sorted(state.rglob(LEDGER_NAME))
     if not paths:

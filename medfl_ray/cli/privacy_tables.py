@@ -11,15 +11,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from medfl_ray.config import RunConfig
-from medfl_ray.config_files import load_run_config
+from medfl_ray.config.files import load_run_config
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import PrivacyConfigError
 from medfl_ray.messages import Mechanism, PrivacySpent
 from medfl_ray.privacy.account import Budgets, PrivacyAccount, account_of, epsilon_words, parts_words
 from medfl_ray.privacy.accountant import epsilon_spent
 from medfl_ray.privacy.planner import solve_epsilon, solve_noise_multiplier, solve_num_steps, solve_sample_rate
 from medfl_ray.privacy.run_accounts import accounts_of_run
-from medfl_ray.site_policy import SitePolicy
 
 COLUMNS = (
     "hospital",
@@ -139,8 +139,8 @@ def _mechanism_table(run: RunConfig, policies: Sequence[SitePolicy], planned: Ma
 
 
 def _budget_table(run: RunConfig, policies: Sequence[SitePolicy], planned: Mapping[str, Mechanism]) -> Table:
-    from medfl_ray.federation.baselines import charge_of_run, pooled_charge
     from medfl_ray.federation.planning import account_delta, budget_of, extra_budget, is_for_one_run
+    from medfl_ray.federation.studies.baselines import charge_of_run, pooled_charge
 
     charges = {name: charge_of_run(run, mechanism) for name, mechanism in planned.items()}
     central = [pooled_charge(list(charges.values()))] if "central" in run.federation.baselines else []

@@ -38,7 +38,7 @@ def verify(
     ] = None,
 ) -> None:
     """Check every receipt's signature and order, and that the newest checkpoint and the ledgers agree with them."""
-    from medfl_ray.store.receipts import verify_receipts
+    from medfl_ray.store.run.receipts import verify_receipts
 
     receipts = _receipts(run)
     verify_receipts(receipts, key)
@@ -55,8 +55,8 @@ def verify(
 
 
 def _receipts(run: Path) -> list[SignedReceipt]:
-    from medfl_ray.store.receipts import read_receipts
-    from medfl_ray.store.run_folder import RECEIPTS, RunFolder
+    from medfl_ray.store.run.folder import RECEIPTS, RunFolder
+    from medfl_ray.store.run.receipts import read_receipts
 
     folder = RunFolder.open(run)
     receipts, unreadable = read_receipts(folder.path / RECEIPTS)
@@ -74,7 +74,7 @@ def _check_checkpoint(run: Path, receipts: list[SignedReceipt]) -> None:
       ReceiptError: it has none, or another.
     """
     from medfl_ray.params import checksum
-    from medfl_ray.store.checkpoints import last_good_checkpoint
+    from medfl_ray.store.run.checkpoints import last_good_checkpoint
 
     checkpoint, _ = last_good_checkpoint(run / "checkpoints")
     if checkpoint is None:
@@ -93,7 +93,7 @@ def _check_ledgers(run: Path, receipts: list[SignedReceipt], mirror: Path | None
     Raises:
       ReceiptError: an export is missing, altered, or contradicts receipts or mirror.
     """
-    from medfl_ray.store.run_verification import LEDGERS, gather, read_exports, verify_exports
+    from medfl_ray.store.run.verification import LEDGERS, gather, read_exports, verify_exports
 
     try:
         evidence = gather(run, mirror)

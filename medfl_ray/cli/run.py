@@ -12,10 +12,10 @@ from medfl_ray.errors import ConfigError, MedflError, QuorumLost
 SHOWN_NAMES = 10
 
 if TYPE_CHECKING:
-    from medfl_ray.config import RunConfig
+    from medfl_ray.config.run import RunConfig
     from medfl_ray.federation.run import RunOutcome
-    from medfl_ray.store.model_records import ModelVersion
-    from medfl_ray.store.run_folder import RunFolder
+    from medfl_ray.store.registry.model_records import ModelVersion
+    from medfl_ray.store.run.folder import RunFolder
 
 
 def run(
@@ -60,12 +60,12 @@ def start_folder(config: Path | None, resume: Path | None, overrides: list[str])
     Raises:
       ConfigError: the configuration is wrong, or does not go with --resume.
     """
-    from medfl_ray.config_files import load_run_config
+    from medfl_ray.config.files import load_run_config
     from medfl_ray.data.sources import list_hospitals
     from medfl_ray.federation.attacks import check_attack
-    from medfl_ray.federation.baselines import check_baselines
     from medfl_ray.federation.planning import check_rule
-    from medfl_ray.store.run_folder import RunFolder
+    from medfl_ray.federation.studies.baselines import check_baselines
+    from medfl_ray.store.run.folder import RunFolder
 
     if (config is None) == (resume is None):
         raise ConfigError("give either the YAML file of a new run or --resume with the folder of an earlier one")
@@ -133,7 +133,7 @@ def finish_run(folder: RunFolder, outcome: RunOutcome) -> None:
 
 
 def _copy_to_mlflow(folder: RunFolder, outcome: RunOutcome, version: ModelVersion | None) -> None:
-    from medfl_ray.store.mlflow_tracking import MlflowRun
+    from medfl_ray.store.run.mlflow_tracking import MlflowRun
 
     try:
         copy = MlflowRun(folder.run, folder.path.name)
@@ -147,8 +147,8 @@ def _copy_to_mlflow(folder: RunFolder, outcome: RunOutcome, version: ModelVersio
 
 def _register(folder: RunFolder) -> ModelVersion | None:
     """Register the model as a candidate; a run is complete without it, so that a registry in need is only named."""
-    from medfl_ray.cli.run_lineage import lineage_of_run, register_run, registered_as
-    from medfl_ray.store.registry import Registry
+    from medfl_ray.assembly.lineage import lineage_of_run, register_run, registered_as
+    from medfl_ray.store.registry.registry import Registry
 
     try:
         registry, lineage = Registry(), lineage_of_run(folder.path)

@@ -12,7 +12,7 @@ from medfl_ray.errors import MedflError
 
 if TYPE_CHECKING:
     from medfl_ray.federation.run import RunOutcome
-    from medfl_ray.store.run_folder import RunFolder
+    from medfl_ray.store.run.folder import RunFolder
 
 
 def simulate(

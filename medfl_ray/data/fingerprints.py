@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.data.cases import Case
 from medfl_ray.data.sources import cases_of
 from medfl_ray.errors import ConfigError, DataError
-from medfl_ray.site_policy import SitePolicy
 
 MOST_BYTES = 2 << 30
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from medfl_ray.data.cases import Case, CaseIndex
-from medfl_ray.data.layouts import check_owners, list_cases
-from medfl_ray.data.loading import read_case
-from medfl_ray.data.partitions import with_one_side_each
+from medfl_ray.data.layouts.catalogue import check_owners, list_cases
+from medfl_ray.data.layouts.partitions import with_one_side_each
+from medfl_ray.data.prepare.loading import read_case
 from medfl_ray.data.volume import Volume
 from medfl_ray.errors import ConfigError, DataError, LabelError, LayoutError
 

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medfl_ray.data.cases import Case
-from medfl_ray.data.loading import read_case
-from medfl_ray.data.preprocess import Prepared, Preprocessing
+from medfl_ray.data.prepare.loading import read_case
+from medfl_ray.data.prepare.preprocess import Prepared, Preprocessing
 from medfl_ray.data.volume import Volume
 from medfl_ray.errors import DataError
 

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from medfl_ray.config import DataConfig, Declared, HospitalConfig, RunConfig
-from medfl_ray.config_files import parse_model
-from medfl_ray.data.cache import MemoryBudget
-from medfl_ray.data.cache_folders import sweep_caches
+from medfl_ray.config.base import Declared
+from medfl_ray.config.data import DataConfig, HospitalConfig
+from medfl_ray.config.files import parse_model
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SiteConfig, SitePolicy, load_site_config
 from medfl_ray.data.cases import Case, CaseIndex
-from medfl_ray.data.dataset import HospitalCases, HospitalData, PatchSampling
-from medfl_ray.data.layouts import discover_cases
-from medfl_ray.data.loading import (
-    CaseLoader,
-    check_labelled,
-    label_problem,
-    name_classes,
-    name_private_classes,
-    pick_channels,
-)
-from medfl_ray.data.partitions import partition_patients, split_holdout
-from medfl_ray.data.phantom_source import open_phantom_hospital, phantom_hospital_names, split_phantoms
-from medfl_ray.data.poison import alteration_of
-from medfl_ray.data.preprocess import Preprocessing
-from medfl_ray.data.readers import read_volume
-from medfl_ray.errors import ConfigError, DataError, LayoutError
-from medfl_ray.site_policy import SiteConfig, SitePolicy, load_site_config
-
-
-class Site(NamedTuple):
-    """Where one hospital's images are and how it wants them read."""
-
-    hospital_id: str
-    declared: Declared
-    data: DataConfig
-    directory: Path
-    num_workers: int
+from medfl_ray.data.layouts.catalogue import discover_cases
+from medfl_ray.data.layouts.partitions import partition_patients, split_holdout
+from medfl_ray.data.opening import Site, check_one_network, is_private, open_cases
+from medfl_ray.data.phantoms.source import open_phantom_hospital, phantom_hospital_names, split_phantoms
+from medfl_ray.data.prepare.attacked_patches import alteration_of
+from medfl_ray.data.prepare.cache import MemoryBudget
+from medfl_ray.data.prepare.cache_folders import sweep_caches
+from medfl_ray.data.prepare.dataset import HospitalCases, HospitalData, PatchSampling
+from medfl_ray.errors import ConfigError
 
 
 def list_hospitals(run: RunConfig) -> list[SitePolicy]:
@@ -83,7 +64,7 @@ def open_hospital_data(
     opened = [_open(run, hospital_id) for hospital_id in hospital_ids]
     if not opened:
         raise ConfigError("no hospital was asked for; expected at least one of the run's")
-    _check_one_network(opened)
+    check_one_network(opened)
     sampling = PatchSampling.from_config(run.training, run.patch_size)
     data = HospitalData(
         opened,
@@ -250,7 +231,7 @@ def _open(run: RunConfig, hospital_id: str) -> HospitalCases:
     if run.data.phantom is not None:
         names = phantom_hospital_names(run.data.phantom)
         return open_phantom_hospital(run, run.data.phantom, names.index(_known(hospital_id, names)))
-    return _open_cases(run, *_find(run, hospital_id))
+    return open_cases(run, *_find(run, hospital_id))
 
 
 def cases_of(run: RunConfig, hospital_id: str) -> tuple[Case, ...]:
@@ -280,118 +261,6 @@ def _known(hospital_id: str, names: tuple[str, ...]) -> str:
     if hospital_id not in names:
         raise ConfigError(f"hospital {hospital_id!r} is not in the run; its hospitals are {', '.join(names)}")
     return hospital_id
-
-
-def _open_cases(run: RunConfig, site: Site, index: CaseIndex, cases: tuple[Case, ...]) -> HospitalCases:
-    data = site.data
-    if is_private(site):
-        return _open_private(run, site, index)
-    check_labelled(cases, data.task)
-    found = index.channels or _channels_of(cases[0])
-    channels, picked = pick_channels(data.channels, found)
-    values, classes = name_classes(data.labels, index, data.task)
-    train, holdout = split_holdout(cases, data.holdout_fraction, run.federation.seed)
-    position = {id(case): i + 1 for i, case in enumerate(cases)}
-    preprocessing = _preprocessing(run, data, channels, values)
-
-    def loader(case: Case) -> CaseLoader:
-        where = f"hospital {site.hospital_id!r}, case {position[id(case)]} of {len(cases)} ({case.images[0].name})"
-        return CaseLoader(case, preprocessing, picked, values, where)
-
-    return HospitalCases(
-        hospital_id=site.hospital_id,
-        declared=site.declared,
-        channels=channels,
-        labels=classes,
-        preprocessing=preprocessing,
-        train=by_patient(train, loader),
-        holdout=tuple(loader(case) for case in sorted(holdout, key=lambda c: (c.patient_id, c.case_id))),
-    )
-
-
-def is_private(site: Site) -> bool:
-    """Whether nothing may be derived from the hospital's cases as a whole, whatever the run's privacy is."""
-    return site.declared == "private"
-
-
-def _open_private(run: RunConfig, site: Site, index: CaseIndex) -> HospitalCases:
-    """Open private data: names from run and header alone, each case by itself; what cannot be used is left out.
-
-    One patient more, or less, moves no other: not by channels or labels, a split, an order or an error.
-    """
-    data, who = site.data, site.hospital_id
-    channels, picked = pick_channels(data.channels, index.channels)
-    if not channels:
-        raise ConfigError(
-            f"hospital {who!r} has private data whose channels are named neither by the run nor by the layout, and to "
-            "count them in an image would reveal what its patients have; name them in data.channels"
-        )
-    values, classes = name_private_classes(data.labels, index.labels, data.task, who)
-    num_classes = max(values) + 1 if data.task == "classification" else None
-    usable, notes = [], []
-    for number, case in enumerate(index.cases, start=1):
-        where = f"hospital {who!r}, case {number} of {len(index.cases)}"
-        problem = label_problem(case, data.task, where, num_classes)
-        if problem is None:
-            usable.append((case, where))
-        else:
-            notes.append(f"case {number} of {len(index.cases)} is not used: {problem}")
-    places = {id(case): where for case, where in usable}
-    train, holdout = split_holdout(
-        [case for case, _ in usable], data.holdout_fraction, run.federation.seed, independently=True
-    )
-    preprocessing = _preprocessing(run, data, channels, values)
-
-    def loader(case: Case) -> CaseLoader:
-        return CaseLoader.of_private(case, preprocessing, picked, values, places[id(case)])
-
-    return HospitalCases(
-        hospital_id=who,
-        declared=site.declared,
-        channels=channels,
-        labels=classes,
-        preprocessing=preprocessing,
-        train=by_patient(train, loader),
-        holdout=tuple(loader(case) for case in sorted(holdout, key=lambda case: case.patient_id)),
-        notes=tuple(notes),
-    )
-
-
-def by_patient(cases: Sequence[Case], loader: Callable[[Case], CaseLoader]) -> tuple[tuple[CaseLoader, ...], ...]:
-    """Return the loaders of each patient's cases, patients in the order of their names."""
-    patients: dict[str, list[CaseLoader]] = {}
-    for case in cases:
-        patients.setdefault(case.patient_id, []).append(loader(case))
-    return tuple(tuple(patients[patient]) for patient in sorted(patients))
-
-
-def _preprocessing(
-    run: RunConfig, data: DataConfig, channels: tuple[str, ...], values: Mapping[int, str]
-) -> Preprocessing:
-    label_values = tuple(values) if data.task == "segmentation" else ()
-    return Preprocessing.from_config(data, run.spatial_dims, channels, label_values)
-
-
-def _channels_of(case: Case) -> tuple[str, ...]:
-    """Number the channels of a layout that does not name them, by its first case."""
-    try:
-        num_channels = sum(
-            read_volume(path, case.fields.get(f"series_{i}", "")).array.shape[0] for i, path in enumerate(case.images)
-        )
-    except DataError as error:
-        raise type(error)(f"case 1: {error}") from None
-    return tuple(f"channel-{i}" for i in range(num_channels))
-
-
-def _check_one_network(opened: list[HospitalCases]) -> None:
-    for hospital in opened[1:]:
-        if (len(hospital.channels), hospital.labels) != (len(opened[0].channels), opened[0].labels):
-            raise LayoutError(
-                f"hospitals {opened[0].hospital_id!r} and {hospital.hospital_id!r} do not fit one network: channels "
-                f"{list(opened[0].channels)} and {list(hospital.channels)}, labels {opened[0].labels} and "
-                f"{hospital.labels}. "
-                "Name data.channels and data.labels in the run"
-            )
 
 
 def _num_workers(run: RunConfig, hospital_ids: tuple[str, ...]) -> int:

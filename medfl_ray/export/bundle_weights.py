@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 from medfl_ray.errors import ConfigError
 from medfl_ray.export.public_weights import WeightsManifest, save_public_weights
 from medfl_ray.params import Layout, Vector

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medfl_ray.data.cases import PreparedCase
-from medfl_ray.data.dataset import HospitalData
+from medfl_ray.data.prepare.dataset import HospitalData
 from medfl_ray.errors import ExportError
 from medfl_ray.export.package import ModelPackage
 from medfl_ray.export.parity import Image, phantom_image
@@ -72,7 +72,7 @@ def open_images(package: ModelPackage, data: HospitalData | None, folder: Calibr
 
 
 def _from_folder(package: ModelPackage, folder: CalibrationFolder) -> OpenImages:
-    from medfl_ray.data.labelled_folder import open_labelled_folder
+    from medfl_ray.data.layouts.labelled_folder import open_labelled_folder
 
     cases = open_labelled_folder(
         folder.directory, folder.format, package.task, package.preprocessing, package.labels

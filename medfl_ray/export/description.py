@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from medfl_ray.config import ModelConfig
-from medfl_ray.data.preprocess import Preprocessing
-from medfl_ray.data.windows import SlidingWindow
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.data.prepare.preprocess import Preprocessing
+from medfl_ray.data.prepare.windows import SlidingWindow
 from medfl_ray.errors import ExportError
 from medfl_ray.export.precision import VariantName
 

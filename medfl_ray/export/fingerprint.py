@@ -11,9 +11,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from medfl_ray.data.dataset import HospitalData
-from medfl_ray.data.loading import CaseLoader
-from medfl_ray.data.phantom_source import PhantomLoader
+from medfl_ray.data.phantoms.source import PhantomLoader
+from medfl_ray.data.prepare.dataset import HospitalData
+from medfl_ray.data.prepare.loading import CaseLoader
 from medfl_ray.export.description import ChannelIntensities, Fingerprint
 
 NUM_IMAGES = 16

@@ -14,14 +14,14 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from medfl_ray import __version__
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 from medfl_ray.errors import ExportError
 from medfl_ray.export.card_page import card_page
 from medfl_ray.export.description import PackageDescription, Variant
 from medfl_ray.export.precision import VariantName
 from medfl_ray.messages import HospitalInfo, Label, SignedReceipt, SiteEvaluation
 from medfl_ray.privacy.audit_record import AUDIT_FILE, AuditRecord
-from medfl_ray.training.intervals import interval_of_means
+from medfl_ray.training.scoring.intervals import interval_of_means
 
 CARDS = ("card.json", "card.md")
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from torch import nn
 from torch.jit._trace import TracerWarning
 
 from medfl_ray import __version__
-from medfl_ray.config import ModelConfig
+from medfl_ray.config.model import ModelConfig
 from medfl_ray.errors import ConfigError, ExportError
 from medfl_ray.export.description import PackageDescription, read_description
 from medfl_ray.export.weights import load_weights

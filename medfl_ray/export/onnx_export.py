@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from medfl_ray.data.dataset import HospitalData
+from medfl_ray.data.prepare.dataset import HospitalData
 from medfl_ray.errors import ExportError
 from medfl_ray.export.calibration import CalibrationFolder, open_images
 from medfl_ray.export.description import DESCRIPTION, PackageDescription, Variant
@@ -34,7 +34,7 @@ from medfl_ray.export.variants import FILES, write_variant
 from medfl_ray.export.weights import load_weights
 from medfl_ray.models.catalogue import build_network, onnx_size_note, size_divisor
 from medfl_ray.params import Vector, checksum, layout_of, load_into
-from medfl_ray.training.inference import WINDOW
+from medfl_ray.training.scoring.inference import WINDOW
 
 INPUT, OUTPUT = "image", "logits"
 MODEL = "model.onnx"

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medfl_ray.config import ModelConfig, RunConfig
-from medfl_ray.config_files import load_run_config
-from medfl_ray.data.dataset import HospitalData
-from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.config.files import load_run_config
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.config.run import RunConfig
+from medfl_ray.data.prepare.dataset import HospitalData
+from medfl_ray.data.prepare.preprocess import Preprocessing
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import ConfigError, DataError, ExportError
 from medfl_ray.messages import HospitalInfo

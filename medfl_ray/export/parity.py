@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from medfl_ray.data.dataset import HospitalData
+from medfl_ray.data.prepare.dataset import HospitalData
 from medfl_ray.errors import ExportError
 from medfl_ray.export.package import ModelPackage
-from medfl_ray.training.evaluation import dice_per_label
+from medfl_ray.training.scoring.evaluation import dice_per_label
 
 Image = npt.NDArray[np.float32]
 NUM_IMAGES = 2

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from medfl_ray.data.preprocess import Prepared
+from medfl_ray.data.prepare.preprocess import Prepared
 from medfl_ray.data.volume import Volume, without_voxels
 from medfl_ray.errors import InferenceError
 from medfl_ray.export.description import PackageDescription

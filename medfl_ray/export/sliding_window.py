@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from medfl_ray.data.windows import SlidingWindow
+from medfl_ray.data.prepare.windows import SlidingWindow
 from medfl_ray.errors import InferenceError
 from medfl_ray.export.description import PackageDescription
 

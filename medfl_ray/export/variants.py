@@ -27,7 +27,7 @@ from medfl_ray.export.parity import Image
 from medfl_ray.export.precision import VariantName
 from medfl_ray.export.slice_convolutions import convolve_slices, spread_transposed_convolutions
 from medfl_ray.export.sliding_window import plan_windows, sliding_window
-from medfl_ray.training.evaluation import dice_per_label
+from medfl_ray.training.scoring.evaluation import dice_per_label
 
 FILES: dict[VariantName, str] = {"float16": "model.float16.onnx", "int8": "model.int8.onnx"}
 AIMED_LOSS = 0.002

@@ -11,8 +11,8 @@ from medfl_ray.params import Vector
 
 if TYPE_CHECKING:
     from medfl_ray.federation.hospital import HospitalParts
-    from medfl_ray.training.client_algo import AlgoTrainer
-    from medfl_ray.training.local_job import LocalJob, LocalOutcome
+    from medfl_ray.training.rules.client_algo import AlgoTrainer
+    from medfl_ray.training.rules.local_job import LocalJob, LocalOutcome
 
 
 class AlgoHospital(Hospital):
@@ -24,7 +24,7 @@ class AlgoHospital(Hospital):
 
     def _train_by_rule(self, plan: RoundPlan, sent: Vector, job: LocalJob) -> LocalOutcome:
         """Have the ClientAlgo train; of the strategies that go with it none asks a hospital for more."""
-        from medfl_ray.training.local_rules import shortened
+        from medfl_ray.training.rules.client_rules import shortened
 
         outcome = self._train_plainly(plan, sent, job)
         return replace(outcome, delta=shortened(outcome.delta, self._parts.run.aggregation.max_update_norm))

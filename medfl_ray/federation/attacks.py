@@ -2,7 +2,8 @@
 
 An attacker trains like everybody else, and the coordinator turns its update into the attack once the honest updates
 of the round are there. So ALIE and IPM know every honest update exactly. Real attackers know their own alone and would
-have to guess, which makes a study the harder test. Attacks on the training data are in medfl_ray/data/poison.py.
+have to guess, which makes a study the harder test. Attacks on the training data are in
+medfl_ray/data/prepare/attacked_patches.py.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import numpy as np
 
 from medfl_ray.aggregation.robust import blocks
 from medfl_ray.aggregation.updates import Updates
-from medfl_ray.config import AggregationConfig, AttackConfig, RunConfig
-from medfl_ray.config_aggregation import DEFAULT_SCALE
+from medfl_ray.config.aggregation import DEFAULT_SCALE, AggregationConfig, AttackConfig
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import ConfigError
 from medfl_ray.messages import ClientUpdate
 from medfl_ray.params import Vector
-from medfl_ray.site_policy import SitePolicy
 
 GAUSSIAN = 0xA77AC  # keeps the attackers' noise apart from every other draw
 

@@ -15,16 +15,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import structlog
 
 from medfl_ray import params
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import PrivacyConfigError, PrivacyError
-from medfl_ray.federation.agreement import Agreement
-from medfl_ray.federation.answer_times import AnswerTimes, answer_step_s
-from medfl_ray.federation.labels import labelled
+from medfl_ray.federation.hospital_rules.agreement import Agreement
+from medfl_ray.federation.hospital_rules.answer_times import AnswerTimes, answer_step_s
+from medfl_ray.federation.hospital_rules.labels import labelled
+from medfl_ray.federation.hospital_rules.private_answers import (
+    ScoringRecord,
+    is_confidential,
+    is_suppressed,
+    shown_reason,
+)
+from medfl_ray.federation.hospital_rules.site_evaluation import score_site, suppressed_scores
 from medfl_ray.federation.planning import aggregation_weight
 from medfl_ray.federation.ports import AlonePlan, AloneResult, Ledger, Memory, Signer
-from medfl_ray.federation.private_answers import ScoringRecord, is_confidential, is_suppressed, shown_reason
 from medfl_ray.federation.signatures import update_digest
-from medfl_ray.federation.site_evaluation import score_site, suppressed_scores
 from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,
@@ -38,13 +44,12 @@ from medfl_ray.messages import (
 )
 from medfl_ray.params import Vector
 from medfl_ray.privacy.hospital_level import clip_update
-from medfl_ray.site_policy import SitePolicy
-from medfl_ray.training.evaluation import PatientScore
+from medfl_ray.training.scoring.evaluation import PatientScore
 
 if TYPE_CHECKING:  # the driver of a simulation, which names this room, must not spend its time and memory on torch
-    from medfl_ray.data.dataset import HospitalData
-    from medfl_ray.training.local_job import LocalJob, LocalOutcome
-    from medfl_ray.training.local_passes import LocalRules
+    from medfl_ray.data.prepare.dataset import HospitalData
+    from medfl_ray.training.rules.local_job import LocalJob, LocalOutcome
+    from medfl_ray.training.rules.passes import LocalRules
     from medfl_ray.training.trainer import Trainer
 
 log = structlog.get_logger()
@@ -55,7 +60,7 @@ LocalReporter = Callable[[int, Mapping[str, float], list[PatientScore], tuple[by
 
 @dataclass(frozen=True)
 class HospitalParts:
-    """What a hospital is built from; see actors/hospital.py for the composition.
+    """What a hospital is built from; see medfl_ray/assembly/hospital.py for the composition.
 
     `memory` is there where the strategy has hospitals remember something. `reservations` are those that are open; where
     each request has a process of its own, they lie in a file. `agreement` is what the hospital takes part in; `scored`
@@ -353,7 +358,7 @@ class Hospital:
 
     def _claim(self, plan: RoundPlan) -> LocalJob:
         """Settle the reservation and hand out the job; settled first, so that no crash in training can undercount."""
-        from medfl_ray.training.local_job import LocalJob
+        from medfl_ray.training.rules.local_job import LocalJob
 
         mechanism = self._agreed_mechanism(plan)
         if mechanism is not None:

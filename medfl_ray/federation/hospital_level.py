@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from medfl_ray.aggregation.fixed_point import PartialSum, plain_sum
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy, default_delta
 from medfl_ray.errors import PrivacyConfigError
 from medfl_ray.federation.ports import Ledger
 from medfl_ray.messages import ClientUpdate, LedgerRows, Mechanism, PrivacySpent, RoundPlan
@@ -36,7 +37,6 @@ from medfl_ray.privacy.planner import (
     solve_tree_noise_multiplier,
 )
 from medfl_ray.round_times import has_secret_cohorts
-from medfl_ray.site_policy import SitePolicy, default_delta
 
 FEDERATION = "federation"
 CLIP_NORM = "hospital_level/clip_norm"

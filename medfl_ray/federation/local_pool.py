@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from medfl_ray.errors import MedflError
-from medfl_ray.federation.failures import deadline_failure, evaluation_failure, start_failure
 from medfl_ray.federation.hospital import Hospital
+from medfl_ray.federation.hospital_rules.failures import deadline_failure, evaluation_failure, start_failure
 from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector

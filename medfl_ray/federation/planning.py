@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 
 from medfl_ray.aggregation.robust import why_too_few
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import ConfigError, PrivacyConfigError
 from medfl_ray.federation.selection import num_wanted
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.account import extra_limit
 from medfl_ray.privacy.planner import solve_noise_multiplier
-from medfl_ray.site_policy import SitePolicy
 
 
 def sample_rate(run: RunConfig, policy: SitePolicy) -> float:

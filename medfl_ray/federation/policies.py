@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from medfl_ray.config import FederationConfig
+from medfl_ray.config.federation import FederationConfig
 from medfl_ray.messages import ClientFailure, Receipt
 
 Verdict = Literal["publish", "skip", "stop"]

@@ -98,7 +98,7 @@ SignatureCheck = Callable[[str, str, str], bool]
 
 
 class Ledger(Protocol):
-    """One hospital's privacy account of one data set; see medfl_ray/store/ledger.py."""
+    """One hospital's privacy account of one data set; see medfl_ray/store/ledger/account.py."""
 
     def reserve(self, job: str, round: int, attempt: int, mechanism: Mechanism, budget: float | None) -> str:
         """Charge the worst case in advance; BudgetExceeded where it would not fit."""
@@ -129,7 +129,7 @@ class Ledger(Protocol):
 
 
 class Memory(Protocol):
-    """What one hospital remembers from round to round of a run; see medfl_ray/store/hospital_memory.py."""
+    """What one hospital remembers from round to round of a run; see medfl_ray/store/run/hospital_memory.py."""
 
     def before(self, round: int) -> Mapping[str, Vector]:
         """What it knew before a round, by name; nothing before its first."""
@@ -142,7 +142,7 @@ class Memory(Protocol):
 
 
 class LedgerKeeper(Protocol):
-    """The coordinator's mirror of the hospitals' ledgers; see medfl_ray/store/run_mirror.py."""
+    """The coordinator's mirror of the hospitals' ledgers; see medfl_ray/store/run/mirror.py."""
 
     def heads(self, hospitals: Sequence[str]) -> dict[str, str]:
         """The last row seen of each hospital's ledger; nothing of a hospital that has shown none."""
@@ -219,7 +219,7 @@ class PublishedRound(Protocol):
 
 
 class RunKeeper(Protocol):
-    """Where a run's checkpoints, receipts and metrics are kept; see medfl_ray/store/run_folder.py.
+    """Where a run's checkpoints, receipts and metrics are kept; see medfl_ray/store/run/folder.py.
 
     A round is opened, collects, is aggregated and then published by its checkpoint, or abandoned when it is recorded
     without one. Whatever state a crash leaves it in is durable.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from medfl_ray import params
 from medfl_ray.aggregation.strategies import ServerState, Strategy
 from medfl_ray.aggregation.updates import Updates
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 from medfl_ray.federation.events import Event, HospitalState
 from medfl_ray.federation.hospital_level import HospitalLevel
 from medfl_ray.federation.policies import Standings

@@ -13,13 +13,14 @@ from medfl_ray.aggregation.fixed_point import PartialSum, weighted_mean
 from medfl_ray.aggregation.robust import why_too_few
 from medfl_ray.aggregation.strategies import released_weights
 from medfl_ray.aggregation.updates import ROBUST_STATE
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import budget_hash
 from medfl_ray.errors import LedgerError
 from medfl_ray.failpoints import failpoint
 from medfl_ray.federation.collecting import collect_updates, waits_for_retry
 from medfl_ray.federation.events import HospitalState
-from medfl_ray.federation.failures import in_constant_words
 from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION
+from medfl_ray.federation.hospital_rules.failures import in_constant_words
 from medfl_ray.federation.planning import mechanism_in_round, steps_in_round
 from medfl_ray.federation.policies import Decision, asked_again, judge_round
 from medfl_ray.federation.ports import FederationState
@@ -28,7 +29,6 @@ from medfl_ray.federation.selection import enough_updates
 from medfl_ray.messages import ClientFailure, PrivacySpent, Receipt, RoundPlan, RoundResult, SiteEvaluation
 from medfl_ray.params import Vector
 from medfl_ray.round_times import clock_of, stamp
-from medfl_ray.site_policy import budget_hash
 from medfl_ray.training.schedules import learning_rate
 
 

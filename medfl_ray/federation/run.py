@@ -11,13 +11,13 @@ from medfl_ray import params
 from medfl_ray.aggregation.robust import combine
 from medfl_ray.aggregation.strategies import ServerState, build_strategy, released_weights
 from medfl_ray.aggregation.updates import Updates
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import ConfigError, FederationError, QuorumLost
 from medfl_ray.federation.attacks import check_attack
-from medfl_ray.federation.baselines import as_plain, check_baselines, run_baselines
 from medfl_ray.federation.events import AccountsClosed, HospitalState, Notice, PhaseStarted, RoundClosed
-from medfl_ray.federation.failures import in_constant_words, start_failure
 from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
+from medfl_ray.federation.hospital_rules.failures import in_constant_words, start_failure
 from medfl_ray.federation.planning import aggregation_weight, check_rule, mechanisms, steps_per_round
 from medfl_ray.federation.policies import Standings, can_start, pause_before
 from medfl_ray.federation.ports import (
@@ -28,7 +28,8 @@ from medfl_ray.federation.rounds import run_round
 from medfl_ray.federation.run_parts import RunOutcome, RunParts, RunStore
 from medfl_ray.federation.selection import select_evaluated, select_of_run
 from medfl_ray.federation.stopping import stopping_record, why_stop
-from medfl_ray.federation.studies import run_studies
+from medfl_ray.federation.studies.baselines import as_plain, check_baselines, run_baselines
+from medfl_ray.federation.studies.cross_site import run_studies
 from medfl_ray.messages import (
     ClientFailure,
     HospitalInfo,
@@ -38,7 +39,6 @@ from medfl_ray.messages import (
     SiteEvaluation,
 )
 from medfl_ray.params import Layout, Vector
-from medfl_ray.site_policy import SitePolicy
 from medfl_ray.study_records import STOPPING_FILE, STUDIES_FILE
 
 __all__ = ["RunOutcome", "RunParts", "RunStore", "run_federation"]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from medfl_ray.config import RunConfig
-from medfl_ray.federation.coalitions import TrainCoalitions
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.federation.events import Event
 from medfl_ray.federation.ports import (
     ClientPool,
@@ -20,6 +20,7 @@ from medfl_ray.federation.ports import (
     SignatureCheck,
 )
 from medfl_ray.federation.round_context import Combine, Select
+from medfl_ray.federation.studies.coalitions import TrainCoalitions
 from medfl_ray.messages import (
     ClientFailure,
     HospitalInfo,
@@ -29,7 +30,6 @@ from medfl_ray.messages import (
     SiteEvaluation,
 )
 from medfl_ray.params import Layout, Vector
-from medfl_ray.site_policy import SitePolicy
 
 
 class RunStore(RunKeeper, Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 
 EVALUATED = 0xE7A1  # keeps the draw of those who evaluate apart from the draws of the rounds
 

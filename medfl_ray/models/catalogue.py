@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from medfl_ray.config import ModelConfig
+from medfl_ray.config.model import ModelConfig
 from medfl_ray.errors import ModelError
 from medfl_ray.models import networks
 from medfl_ray.models.bundle_network import build_bundle_network

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 from medfl_ray.messages import Adjacency, Message, PrivacySpent, Unit
 from medfl_ray.privacy.accountant import Charge, Segment, TreeSegment, epsilon_spent
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from medfl_ray.config import RunConfig
+from medfl_ray.config.run import RunConfig
 from medfl_ray.errors import ConfigError, PrivacyConfigError
 from medfl_ray.messages import PrivacySpent, SignedReceipt
 from medfl_ray.privacy.account import PrivacyAccount, account_of, account_of_receipt, budgets_of

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from medfl_ray.config import RunConfig
-from medfl_ray.site_policy import SitePolicy
+from medfl_ray.config.run import RunConfig
+from medfl_ray.config.site import SitePolicy
 
 # No hospital's name begins with an underscore, so that none can have this folder.
 MIRROR_FOLDER = "_mirror"

@@ -8,9 +8,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from medfl_ray.config import TrainingConfig
+from medfl_ray.config.training import TrainingConfig
+from medfl_ray.training.gradients.patient_gradients import Patient
 from medfl_ray.training.local_data import LocalData
-from medfl_ray.training.patient_gradients import Patient
 
 
 def patient_batches(

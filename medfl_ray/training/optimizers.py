@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from medfl_ray.config import TrainingConfig
+from medfl_ray.config.training import TrainingConfig
 
 
 class Steps(Protocol):

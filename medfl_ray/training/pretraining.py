@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from medfl_ray.config_pretrain import PretrainConfig
+from medfl_ray.config.pretrain import PretrainConfig
 from medfl_ray.data.cases import PreparedCase
-from medfl_ray.data.patches import draw_patch
 from medfl_ray.data.phantoms.structure_crops import Surroundings, draw_crop
+from medfl_ray.data.prepare.patches import draw_patch
 from medfl_ray.errors import ModelError
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.params import Layout, Vector, flatten, layout_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from medfl_ray.config import TrainingConfig
+from medfl_ray.config.training import TrainingConfig
 
 
 def learning_rate(training: TrainingConfig, round_number: int, num_rounds: int) -> float:

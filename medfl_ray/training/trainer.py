@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.config.training import TrainingConfig
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.errors import LabelError, ModelError, NotFitForDP
 from medfl_ray.messages import Mechanism
@@ -27,18 +28,18 @@ from medfl_ray.models.channels_last import quick_twin
 from medfl_ray.params import FlatWeights, Layout, Vector, flatten, is_finite, layout_of, tensors_of
 from medfl_ray.privacy.dpsgd import private_steps
 from medfl_ray.training.batches import drawn_batches
-from medfl_ray.training.coupling import check_patients_apart
 from medfl_ray.training.devices import choose_device
-from medfl_ray.training.engine_choice import choose_group_size, engine_of, make_patient_like
-from medfl_ray.training.evaluation import PatientScore, average_cases, dice_per_label
-from medfl_ray.training.inference import batches_of_one_size, classify, segment
+from medfl_ray.training.gradients.coupling import check_patients_apart
+from medfl_ray.training.gradients.engine_choice import choose_group_size, engine_of, make_patient_like
+from medfl_ray.training.gradients.memory import give_back_memory, is_out_of_memory
+from medfl_ray.training.gradients.patient_gradients import Gradient, GradientEngine, Patient, forward
 from medfl_ray.training.local_data import LocalData
-from medfl_ray.training.local_job import LocalJob, LocalOutcome
 from medfl_ray.training.losses import loss_of_each, make_loss, mean_loss
-from medfl_ray.training.memory import give_back_memory, is_out_of_memory
 from medfl_ray.training.optimizers import make_optimizer
-from medfl_ray.training.patient_gradients import Gradient, GradientEngine, Patient, forward
-from medfl_ray.training.pull import nudge_of
+from medfl_ray.training.rules.local_job import LocalJob, LocalOutcome
+from medfl_ray.training.rules.pull import nudge_of
+from medfl_ray.training.scoring.evaluation import PatientScore, average_cases, dice_per_label
+from medfl_ray.training.scoring.inference import batches_of_one_size, classify, segment
 from medfl_ray.training.trained_space import freeze_the_rest
 
 log = structlog.get_logger()

@@ -12,14 +12,14 @@ from scraping import metrics_address, of_run, scrape, scrape_until
 from small_runs import Interfering, small_run
 
 from actors.cluster_metrics import ClusterMetrics, both
-from actors.coordinator import hospital_specs, local_pool, run_in_process
 from actors.names import actor_name, home_name
 from actors.ray_pool import RayPool
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
+from medfl_ray.config.files import parse_run_config
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.federation.events import HospitalState, RoundClosed
 from medfl_ray.messages import ClientFailure, Metric, PrivacySpent, Receipt, RoundResult
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 # What may be said of hospitals with private data: none of it is computed from images or labels.
 ACCOUNTING = {

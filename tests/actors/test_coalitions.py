@@ -6,9 +6,9 @@ import pytest
 from small_runs import balls
 
 from actors.coalitions import coalition_tasks, may_leave_home
-from actors.coordinator import hospital_specs, local_pool, run_in_process
+from medfl_ray.assembly.run import RunExtras, hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 from medfl_ray.study_records import StudiesRecord
 
 
@@ -22,10 +22,8 @@ def studies(run, tmp_path, at_once):
     policies = tuple(list_hospitals(run))
     folder = RunFolder.create(run.model_copy(update={"output": run.output.model_copy(update={"directory": tmp_path})}))
     specs = hospital_specs(run, policies, folder.path)
-    train = coalition_tasks(specs) if at_once else None
-    run_in_process(
-        run, policies, folder.path, local_pool(specs), lambda event: None, threading.Event(), train_coalitions=train
-    )
+    extras = RunExtras(train_coalitions=coalition_tasks(specs) if at_once else None)
+    run_in_process(run, policies, folder.path, local_pool(specs), lambda event: None, threading.Event(), extras)
     return StudiesRecord.model_validate_json((folder.path / "studies.json").read_text())
 
 

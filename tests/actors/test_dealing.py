@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from actors.dealing import GONE, Dealer
+from actors.simulation.dealer import GONE, Dealer
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -6,7 +6,7 @@ from small_runs import balls
 
 from actors.train import drive
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 
 @pytest.fixture

@@ -11,27 +11,27 @@ from loop_grid import LoopGrid
 from private_hospitals import private_run, write_patients
 from small_runs import small_run
 
-from actors import flower_hospital
-from actors.coordinator import hospital_specs, local_pool, run_in_process
-from actors.flower_app import GridLink
-from actors.flower_hospital import answer, hospital_of, node_of
-from actors.flower_messages import Request, pack, text_of, unpack
-from actors.flower_pool import FlowerPool
-from actors.flower_run import run_over_flower
-from medfl_ray.config_files import load_run_config
+from actors.flower import hospital as flower_hospital
+from actors.flower.app import GridLink
+from actors.flower.hospital import answer, hospital_of, node_of
+from actors.flower.messages import Request, pack, text_of, unpack
+from actors.flower.pool import FlowerPool
+from actors.flower.run import run_over_flower
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
+from medfl_ray.config.files import load_run_config
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError, FederationError, QuorumLost
 from medfl_ray.messages import ClientFailure, HospitalInfo, Metric, SiteEvaluation
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 PRIVATE = {"enable_dp": True, "noise_multiplier": 1.0, "sample_rate": 0.5, "max_grad_norm": 0.5, "delta": 1e-5}
 
 
 @pytest.fixture(autouse=True)
 def identity(tmp_path, monkeypatch):
-    from actors.flower_app import _identify
+    from actors.flower.aggregation import identify
 
-    _identify()
+    identify()
     monkeypatch.setenv("MEDFL_STATE_DIR", str(tmp_path / "state"))
     flower_hospital.hospital_of.cache_clear()
     yield

@@ -18,9 +18,9 @@ from safetensors.numpy import load_file
 from small_runs import small_run
 
 from actors.cluster_secrets import make_node, make_secrets
-from actors.coordinator import hospital_specs, local_pool, run_in_process
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 pytestmark = [pytest.mark.ci, pytest.mark.timeout(1500)]
 ROOT = Path(__file__).parents[2]

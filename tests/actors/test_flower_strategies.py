@@ -10,15 +10,16 @@ from flwr.serverapp import strategy as flower_strategies
 from safetensors.numpy import load, save
 from small_runs import balls, small_run
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
-from actors.flower_app import FlowerAggregation, _Delivered
-from actors.simulate import simulate
+from actors.flower.aggregation import FlowerAggregation, _Delivered
+from actors.flower.rule import with_flower
+from actors.simulation.run import simulate
 from medfl_ray.aggregation.strategies import build_strategy
 from medfl_ray.aggregation.updates import Updates
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import CheckpointError, ConfigError
 from medfl_ray.params import Layout, to_tensors
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 LAYOUT = Layout(("conv.weight", "conv.bias", "scale"), ((3, 2, 2), (3,), ()))
 WEIGHTS = (3, 5, 4)
@@ -224,9 +225,8 @@ def test_virtual_hospitals_and_one_process_give_a_strategy_the_same_updates(ray_
             outcome = simulate(run, policies, folder.path, lambda event: None)
         else:
             specs = hospital_specs(run, policies, folder.path)
-            outcome = run_in_process(
-                run, policies, folder.path, local_pool(specs), lambda event: None, threading.Event()
-            )
+            pool, extras = local_pool(specs), with_flower(run, lambda event: None)
+            outcome = run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event(), extras)
         assert outcome.completed
         checksums.append(outcome.weights_checksum)
     assert len(set(checksums)) == 1

@@ -9,7 +9,7 @@ from howto_commands import commands
 from ray_head import listeners, ray_head, wait_until, without_ray
 from small_runs import small_run
 
-from medfl_ray.config_files import dump_yaml
+from medfl_ray.config.files import dump_yaml
 
 pytestmark = [pytest.mark.ci, pytest.mark.timeout(900)]
 

@@ -10,17 +10,17 @@ from loop_grid import LoopGrid
 from neighbours import LAYOUTS, neighbours
 from oracle_game import plain
 
-from actors.coordinator import hospital_specs, local_pool
-from actors.flower_app import GridLink
-from actors.flower_pool import FlowerPool
+from actors.flower.app import GridLink
+from actors.flower.pool import FlowerPool
 from actors.ray_pool import RayPool
-from actors.virtual_pool import check_simulation
-from medfl_ray.config_files import load_run_config
+from actors.simulation.pool import check_simulation
+from medfl_ray.assembly.run import hospital_specs, local_pool
+from medfl_ray.config.files import load_run_config
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError
 from medfl_ray.federation.planning import mechanism_for
 from medfl_ray.messages import RoundPlan
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 PAIRS = [LAYOUTS.index("dicom seg"), 20 + LAYOUTS.index("csv png")]
 
@@ -57,7 +57,7 @@ def heard(run, pool_kind, folder: Path) -> str:
 
 
 def _num_parameters(run) -> int:
-    from actors.coordinator import initial_weights
+    from medfl_ray.assembly.run import initial_weights
 
     return int(initial_weights(run)(1, 2)[0].size)
 
@@ -71,9 +71,9 @@ def on_ray(run, policies, specs, store, folder):
 
 
 def over_flower(run, policies, specs, store, folder):
-    from actors.flower_app import _identify
+    from actors.flower.aggregation import identify
 
-    _identify()
+    identify()
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(run.model_dump(mode="json", exclude_defaults=True)))
     assert load_run_config(file).config_hash == run.config_hash

@@ -5,10 +5,10 @@ import threading
 import pytest
 from small_runs import small_run
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
 from actors.ray_pool import RayPool, deal
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 
 def parts_of(run, tmp_path):

@@ -6,10 +6,10 @@ import time
 import pytest
 from small_runs import small_run
 
-from actors.coordinator import hospital_specs, run_in_process
 from actors.ray_pool import RayPool
+from medfl_ray.assembly.run import hospital_specs, run_in_process
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 pytestmark = [pytest.mark.ci, pytest.mark.timeout(300)]
 DEADLINE_S = 20.0

@@ -10,14 +10,14 @@ import pytest
 from safetensors.numpy import load_file
 from small_runs import balls
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
 from actors.ray_pool import RayPool
-from actors.simulate import Simulation, simulate
-from actors.virtual_pool import VirtualPool
-from actors.virtual_work import Memories
+from actors.simulation.pool import VirtualPool
+from actors.simulation.run import Simulation, simulate
+from actors.simulation.work import Memories
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_runs import small_run
 
-from medfl_ray.config_files import dump_yaml
+from medfl_ray.config.files import dump_yaml
 
 pytestmark = [pytest.mark.ci, pytest.mark.timeout(600)]
 

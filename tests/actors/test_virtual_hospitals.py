@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from small_runs import balls
 
-from actors.virtual_hospitals import VirtualHospitals
-from actors.virtual_pool import cache_of_each
-from actors.virtual_work import Assignment, Scoring, Turn
+from actors.simulation.hospitals import VirtualHospitals
+from actors.simulation.pool import cache_of_each
+from actors.simulation.work import Assignment, Scoring, Turn
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import DataError
 from medfl_ray.messages import ClientFailure

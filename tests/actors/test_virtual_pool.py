@@ -14,15 +14,15 @@ import pytest
 from safetensors.numpy import load_file
 from small_runs import balls
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
-from actors.simulate import Simulation, open_ledgers, simulate, undisturbed, where_time_went
-from actors.virtual_pool import VirtualPool
+from actors.simulation.pool import VirtualPool
+from actors.simulation.run import Simulation, open_ledgers, simulate, undisturbed, where_time_went
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import ConfigError, DataError
 from medfl_ray.federation.events import RoundClosed, RoundTimed
 from medfl_ray.federation.planning import mechanisms
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 pytestmark = pytest.mark.timeout(300)
 

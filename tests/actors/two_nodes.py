@@ -22,9 +22,9 @@ from cli_runs import DP, configuration, write_patients  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from actors.train import drive  # noqa: E402
-from medfl_ray.config_files import parse_run_config  # noqa: E402
+from medfl_ray.config.files import parse_run_config  # noqa: E402
 from medfl_ray.data.sources import list_hospitals  # noqa: E402
-from medfl_ray.store.run_folder import RunFolder  # noqa: E402
+from medfl_ray.store.run.folder import RunFolder  # noqa: E402
 
 
 def private_run(folder: Path) -> Any:

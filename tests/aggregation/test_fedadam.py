@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from medfl_ray.aggregation.strategies import build_strategy, released_weights
-from medfl_ray.config import AggregationConfig
+from medfl_ray.config.aggregation import AggregationConfig
 
 
 def fedadam(**fields: object) -> AggregationConfig:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from medfl_ray.aggregation.strategies import build_strategy
-from medfl_ray.config import AggregationConfig
+from medfl_ray.config.aggregation import AggregationConfig
 from medfl_ray.errors import ConfigError
 
 SOURCE = """

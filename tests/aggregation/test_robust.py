@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from medfl_ray.aggregation import robust
 from medfl_ray.aggregation.robust import CENTER, RULES, combine, num_hostile, why_too_few
 from medfl_ray.aggregation.updates import Updates
-from medfl_ray.config_aggregation import RobustConfig
+from medfl_ray.config.aggregation import RobustConfig
 from medfl_ray.errors import UpdateRejected
 
 

@@ -13,7 +13,7 @@ from flwr.serverapp import strategy as flower
 
 from medfl_ray.aggregation.fairness import onto_simplex
 from medfl_ray.aggregation.strategies import build_strategy
-from medfl_ray.config import AggregationConfig
+from medfl_ray.config.aggregation import AggregationConfig
 
 
 def strategy_of(name: str, num_hospitals: int = 1, **fields: object):

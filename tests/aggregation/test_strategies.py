@@ -3,7 +3,7 @@
 import numpy as np
 
 from medfl_ray.aggregation.strategies import CATALOGUE, build_strategy
-from medfl_ray.config import AggregationConfig
+from medfl_ray.config.aggregation import AggregationConfig
 
 
 def test_fedavg_adds_the_mean_update_times_the_server_rate():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from medfl_ray.config_files import dump_yaml, parse_run_config
+from medfl_ray.config.files import dump_yaml, parse_run_config
 from medfl_ray.messages import (
     ClientFailure,
     HospitalInfo,

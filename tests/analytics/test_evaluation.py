@@ -11,7 +11,7 @@ from medfl_ray.analytics.evaluation_summary import Target, rounds_to, summarise_
 from medfl_ray.analytics.evaluation_tables import write_tables
 from medfl_ray.analytics.report import write_report
 from medfl_ray.analytics.summary import summarise_run
-from medfl_ray.config_files import dump_yaml, load_run_config
+from medfl_ray.config.files import dump_yaml, load_run_config
 from medfl_ray.messages import Metric
 from medfl_ray.study_records import ContributionRecord, StoppingRecord, StudiesRecord
 

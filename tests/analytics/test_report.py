@@ -10,7 +10,7 @@ import pytest
 
 from medfl_ray.analytics.report import config_text, export_facts, write_local_report, write_report
 from medfl_ray.analytics.summary import summarise_run
-from medfl_ray.config_files import load_run_config, parse_run_config
+from medfl_ray.config.files import load_run_config, parse_run_config
 from medfl_ray.messages import PrivacySpent
 from medfl_ray.privacy.account import epsilon_words
 

@@ -9,7 +9,7 @@ import pytest
 from chaos_kills import FAILPOINTS, NUM_ROUNDS, configure, judge_ledgers, kill_and_resume, lost_rounds, warm_up
 from ray_head import without_ray
 
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 

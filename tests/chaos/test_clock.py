@@ -7,12 +7,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from small_runs import small_run
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
 from medfl_ray import round_times
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.store.ledger_export import verify_export
-from medfl_ray.store.receipts import read_receipts, verify_receipts
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.ledger.export import verify_export
+from medfl_ray.store.run.folder import RunFolder
+from medfl_ray.store.run.receipts import read_receipts, verify_receipts
 
 
 class Jumping:

@@ -31,7 +31,7 @@ from cli_runs import (
 )
 
 from medfl_ray.cli.main import main
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 
 def box(shape=(EDGE,) * 3, value=1):

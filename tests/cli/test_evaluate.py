@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from medfl_ray.cli.main import app
-from medfl_ray.config_files import dump_yaml, parse_run_config
+from medfl_ray.config.files import dump_yaml, parse_run_config
 from medfl_ray.errors import DataError
 from medfl_ray.export.weights import save_weights
 from medfl_ray.messages import HospitalInfo
@@ -48,8 +48,8 @@ def discs(tmp_path: Path) -> Path:
 @pytest.fixture
 def run_folder(tmp_path: Path, discs: Path) -> Path:
     """A finished run whose model has learnt discs."""
-    from medfl_ray.data.labelled_folder import open_labelled_folder
-    from medfl_ray.data.preprocess import Preprocessing
+    from medfl_ray.data.layouts.labelled_folder import open_labelled_folder
+    from medfl_ray.data.prepare.preprocess import Preprocessing
 
     hospital = {"id": "a", "directory": "/nowhere", "declared": "private", "num_patients": 8}
     run = parse_run_config(

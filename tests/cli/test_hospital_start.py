@@ -6,15 +6,16 @@ import pytest
 import structlog
 from cli_runs import DP, assert_one_clear_error, configuration, hospital_data, run_folders, write_config, write_patients
 
-from actors.hospital import HospitalSpec, build_hospital, configure_logs
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.assembly.hospital import build_hospital, configure_logs
+from medfl_ray.assembly.spec import HospitalSpec
+from medfl_ray.config.files import parse_run_config
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import CheckpointError, ConfigError, DataError, LedgerError, PrivacyConfigError, UnreadableFile
 from medfl_ray.federation.hospital import Hospital
 from medfl_ray.federation.planning import mechanism_for
 from medfl_ray.messages import RoundPlan
 from medfl_ray.store import signing_key
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 
 def spec_of(tmp_path, privacy=DP, cache="memory", **changes):

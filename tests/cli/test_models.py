@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from cli_runs import DP, assert_one_clear_error, configuration, hospital_data, run_folders, write_config, write_patients
 
-from medfl_ray.cli.run_lineage import lineage_of_run
-from medfl_ray.store.registry import Registry
+from medfl_ray.assembly.lineage import lineage_of_run
+from medfl_ray.store.registry.registry import Registry
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_mistakes_are_one_sentence(medfl, run, tmp_path):
 
 def test_a_registry_in_need_does_not_fail_a_finished_run(finished, monkeypatch, capsys, tmp_path):
     from medfl_ray.cli.run import _register
-    from medfl_ray.store.run_folder import RunFolder
+    from medfl_ray.store.run.folder import RunFolder
 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MEDFL_REGISTRY", str(tmp_path / "file" / "registry"))
@@ -245,7 +245,7 @@ def test_a_registry_in_need_does_not_fail_a_finished_run(finished, monkeypatch, 
 
 def test_a_run_that_ends_twice_is_registered_once(finished, monkeypatch, tmp_path):
     from medfl_ray.cli.run import _register
-    from medfl_ray.store.run_folder import RunFolder
+    from medfl_ray.store.run.folder import RunFolder
 
     monkeypatch.setenv("MEDFL_REGISTRY", str(tmp_path / "registry"))
     for _ in range(2):

@@ -13,10 +13,10 @@ from html.parser import HTMLParser
 import pytest
 from cli_runs import DP, command_line, configuration, run_folders, write_config, write_patients
 
-from medfl_ray.config_files import load_run_config
+from medfl_ray.config.files import load_run_config
 from medfl_ray.privacy.account import account_of, budgets_of, epsilon_words, parts_words, remaining_words
 from medfl_ray.privacy.run_accounts import accounts_of_run, job_of
-from medfl_ray.store.registry import Registry
+from medfl_ray.store.registry.registry import Registry
 
 pytestmark = pytest.mark.ci  # one run with baselines, an export and a copy in MLflow: half a minute
 HAS_MLFLOW = importlib.util.find_spec("mlflow") is not None
@@ -280,7 +280,7 @@ def test_the_last_lines_of_a_run_show_what_it_cost_in_all_and_the_live_ones_what
 
 @pytest.mark.skipif(not HAS_MLFLOW, reason="MLflow is not installed: pip install 'medfl-ray[mlflow]'")
 def test_mlflow_has_the_accounts(place, run, exports, accounts):
-    from medfl_ray.store.mlflow_tracking import open_client
+    from medfl_ray.store.run.mlflow_tracking import open_client
 
     client = open_client(f"sqlite:///{place / 'mlflow.db'}")
     (experiment,) = (found for found in client.search_experiments() if found.name != "Default")

@@ -16,7 +16,7 @@ from dicom_builder import DicomBuilder
 from model_packages import model_package, write_package
 from model_registry import lineage
 
-from medfl_ray.store.registry import Registry
+from medfl_ray.store.registry.registry import Registry
 
 AFFINE = np.array([[-1.5, 0, 0, 40], [0, 0.9, 0.1, -30], [0, -0.1, 2.0, 5], [0, 0, 0, 1.0]])
 

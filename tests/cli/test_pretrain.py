@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from medfl_ray.cli.main import app
-from medfl_ray.config_files import load_run_config
+from medfl_ray.config.files import load_run_config
 from medfl_ray.errors import ConfigError, LayoutError
 
 PRETRAINING = {

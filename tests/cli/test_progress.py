@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from medfl_ray.cli.progress import RunDisplay, clock_words, spent_words
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.config.files import parse_run_config
 from medfl_ray.federation.events import (
     BaselineProgress,
     HospitalState,

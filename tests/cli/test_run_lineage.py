@@ -2,7 +2,7 @@
 
 import json
 
-from medfl_ray.cli.run_lineage import _public
+from medfl_ray.assembly.lineage import _public
 from medfl_ray.data.cases import Case
 from medfl_ray.data.fingerprints import fingerprint_of
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_runs import balls
 
-from medfl_ray.config_files import dump_yaml
+from medfl_ray.config.files import dump_yaml
 
 pytestmark = [pytest.mark.ci, pytest.mark.timeout(300)]
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.ci, pytest.mark.timeout(300)]
 def simulate(tmp_path, *arguments):
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
     return subprocess.run(
-        [sys.executable, "-m", "actors.simulate", *map(str, arguments)],
+        [sys.executable, "-m", "actors.simulation.run", *map(str, arguments)],
         cwd=tmp_path,
         env={**environment, "PYTHONPATH": str(Path(__file__).parents[2]), "NO_COLOR": "1", "COLUMNS": "200"},
         capture_output=True,

@@ -60,7 +60,7 @@ def dicom() -> type[DicomBuilder]:
 
 @pytest.fixture
 def make_run() -> Callable[..., Any]:
-    from medfl_ray.config_files import parse_run_config
+    from medfl_ray.config.files import parse_run_config
 
     def build(data: dict[str, Any], **sections: Any) -> Any:
         raw = {"name": "test", "data": data, "privacy": {"enable_dp": False}} | sections

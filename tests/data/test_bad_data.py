@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medfl_ray.data.layouts import discover_cases
-from medfl_ray.data.readers import read_volume
+from medfl_ray.data.formats.readers import read_volume
+from medfl_ray.data.layouts.catalogue import discover_cases
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import ConfigError, DataError, GeometryError, LabelError, LayoutError, UnreadableFile
 
@@ -404,7 +404,7 @@ def test_dicom_label_without_its_images(tmp_path, dicom):
 def test_contour_with_two_points(tmp_path, dicom):
     ct = dicom()
     volume = read_volume(ct.save(tmp_path / "series"))
-    from medfl_ray.data.readers import read_label
+    from medfl_ray.data.formats.readers import read_label
 
     with pytest.raises(LabelError, match="a contour has 6 numbers"):
         read_label(ct.rtstruct(tmp_path / "rt.dcm", {"x": [ct.outline(1)[:6]]}), volume)

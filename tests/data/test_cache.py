@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from small_runs import small_run
 
-from medfl_ray.data.cache import MemoryBudget, PreparedCases, num_bytes_of
 from medfl_ray.data.cases import PreparedCase
-from medfl_ray.data.phantom_source import phantom_hospital_names
+from medfl_ray.data.phantoms.source import phantom_hospital_names
+from medfl_ray.data.prepare.cache import MemoryBudget, PreparedCases, num_bytes_of
 from medfl_ray.data.sources import open_hospital_data
 from medfl_ray.errors import UnreadableFile
 
@@ -99,7 +99,7 @@ def test_patches_are_the_same_with_and_without_a_limit(cache_mb):
 
 def full_disk(monkeypatch, number, fails=lambda path: True):
     """Let writing to the cache's own folder fail as a machine without space, files or permission does."""
-    import medfl_ray.data.cache as cache
+    import medfl_ray.data.prepare.cache as cache
 
     real = cache._mapped
 
@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_once_in_the_hospitals_own_log_without_any_path(monk
 
 
 def too_many_files_in_a_readers_words():
-    from medfl_ray.data.readers import _plain_errors
+    from medfl_ray.data.formats.readers import _plain_errors
 
     with _plain_errors():
         raise OSError(errno.EMFILE, "Too many open files")

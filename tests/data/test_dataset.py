@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from medfl_ray.config import DataConfig
-from medfl_ray.data.cache import PreparedCases
+from medfl_ray.config.data import DataConfig
 from medfl_ray.data.cases import PreparedCase
-from medfl_ray.data.dataset import HospitalCases, HospitalData, PatchSampling
-from medfl_ray.data.patches import draw_patch, foreground_voxels
-from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.data.prepare.cache import PreparedCases
+from medfl_ray.data.prepare.dataset import HospitalCases, HospitalData, PatchSampling
+from medfl_ray.data.prepare.patches import draw_patch, foreground_voxels
+from medfl_ray.data.prepare.preprocess import Preprocessing
 from medfl_ray.data.sources import open_hospital_data
 
 

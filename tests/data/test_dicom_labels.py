@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medfl_ray.data.dicom_labels import name_segments
-from medfl_ray.data.readers import read_label, read_volume
+from medfl_ray.data.formats.dicom_labels import name_segments
+from medfl_ray.data.formats.readers import read_label, read_volume
 from medfl_ray.data.volume import Volume
 from medfl_ray.errors import GeometryError, LabelError
 
@@ -29,7 +29,7 @@ def test_rtstruct_covers_the_bright_box_exactly(tmp_path, dicom):
 
 def test_labels_follow_their_image_into_ras(tmp_path, dicom, write_nifti):
     """The same box by DICOM SEG and as a NIfTI written by hand in RAS ends at the same points in space."""
-    from medfl_ray.data.preprocess import Preprocessing
+    from medfl_ray.data.prepare.preprocess import Preprocessing
 
     ct = dicom()
     image = read_volume(ct.save(tmp_path / "series"))

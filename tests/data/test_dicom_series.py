@@ -7,7 +7,7 @@ import pydicom.data
 import pytest
 from pydicom.uid import JPEGLSLossless, RLELossless
 
-from medfl_ray.data.readers import read_volume
+from medfl_ray.data.formats.readers import read_volume
 from medfl_ray.errors import GeometryError, LayoutError
 
 PYDICOM_FILES = Path(pydicom.data.__file__).parent / "test_files"
@@ -138,7 +138,7 @@ def test_ill_formed_values_are_not_quoted_in_warnings(tmp_path, dicom):
     folder = ct.save(tmp_path / "series")
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes().replace(b"20200101", b"SECRET!!"))
-    from medfl_ray.data.dicom_files import open_dicom
+    from medfl_ray.data.formats.dicom_files import open_dicom
 
     assert read_volume(folder).spatial_shape == ct.shape
     assert open_dicom(next(folder.iterdir())).PatientBirthDate == "SECRET!!"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from cli_runs import configuration, hospital_data, write_patients
 
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.config.files import parse_run_config
 from medfl_ray.data import fingerprints
 from medfl_ray.data.fingerprints import data_fingerprint
 from medfl_ray.data.sources import list_hospitals

@@ -9,10 +9,10 @@ from PIL import Image
 
 from medfl_ray.data.fetch import fetch
 from medfl_ray.data.inspection import inspect_folder, write_case_table
-from medfl_ray.data.layouts import discover_cases
-from medfl_ray.data.partitions import partition_patients
+from medfl_ray.data.layouts.catalogue import discover_cases
+from medfl_ray.data.layouts.partitions import partition_patients
+from medfl_ray.data.layouts.write_manifest import deal, write_manifest
 from medfl_ray.data.picture_sheet import write_picture_sheet
-from medfl_ray.data.write_manifest import deal, write_manifest
 from medfl_ray.errors import ConfigError, UnreadableFile
 
 
@@ -49,7 +49,7 @@ def test_picture_sheet_shows_the_label_where_the_image_is_bright(tmp_path, decat
 
 
 def test_manifest_of_a_partition_reads_back_the_same(tmp_path, decathlon):
-    from medfl_ray.config import PartitionConfig
+    from medfl_ray.config.data import PartitionConfig
 
     index = discover_cases(decathlon("abcdefgh"))
     dealt = deal(partition_patients(index.cases, PartitionConfig(by="iid", num_hospitals=2), 0), 0.25, 0)

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from medfl_ray.data.layouts import discover_cases
+from medfl_ray.data.layouts.catalogue import discover_cases
 from medfl_ray.errors import LayoutError
 
 
@@ -118,7 +118,7 @@ def test_dicom_folder_finds_labels_by_reference(tmp_path, dicom):
     index = discover_cases(tmp_path)
     assert [case.patient_id for case in index.cases] == ["P1", "P2"]
     assert index.labels == {1: "lesion"}
-    from medfl_ray.data.loading import read_case
+    from medfl_ray.data.prepare.loading import read_case
 
     for case in index.cases:
         image, label = read_case(case, index.labels)

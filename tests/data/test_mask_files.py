@@ -15,11 +15,11 @@ import pytest
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
-from medfl_ray.data.contours import fill_regions
-from medfl_ray.data.label_codes import SYNONYMS, code_of
-from medfl_ray.data.mask_files import MASK_FORMATS, MaskOrigin, write_mask
-from medfl_ray.data.upload_limits import UploadLimits
-from medfl_ray.data.uploads import opened_upload
+from medfl_ray.data.formats.contours import fill_regions
+from medfl_ray.data.formats.label_codes import SYNONYMS, code_of
+from medfl_ray.data.results.mask_files import MASK_FORMATS, MaskOrigin, write_mask
+from medfl_ray.data.uploads.limits import UploadLimits
+from medfl_ray.data.uploads.read import opened_upload
 from medfl_ray.data.volume import LPS_TO_RAS
 from medfl_ray.errors import DataError, GeometryError
 

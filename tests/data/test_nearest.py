@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import affine_transform
 
-from medfl_ray.data.nearest import take_nearest
+from medfl_ray.data.prepare.nearest import take_nearest
 
 LABELS = np.random.default_rng(0).integers(0, 9, (7, 9, 12)).astype(np.uint8)
 

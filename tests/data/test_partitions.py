@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medfl_ray.config import PartitionConfig
+from medfl_ray.config.data import PartitionConfig
 from medfl_ray.data.cases import Case
-from medfl_ray.data.partitions import partition_patients, split_holdout
+from medfl_ray.data.layouts.partitions import partition_patients, split_holdout
 from medfl_ray.errors import ConfigError, LayoutError
 
 

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from medfl_ray.cli.data_make import FileFormat, Layout, make
-from medfl_ray.data.layouts import discover_cases
+from medfl_ray.data.formats.readers import read_label, read_volume
+from medfl_ray.data.layouts.catalogue import discover_cases
 from medfl_ray.data.phantoms.render import Phantom, render_phantom
 from medfl_ray.data.phantoms.write_layout import phantom_set, write_phantoms
-from medfl_ray.data.readers import read_label, read_volume
 from medfl_ray.data.volume import Volume
 from medfl_ray.errors import ConfigError, DataError
 

@@ -14,8 +14,8 @@ from monai.data.meta_tensor import MetaTensor
 from monai.transforms.intensity.array import NormalizeIntensity, ScaleIntensityRange, ScaleIntensityRangePercentiles
 from monai.transforms.spatial.array import Orientation, Spacing
 
-from medfl_ray.data.placement import AXES, normalise, place
-from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.data.prepare.placement import AXES, normalise, place
+from medfl_ray.data.prepare.preprocess import Preprocessing
 from medfl_ray.data.volume import Volume
 from medfl_ray.errors import GeometryError
 
@@ -69,7 +69,7 @@ def test_what_fills_the_prepared_image_fills_the_original(spacing):
 
 def test_preparation_without_resampling_needs_no_torch():
     code = (
-        "import sys, numpy as np; from medfl_ray.data.preprocess import Preprocessing as P; "
+        "import sys, numpy as np; from medfl_ray.data.prepare.preprocess import Preprocessing as P; "
         "from medfl_ray.data.volume import Volume as V; v = V(np.ones((1, 4, 5, 6), np.float32), np.eye(4)); "
         "p = P().prepare(v); P().restore(p.image[0].astype(np.uint8), p.affine, v); "
         "import medfl_ray.export.predictor, medfl_ray.export.onnx_session; "

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from small_runs import small_run
 
-from medfl_ray.config_aggregation import AttackConfig
-from medfl_ray.data.poison import alteration_of, backdoor, flip_labels, stamp
+from medfl_ray.config.aggregation import AttackConfig
+from medfl_ray.data.prepare.attacked_patches import alteration_of, backdoor, flip_labels, stamp
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import ConfigError
 

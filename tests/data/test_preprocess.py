@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.data.prepare.preprocess import Preprocessing
 from medfl_ray.data.volume import Volume
 from medfl_ray.errors import GeometryError, LabelError
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from neighbours import DICOM_ODDITIES, Person, dicom_patient, opened, run_of, write
 
-from medfl_ray.data import loading
-from medfl_ray.data.cache_folders import sweep_caches
-from medfl_ray.data.layouts import discover_cases
-from medfl_ray.data.partitions import split_holdout
+from medfl_ray.data.layouts.catalogue import discover_cases
+from medfl_ray.data.layouts.partitions import split_holdout
+from medfl_ray.data.prepare import loading
+from medfl_ray.data.prepare.cache_folders import sweep_caches
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import ConfigError
 
@@ -142,7 +142,7 @@ def test_hole_a_case_that_turns_unreadable_while_training_is_a_gradient_of_zero(
 KILLED = """
 import sys, os, signal
 from pathlib import Path
-from medfl_ray.data.cache import PreparedCases
+from medfl_ray.data.prepare.cache import PreparedCases
 from medfl_ray.data.cases import PreparedCase
 import numpy as np
 case = PreparedCase("p", "c", np.ones((1, 4, 4), np.float32), None, np.eye(4))
@@ -173,7 +173,7 @@ def test_hole_prepared_volumes_of_a_killed_process_go_when_the_next_one_starts(t
 
 
 def test_what_a_fork_inherits_it_does_not_remove(tmp_path):
-    from medfl_ray.data.cache_folders import locked_folder
+    from medfl_ray.data.prepare.cache_folders import locked_folder
 
     folder, release = locked_folder(tmp_path)
     child = os.fork()

@@ -12,9 +12,9 @@ from neighbours import opened, run_of
 from pydicom import dcmread
 from pydicom.dataelem import DataElement
 
-from medfl_ray.data.dicom_files import is_dicom
+from medfl_ray.data.formats.dicom_files import is_dicom
 from medfl_ray.data.inspection import inspect_folder
-from medfl_ray.data.layouts import discover_cases
+from medfl_ray.data.layouts.catalogue import discover_cases
 from medfl_ray.data.sources import open_hospital_data
 from medfl_ray.errors import LayoutError
 
@@ -334,8 +334,8 @@ def test_hole_a_file_that_may_not_be_opened_stops_no_other(archive, monkeypatch)
             raise PermissionError(13, "Permission denied", str(path))
         return is_dicom(path)
 
-    monkeypatch.setattr("medfl_ray.data.dicom_files.is_dicom", refuse)
-    monkeypatch.setattr("medfl_ray.data.dicom_folder.is_dicom", refuse)
+    monkeypatch.setattr("medfl_ray.data.formats.dicom_files.is_dicom", refuse)
+    monkeypatch.setattr("medfl_ray.data.layouts.dicom_folder.is_dicom", refuse)
     after = seen_in(archive, "dicom seg", channels=("t1",))
     assert before.pop("patient p3")
     check(before, after, len(NAMES) - 1)

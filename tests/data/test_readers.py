@@ -7,7 +7,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from medfl_ray.data.readers import read_label, read_volume
+from medfl_ray.data.formats.readers import read_label, read_volume
 from medfl_ray.data.volume import Volume, same_grid
 
 AFFINE = np.array([[0.0, -2.0, 0.0, 5.0], [1.5, 0.0, 0.0, -7.0], [0.0, 0.0, 3.0, 11.0], [0.0, 0.0, 0.0, 1.0]])

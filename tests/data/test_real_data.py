@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medfl_ray.data.formats.readers import read_label, read_volume
 from medfl_ray.data.inspection import inspect_folder
-from medfl_ray.data.readers import read_label, read_volume
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.data.volume import Volume
 
@@ -46,7 +46,7 @@ def test_hippocampus_strata_become_hospitals_within_a_minute(make_run):
 
 def test_anterior_lies_in_front_of_posterior():
     """A flipped axis would turn this round: after RAS orientation the second axis runs to the front."""
-    from medfl_ray.data.preprocess import Preprocessing
+    from medfl_ray.data.prepare.preprocess import Preprocessing
 
     for name in ("hippocampus_004", "hippocampus_190"):
         image = read_volume(HIPPOCAMPUS / f"imagesTr/{name}.nii.gz")

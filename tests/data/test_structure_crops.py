@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medfl_ray.config_pretrain import CropsConfig
+from medfl_ray.config.pretrain import CropsConfig
 from medfl_ray.data.phantoms.structure_crops import draw_crop, load_structures
 from medfl_ray.errors import LayoutError, UnreadableFile
 

@@ -18,10 +18,10 @@ import pydicom.data
 import pytest
 from hostile_uploads import HOSTILE
 
-from medfl_ray.data.readers import read_volume
-from medfl_ray.data.upload_limits import UploadLimits
-from medfl_ray.data.upload_process import VOXELS, UploadReader
-from medfl_ray.data.uploads import opened_upload, read_upload
+from medfl_ray.data.formats.readers import read_volume
+from medfl_ray.data.uploads.limits import UploadLimits
+from medfl_ray.data.uploads.process import VOXELS, UploadReader
+from medfl_ray.data.uploads.read import opened_upload, read_upload
 from medfl_ray.errors import DataError, LayoutError, UnreadableFile
 
 # pydicom remarks on the odd files that are the point of these tests.

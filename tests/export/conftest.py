@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from medfl_ray.config_files import dump_yaml, parse_run_config
-from medfl_ray.data.preprocess import Preprocessing
+from medfl_ray.config.files import dump_yaml, parse_run_config
+from medfl_ray.data.prepare.preprocess import Preprocessing
 from medfl_ray.export.onnx_export import network_of
 from medfl_ray.export.package import ModelPackage
 from medfl_ray.export.weights import save_weights
@@ -58,7 +58,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 
 def package_for(model: dict[str, Any], task: Any, patch_size: tuple[int, ...]) -> ModelPackage:
     """Describe an untrained model of two channels and two classes."""
-    from medfl_ray.config import ModelConfig
+    from medfl_ray.config.model import ModelConfig
 
     dims = len(patch_size)
     return ModelPackage(

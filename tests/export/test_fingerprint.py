@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.config.files import parse_run_config
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.export.fingerprint import fingerprint_of
 

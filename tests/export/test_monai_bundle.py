@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from medfl_ray.data.formats.readers import read_volume
 from medfl_ray.data.phantoms.render import render_phantom
-from medfl_ray.data.readers import read_volume
 from medfl_ray.errors import ConfigError, ExportError
 from medfl_ray.export.monai_bundle import bundle_metadata, inference_config, write_bundle
 from medfl_ray.export.onnx_export import export_run

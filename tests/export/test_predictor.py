@@ -12,7 +12,7 @@ from medfl_ray.data.volume import Volume
 from medfl_ray.errors import GeometryError, InferenceError
 from medfl_ray.export.onnx_session import OnnxModel
 from medfl_ray.export.predictor import Predictor, label_values
-from medfl_ray.training.inference import WINDOW
+from medfl_ray.training.scoring.inference import WINDOW
 
 OBLIQUE = np.array([[0.1, -1.4, 0.2, 10.0], [0.9, 0.1, 0.3, -20.0], [-0.2, 0.3, 2.4, 30.0], [0, 0, 0, 1.0]])
 
@@ -118,7 +118,7 @@ def test_a_picture_and_a_slice_in_two_dimensions(tmp_path):
 
 @pytest.mark.ci
 def test_probabilities_of_a_small_image_are_those_of_training(tmp_path):
-    from medfl_ray.training.inference import classify
+    from medfl_ray.training.scoring.inference import classify
 
     network = write_package(tmp_path, model_package((32, 32), task="classification", labels={1: "tumour"}))
     predictor = Predictor(OnnxModel.open(tmp_path))

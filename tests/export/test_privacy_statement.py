@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from medfl_ray.cli.run_lineage import _privacy
+from medfl_ray.assembly.lineage import _privacy
 from medfl_ray.errors import ExportError
 from medfl_ray.export import card_page
 from medfl_ray.export.package import load_run, privacy_statement
 from medfl_ray.messages import PrivacySpent, Receipt
 from medfl_ray.privacy.account import epsilon_words
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
-from medfl_ray.store.lineage import PrivacyRecord
+from medfl_ray.store.registry.lineage import PrivacyRecord
 
 
 def receipt(round_number: int, epsilon: float) -> Receipt:

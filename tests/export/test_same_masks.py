@@ -21,13 +21,13 @@ from monai.inferers.utils import sliding_window_inference
 from monai.transforms.intensity.array import NormalizeIntensity
 from monai.transforms.spatial.array import Orientation, Spacing
 
-from medfl_ray.data.mask_files import write_mask
+from medfl_ray.data.formats.readers import read_volume
 from medfl_ray.data.phantoms.render import render_phantom
-from medfl_ray.data.readers import read_volume
-from medfl_ray.data.uploads import Upload
+from medfl_ray.data.results.mask_files import write_mask
+from medfl_ray.data.uploads.read import Upload
 from medfl_ray.export.onnx_session import OnnxModel
 from medfl_ray.export.predictor import Predictor
-from medfl_ray.training.evaluation import dice_per_label
+from medfl_ray.training.scoring.evaluation import dice_per_label
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data"
 WINDOW = (32, 32, 32)

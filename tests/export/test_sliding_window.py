@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from monai.data.utils import compute_importance_map, dense_patch_slices
 from monai.inferers.utils import sliding_window_inference
 
-from medfl_ray.data.windows import SlidingWindow
+from medfl_ray.data.prepare.windows import SlidingWindow
 from medfl_ray.errors import InferenceError
 from medfl_ray.export.sliding_window import Blender, LabelImage, batches, plan_windows, window_weights
 

@@ -3,11 +3,11 @@
 import pytest
 from small_runs import small_run
 
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import PrivacyConfigError
-from medfl_ray.federation.agreement import Agreement
+from medfl_ray.federation.hospital_rules.agreement import Agreement
 from medfl_ray.federation.planning import mechanism_for
 from medfl_ray.messages import RoundPlan
-from medfl_ray.site_policy import SitePolicy
 
 PRIVATE = SitePolicy(hospital="a", data_set="scans", num_patients=20, max_epsilon=8)
 NOISE = {"enable_dp": True, "noise_multiplier": 1.4, "sample_rate": 0.25}

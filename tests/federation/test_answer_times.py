@@ -2,8 +2,8 @@
 
 import pytest
 
-from medfl_ray.federation.answer_times import AnswerTimes, answer_step_s
-from medfl_ray.site_policy import SitePolicy
+from medfl_ray.config.site import SitePolicy
+from medfl_ray.federation.hospital_rules.answer_times import AnswerTimes, answer_step_s
 
 
 class Clock:

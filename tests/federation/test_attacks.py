@@ -7,18 +7,18 @@ import threading
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from small_runs import Interfering, balls, small_run
+from small_runs import Interfering, small_run
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
 from medfl_ray.aggregation.updates import Updates
-from medfl_ray.config_aggregation import AggregationConfig, AttackConfig
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
+from medfl_ray.config.aggregation import AggregationConfig, AttackConfig
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError
 from medfl_ray.export.model_card import _attack_limits
 from medfl_ray.federation.attacks import altered_updates, check_attack
 from medfl_ray.messages import ClientFailure, ClientUpdate
-from medfl_ray.store.receipts import read_receipts, receipt_hash, verify_receipts
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
+from medfl_ray.store.run.receipts import read_receipts, receipt_hash, verify_receipts
 
 NAMES = tuple(policy.hospital for policy in list_hospitals(small_run()))
 
@@ -249,25 +249,3 @@ def test_robust_mode_goes_with_patient_level_privacy(tmp_path):
 )
 def test_updates_come_one_by_one_where_a_rule_or_an_attack_needs_them(sections, expected):
     assert small_run(**sections).needs_every_update == expected
-
-
-@pytest.mark.ci
-@pytest.mark.timeout(300)
-def test_virtual_hospitals_and_one_process_agree_under_attack(ray_cluster, tmp_path):
-    from actors.simulate import simulate
-
-    changes = {
-        "aggregation": {"mode": "robust", "robust": {"rule": "norm_bound"}},
-        "attack": {"kind": "alie", "hospitals": ["hospital-001"]},
-    }
-    run = balls(**changes, federation={"pool": "local", "exact": True})
-    expected, _, _ = start(run, tmp_path / "local")
-    found = []
-    for num_actors in (1, 2):
-        run = balls(**changes, federation={"num_actors": num_actors, "exact": True})
-        output = run.output.model_copy(update={"directory": tmp_path / str(num_actors)})
-        folder = RunFolder.create(run.model_copy(update={"output": output}))
-        outcome = simulate(folder.run, tuple(list_hospitals(run)), folder.path, lambda event: None)
-        assert outcome.completed
-        found.append(outcome.weights_checksum)
-    assert set(found) == {expected.weights_checksum}

@@ -15,14 +15,14 @@ from monai.fl.utils.exchange_object import ExchangeObject
 from pydantic import ValidationError
 from safetensors.numpy import load_file
 
-from actors.coordinator import hospital_specs, initial_weights, local_pool, run_in_process
-from medfl_ray.config import RunConfig
-from medfl_ray.config_files import load_run_config
+from medfl_ray.assembly.run import hospital_specs, initial_weights, local_pool, run_in_process
+from medfl_ray.config.files import load_run_config
+from medfl_ray.config.run import RunConfig
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError, ModelError
 from medfl_ray.params import Layout, to_tensors
-from medfl_ray.store.run_folder import RunFolder
-from medfl_ray.training.client_algo import AlgoTrainer, make_algo
+from medfl_ray.store.run.folder import RunFolder
+from medfl_ray.training.rules.client_algo import AlgoTrainer, make_algo
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:UserWarning"),

@@ -6,10 +6,10 @@ import threading
 import pytest
 from small_runs import small_run
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.store.run_folder import RunFolder
-from medfl_ray.training import engine_choice
+from medfl_ray.store.run.folder import RunFolder
+from medfl_ray.training.gradients import engine_choice
 
 DP = {"enable_dp": True, "noise_multiplier": 2.0, "sample_rate": 0.5}
 

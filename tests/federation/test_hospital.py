@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 from small_runs import small_run
 
-from actors.hospital import HospitalSpec, build_hospital
+from medfl_ray.assembly.hospital import build_hospital
+from medfl_ray.assembly.spec import HospitalSpec
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import LabelError, UnreadableFile
-from medfl_ray.federation.agreement import Agreement
 from medfl_ray.federation.hospital import Hospital
-from medfl_ray.federation.labels import labelled
+from medfl_ray.federation.hospital_rules.agreement import Agreement
+from medfl_ray.federation.hospital_rules.labels import labelled
 from medfl_ray.federation.planning import mechanism_for
 from medfl_ray.messages import ClientFailure, ClientUpdate, RoundPlan
 

@@ -272,8 +272,8 @@ def test_hole_a_mechanism_in_the_plan_does_not_stand_for_noise_that_a_run_does_n
 
 def test_hole_a_client_algo_trains_under_no_mechanism():
     from medfl_ray.errors import NotFitForDP
-    from medfl_ray.training.client_algo import AlgoData, AlgoTrainer
-    from medfl_ray.training.local_job import LocalJob
+    from medfl_ray.training.rules.client_algo import AlgoData, AlgoTrainer
+    from medfl_ray.training.rules.local_job import LocalJob
 
     trainer = AlgoTrainer.__new__(AlgoTrainer)
     job = LocalJob(1, 0.1, object(), (0, 0, 0))
@@ -338,8 +338,8 @@ def test_hole_a_baseline_is_none_under_the_runs_own_job_or_without_rounds(folder
 
 def test_hole_a_step_that_was_too_short_stays_doubled_in_the_next_process(folder, state):
     """Else whoever asks again and again could measure how long the work takes."""
-    from medfl_ray.federation.answer_times import AnswerTimes
-    from medfl_ray.store.scoring_record import AnswerSteps
+    from medfl_ray.federation.hospital_rules.answer_times import AnswerTimes
+    from medfl_ray.store.run.scoring_record import AnswerSteps
 
     clock = Clock()
     state.mkdir(mode=0o700)
@@ -370,7 +370,7 @@ def test_hole_what_is_trained_is_what_the_signed_row_charges_whatever_a_file_of_
     "content", ['{"evaluate": 1', "null", "[]", '{"evaluate": Infinity}', '{"evaluate": 2000}', "x" * 9]
 )
 def test_hole_a_damaged_record_of_steps_decides_over_no_answer(folder, state, content):
-    from medfl_ray.store.scoring_record import MAX_DOUBLINGS, AnswerSteps
+    from medfl_ray.store.run.scoring_record import MAX_DOUBLINGS, AnswerSteps
 
     state.mkdir(mode=0o700)
     (state / "answer_steps.json").write_text(content)
@@ -381,8 +381,8 @@ def test_hole_a_damaged_record_of_steps_decides_over_no_answer(folder, state, co
 
 
 def test_hole_a_record_that_cannot_be_written_neither_fails_nor_hastens_an_answer(folder, state, monkeypatch):
-    from medfl_ray.federation.answer_times import AnswerTimes
-    from medfl_ray.store import scoring_record
+    from medfl_ray.federation.hospital_rules.answer_times import AnswerTimes
+    from medfl_ray.store.run import scoring_record
 
     def full(*given, **named):
         raise CheckpointError("the disk is full")

@@ -9,12 +9,12 @@ import pytest
 from safetensors.numpy import load_file
 from small_runs import Interfering, balls
 
-from actors.coordinator import hospital_specs, initial_weights, local_pool, run_in_process
+from medfl_ray.assembly.run import hospital_specs, initial_weights, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import CheckpointError
 from medfl_ray.federation.local_pool import LocalPool
 from medfl_ray.params import norm
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 EVERY = [
     "fednova",

@@ -8,21 +8,20 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from private_hospitals import two_private_hospitals
 from small_runs import small_run
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
-from actors.hospital import build_hospital
-from actors.hospital_actor import HospitalActor
+from medfl_ray.assembly.hospital import build_hospital
+from medfl_ray.assembly.run import RunExtras, hospital_specs, local_pool, run_in_process
 from medfl_ray.cli.privacy_ledger import accept_key, recover
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.federation.local_pool import LocalPool
-from medfl_ray.federation.planning import mechanism_for
-from medfl_ray.messages import ClientFailure, ClientUpdate, Mechanism, RoundPlan
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_file import KEY_NAME
-from medfl_ray.store.ledger_mirror import LedgerMirror
-from medfl_ray.store.mirror_file import MIRROR_NAME
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.messages import Mechanism
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.file import KEY_NAME
+from medfl_ray.store.ledger.mirror import LedgerMirror
+from medfl_ray.store.ledger.mirror_file import MIRROR_NAME
+from medfl_ray.store.run.folder import RunFolder
 from medfl_ray.store.signing_key import load_key
 
 MECHANISM = Mechanism(
@@ -30,28 +29,20 @@ MECHANISM = Mechanism(
 )
 
 
-def private_run(rounds=1):
-    run = small_run(
-        data={"phantom": {"num_hospitals": 2, "patients_per_hospital": 4, "size_voxels": 16, "seed": 3}},
-        privacy={"enable_dp": True, "noise_multiplier": 30.0, "sample_rate": 0.5},
-        federation={"rounds": rounds, "local_steps": 1},
-    )
-    policies = [p.model_copy(update={"declared": "private", "max_epsilon": 8.0}) for p in list_hospitals(run)]
-    return run, tuple(policies)
-
-
 def start(tmp_path, rounds=1, pool_of=local_pool, folder=None):
-    run, policies = private_run(rounds)
+    run, policies = two_private_hospitals(rounds)
     output = run.output.model_copy(update={"directory": tmp_path / "runs"})
     folder = folder or RunFolder.create(run.model_copy(update={"output": output}))
     root = tmp_path / "state"
     pool = pool_of(hospital_specs(run, policies, folder.path, root))
-    outcome = run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event(), root)
+    outcome = run_in_process(
+        run, policies, folder.path, pool, lambda event: None, threading.Event(), RunExtras(root=root)
+    )
     return outcome, folder
 
 
 def names():
-    return [policy.hospital for policy in private_run()[1]]
+    return [policy.hospital for policy in two_private_hospitals()[1]]
 
 
 def truncate(site, backup):
@@ -243,7 +234,8 @@ def test_a_synthetic_run_keeps_its_mirror_inside_its_folder(tmp_path):
     output = run.output.model_copy(update={"directory": tmp_path / "runs"})
     folder = RunFolder.create(run.model_copy(update={"output": output}))
     pool = local_pool(hospital_specs(run, policies, folder.path, tmp_path / "state"))
-    run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event(), tmp_path / "state")
+    extras = RunExtras(root=tmp_path / "state")
+    run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event(), extras)
     assert not (tmp_path / "state").exists()
     copies = LedgerMirror(folder.path / "mirror")
     for policy in policies:
@@ -262,44 +254,10 @@ def test_without_dp_there_is_no_mirror(tmp_path):
     assert not list(tmp_path.rglob(MIRROR_NAME))
 
 
-def test_an_actor_that_restarts_without_its_ledger_says_why(tmp_path):
-    """The plain class behind the Ray actor: whatever it is asked first, it checks the plan's head."""
-    run, policies = private_run(rounds=2)
-    (spec, _) = hospital_specs(run, policies, tmp_path, tmp_path / "state")
-    name = spec.policy.hospital
-    plan = RoundPlan(
-        job=spec.job,
-        round=1,
-        attempt=1,
-        config_hash="",
-        weights_checksum="",
-        hospitals=(name,),
-        num_steps={name: 1},
-        learning_rate=0.01,
-        mechanisms={name: mechanism_for(run, spec.policy)},
-    )
-    actor = HospitalActor([spec])
-    reserved = actor.reserve(name, plan)
-    weights = actor._hospitals[name]._parts.trainer.initial_weights(0)
-    assert isinstance(actor.train(name, plan, weights), ClientUpdate)
-    seen = {"round": 2, "ledger_heads": {name: reserved.ledger_head}}
-
-    shutil.rmtree(spec.state_folder)
-    answer = HospitalActor([spec]).reserve(name, plan.model_copy(update=seen))
-    assert isinstance(answer, ClientFailure)
-    assert "medfl-ray privacy ledger recover" in answer.reason
-
-    (spec.state_folder / "ledger.sqlite").unlink()
-    answer = HospitalActor([spec]).reserve(name, plan.model_copy(update=seen))
-    assert isinstance(answer, ClientFailure)
-    assert (answer.round, answer.attempt, answer.stage) == (2, 1, "start")
-    assert "medfl-ray privacy ledger recover" in answer.reason
-
-
 @pytest.mark.parametrize("by_variable", [True, False])
 def test_a_relative_state_folder_is_made_absolute_where_the_run_starts(tmp_path, monkeypatch, by_variable):
     """A worker has another working directory and another environment; it gets the finished path."""
-    run, policies = private_run()
+    run, policies = two_private_hospitals()
     if by_variable:
         monkeypatch.setenv("MEDFL_STATE_DIR", "states")
     else:

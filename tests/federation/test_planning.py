@@ -3,8 +3,8 @@
 import pytest
 from small_runs import small_run
 
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import PrivacyConfigError
-from medfl_ray.federation.baselines import check_baselines
 from medfl_ray.federation.planning import (
     account_delta,
     aggregation_weight,
@@ -17,8 +17,8 @@ from medfl_ray.federation.planning import (
     steps_of_run,
     steps_per_round,
 )
+from medfl_ray.federation.studies.baselines import check_baselines
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
-from medfl_ray.site_policy import SitePolicy
 
 
 def test_a_run_cannot_stretch_a_declared_budget_by_a_larger_delta():

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from medfl_ray.config import FederationConfig
-from medfl_ray.federation.labels import label_for, labelled
+from medfl_ray.config.federation import FederationConfig
+from medfl_ray.federation.hospital_rules.labels import label_for, labelled
 from medfl_ray.federation.policies import (
     LONGEST_EXCLUSION,
     Standing,

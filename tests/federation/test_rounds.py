@@ -6,13 +6,13 @@ import threading
 import pytest
 from small_runs import Interfering, small_run
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
 from medfl_ray import params
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import CheckpointError, ConfigError, QuorumLost
 from medfl_ray.messages import ClientFailure, ClientUpdate
-from medfl_ray.store.receipts import read_receipts, verify_receipts
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
+from medfl_ray.store.run.receipts import read_receipts, verify_receipts
 
 
 def start(run, tmp_path, change=None, stop=None, folder=None):
@@ -184,8 +184,8 @@ def test_under_dp_every_round_is_charged_and_no_budget_is_exceeded(tmp_path):
 
 
 def test_the_central_baseline_is_refused_for_separate_private_data(tmp_path):
-    from medfl_ray.federation.baselines import check_baselines
-    from medfl_ray.site_policy import SitePolicy
+    from medfl_ray.config.site import SitePolicy
+    from medfl_ray.federation.studies.baselines import check_baselines
 
     run = small_run(federation={"baselines": ["central"]})
     private = [SitePolicy(hospital="a", data_set="d", declared="private", num_patients=10)]
@@ -194,8 +194,8 @@ def test_the_central_baseline_is_refused_for_separate_private_data(tmp_path):
 
 
 def test_no_hospital_may_have_the_name_of_the_central_baseline():
-    from medfl_ray.federation.baselines import check_baselines
-    from medfl_ray.site_policy import SitePolicy
+    from medfl_ray.config.site import SitePolicy
+    from medfl_ray.federation.studies.baselines import check_baselines
 
     with pytest.raises(ConfigError, match="rename it"):
         check_baselines(small_run(), [SitePolicy(hospital="central", data_set="d", num_patients=10)])

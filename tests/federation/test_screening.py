@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from small_runs import small_run
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
 from medfl_ray import params
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.federation.screening import HUGE, Expected, why_rejected
 from medfl_ray.messages import ClientFailure, ClientUpdate, RoundPlan
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 LAYOUT = params.Layout(("w",), ((6,),))
 PLAN = RoundPlan(

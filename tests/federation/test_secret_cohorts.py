@@ -14,13 +14,13 @@ import pytest
 import torch
 from small_runs import Interfering, small_run
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
+from medfl_ray.assembly.run import RunExtras, hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.federation import hospital_level
 from medfl_ray.messages import ClientFailure, Metric, RoundPlan, SiteEvaluation
 from medfl_ray.params import layout_of
 from medfl_ray.round_times import GRID_S, has_secret_cohorts
-from medfl_ray.store.run_folder import RunFolder, interrupted_round
+from medfl_ray.store.run.folder import RunFolder, interrupted_round
 
 GRID_NS = GRID_S * 10**9
 STAMP = re.compile(rb"20\d\d-\d\d-\d\dT(\d\d:\d\d:\d\d)")
@@ -39,7 +39,7 @@ def finished(run, tmp_path, wrap=lambda pool: pool):
     policies = tuple(list_hospitals(run))
     folder, events, root = RunFolder.create(run), [], tmp_path / "state"
     pool = wrap(local_pool(hospital_specs(run, policies, folder.path, root)))
-    outcome = run_in_process(run, policies, folder.path, pool, events.append, threading.Event(), root)
+    outcome = run_in_process(run, policies, folder.path, pool, events.append, threading.Event(), RunExtras(root=root))
     assert outcome.completed, outcome.reason
     return folder, events
 

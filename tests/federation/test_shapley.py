@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from medfl_ray.federation.shapley import draw_orders, shapley_values
+from medfl_ray.federation.studies.shapley import draw_orders, shapley_values
 
 WEIGHTS = {"a": 0.3, "b": 0.1, "c": 0.05, "d": 0.2, "e": 0.0}
 

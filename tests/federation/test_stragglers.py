@@ -5,13 +5,13 @@ import time
 import pytest
 from small_runs import Interfering, small_run
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
+from medfl_ray.config.files import parse_run_config
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError
 from medfl_ray.messages import ClientFailure
-from medfl_ray.store.receipts import read_receipts, verify_receipts
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
+from medfl_ray.store.run.receipts import read_receipts, verify_receipts
 
 
 class Slow:

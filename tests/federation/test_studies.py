@@ -7,17 +7,17 @@ import pytest
 from small_runs import balls
 from typer.testing import CliRunner
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.cli.main import app
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.config.files import parse_run_config
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError, FederationError, PrivacyConfigError
-from medfl_ray.federation.baselines import check_baselines
 from medfl_ray.federation.stopping import best_of, why_stop
+from medfl_ray.federation.studies.baselines import check_baselines
 from medfl_ray.params import checksum
-from medfl_ray.site_policy import SitePolicy
-from medfl_ray.store.checkpoints import load_checkpoint
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.checkpoints import load_checkpoint
+from medfl_ray.store.run.folder import RunFolder
 from medfl_ray.study_records import StoppingRecord, StudiesRecord
 
 
@@ -257,7 +257,7 @@ def test_the_last_evaluation_has_every_figure_with_intervals(tmp_path):
 
 
 def test_confidential_figures_leave_by_name_alone():
-    from medfl_ray.federation.private_answers import suppressed_evaluation
+    from medfl_ray.federation.hospital_rules.private_answers import suppressed_evaluation
 
     raw = {"name": "r", "data": {"directory": "x", "declared": "private"}, "privacy": DP,
            "evaluation": {"metrics": ["dice", "hd95"], "calibration": True}}  # fmt: skip

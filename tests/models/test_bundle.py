@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from medfl_ray.config_bundle import with_bundle
-from medfl_ray.config_files import load_run_config
+from medfl_ray.config.bundle import with_bundle
+from medfl_ray.config.files import load_run_config
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError, ModelError
 from medfl_ray.models.bundle_network import allowed_class
@@ -165,7 +165,7 @@ def test_a_definition_that_does_not_work_is_one_sentence(tmp_path, network, said
 
 
 def test_another_number_of_channels_is_said_before_anything_is_charged(tmp_path):
-    from actors.coordinator import hospital_specs, local_pool
+    from medfl_ray.assembly.run import hospital_specs, local_pool
 
     run = load_run_config(file_at(tmp_path, bundle_at(tmp_path / "four"), out_channels=3))
     specs = hospital_specs(run, tuple(list_hospitals(run)), tmp_path / "run", tmp_path / "state")
@@ -186,7 +186,7 @@ def command(file, bundle, out):
 
 
 def test_its_weights_become_first_weights_with_a_manifest(tmp_path):
-    from actors.coordinator import initial_weights
+    from medfl_ray.assembly.run import initial_weights
 
     bundle = bundle_at(tmp_path / "a")
     file = file_at(tmp_path, bundle)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from medfl_ray.config import ModelConfig
+from medfl_ray.config.model import ModelConfig
 from medfl_ray.errors import ModelError
 from medfl_ray.models.catalogue import CATALOGUE, build_network, smallest_size
 from medfl_ray.models.fitness import check_fit_for_dp, unused_parameters

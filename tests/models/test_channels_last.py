@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from medfl_ray.config import ModelConfig
+from medfl_ray.config.model import ModelConfig
 from medfl_ray.models.catalogue import CATALOGUE, build_network
 from medfl_ray.models.channels_last import (
     ORDERS,

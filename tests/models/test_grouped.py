@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medfl_ray.config import ModelConfig
+from medfl_ray.config.model import ModelConfig
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.models.grouped import group, repeat_weights, stack, unstack, why_not_grouped
 

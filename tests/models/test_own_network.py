@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from medfl_ray.config import ModelConfig
+from medfl_ray.config.model import ModelConfig
 from medfl_ray.errors import ModelError, NotFitForDP
 from medfl_ray.models.catalogue import build_network
 

@@ -21,7 +21,7 @@ from medfl_ray.privacy.account import (
     rounded_up,
 )
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
-from medfl_ray.store.ledger import PrivacyLedger
+from medfl_ray.store.ledger.account import PrivacyLedger
 
 DELTA = 1e-5
 MECHANISM = Mechanism(

@@ -8,7 +8,7 @@ import pytest
 from scipy import integrate, stats
 
 from medfl_ray.errors import PrivacyConfigError
-from medfl_ray.federation.auditing import AuditSubject, audit_mechanism
+from medfl_ray.federation.studies.auditing import AuditSubject, audit_mechanism
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
 from medfl_ray.privacy.auditing import (

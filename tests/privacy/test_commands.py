@@ -14,8 +14,8 @@ from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.account import epsilon_words
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
 from medfl_ray.privacy.planner import solve_epsilon
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_mirror import LedgerMirror
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.mirror import LedgerMirror
 
 MECHANISM = Mechanism(
     noise_multiplier=20.0, sample_rate=1.0, max_grad_norm=1.0, num_steps=2, num_patients=40, delta=1e-5

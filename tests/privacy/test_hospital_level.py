@@ -13,7 +13,7 @@ from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
 from small_runs import small_run
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
+from medfl_ray.assembly.run import RunExtras, hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError, LedgerError, PrivacyConfigError
 from medfl_ray.federation.hospital_level import FEDERATION, federation_budget, plan_central
@@ -30,8 +30,8 @@ from medfl_ray.privacy.hospital_level import (
 )
 from medfl_ray.privacy.planner import solve_tree_epsilon
 from medfl_ray.privacy.tree import TreeNoise
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.run.folder import RunFolder
 
 SIGMA, CLIP = 1.7, 0.25
 
@@ -123,7 +123,7 @@ def finish(run, tmp_path):  # type: ignore[no-untyped-def]
     policies = tuple(list_hospitals(run))
     folder, events, root = RunFolder.create(run), [], tmp_path / "state"
     pool = local_pool(hospital_specs(run, policies, folder.path, root))
-    outcome = run_in_process(run, policies, folder.path, pool, events.append, threading.Event(), root)
+    outcome = run_in_process(run, policies, folder.path, pool, events.append, threading.Event(), RunExtras(root=root))
     assert outcome.completed, outcome.reason
     receipts = [json.loads(line) for line in (folder.path / "receipts.jsonl").read_text().splitlines()]
     return receipts, events, folder

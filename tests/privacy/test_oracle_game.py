@@ -10,8 +10,8 @@ from contextlib import nullcontext
 import pytest
 from oracle_game import ADVERSARIES, KINDS, failing_scores, play, time_of_description, winners
 
-from medfl_ray.federation.answer_times import AnswerTimes
-from medfl_ray.federation.site_evaluation import suppressed_scores
+from medfl_ray.federation.hospital_rules.answer_times import AnswerTimes
+from medfl_ray.federation.hospital_rules.site_evaluation import suppressed_scores
 from medfl_ray.messages import ClientFailure
 
 SEED = 20261201

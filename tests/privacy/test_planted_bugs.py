@@ -316,8 +316,8 @@ BUGS = {
         (
             (
                 "data/layouts.py",
-                "    if named is None:\n        from medfl_ray.data.dicom_folder",
-                "    if True:\n        from medfl_ray.data.dicom_folder",
+                "    if named is None:\n        from medfl_ray.data.layouts.dicom_folder",
+                "    if True:\n        from medfl_ray.data.layouts.dicom_folder",
             ),
         ),
         ("tests/data/test_private_holes.py::test_hole_a_dicom_patient_with_other_series_or_segments_moves_nobody",),

@@ -10,12 +10,12 @@ from tiny_models import noise_volume, promote
 
 from medfl_ray.export.description import read_description
 from serve.backend import ATTEMPTS, Backend, ReplicaLost
-from serve.model_loader import Catalogue, ModelKey
-from serve.ray_replicas import RayReplicas
 from serve.refusals import NotServed, TimedOut, Unavailable
-from serve.replica import TensorAnswer, WorkReport
+from serve.replicas.model_loader import Catalogue, ModelKey
+from serve.replicas.ray_replicas import RayReplicas
+from serve.replicas.replica import TensorAnswer, WorkReport
+from serve.replicas.sources import FolderSource
 from serve.serving_metrics import ServingMetrics
-from serve.sources import FolderSource
 
 TENSOR = np.zeros((1, 1, 8, 8, 8), dtype=np.float32)
 

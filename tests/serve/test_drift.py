@@ -5,7 +5,7 @@ import pytest
 from tiny_models import FINGERPRINT, noise_volume
 
 from medfl_ray.data.volume import Volume
-from serve.drift import MIN_VOLUMES, DriftState, shift_of
+from serve.replicas.drift import MIN_VOLUMES, DriftState, shift_of
 
 
 def test_the_trainings_own_intensities_have_no_shift():

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from serve import jobs
-from serve.jobs import Answer, JobBook, JobLimits
-from serve.pools import ANSWERS
+from serve.clinic import jobs
+from serve.clinic.jobs import Answer, JobBook, JobLimits
+from serve.clinic.pools import ANSWERS
+from serve.clinic.sessions import SessionBook
 from serve.refusals import NotServed
-from serve.sessions import SessionBook
 
 ANSWER = Answer(b"mask", "application/octet-stream", "mask", {})
 

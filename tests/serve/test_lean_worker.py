@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pytest
 
-import serve.lean_worker
+import serve.replicas.lean_worker
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
-from serve.lean_worker import without_pandas
+from serve.replicas.lean_worker import without_pandas
 without_pandas()
 import numpy as np
-import serve.deployments
+import serve.replicas.deployments
 assert sys.modules["pandas"] is None
-for name in ("pyarrow", "torch", "monai", "highdicom", "serve.clinic", "serve.ingress"):
+for name in ("pyarrow", "torch", "monai", "highdicom", "serve.clinic.service", "serve.ingress"):
     assert name not in sys.modules, name
-from medfl_ray.data.placement import place
+from medfl_ray.data.prepare.placement import place
 placed, _ = place(np.ones((1, 8, 8, 8), np.float32), np.eye(4), "RAS", (2.0, 2.0, 2.0), "bilinear")
 print(placed.shape)
 """
@@ -32,6 +32,6 @@ def test_serve_and_resampling_work_without_pandas():
 
 
 def test_the_hook_names_the_function():
-    assert serve.lean_worker.HOOK in serve.lean_worker.environment().values()
-    module, _, name = serve.lean_worker.HOOK.rpartition(".")
-    assert getattr(sys.modules[module], name) is serve.lean_worker.without_pandas
+    assert serve.replicas.lean_worker.HOOK in serve.replicas.lean_worker.environment().values()
+    module, _, name = serve.replicas.lean_worker.HOOK.rpartition(".")
+    assert getattr(sys.modules[module], name) is serve.replicas.lean_worker.without_pandas

@@ -53,8 +53,8 @@ def deployed(ray_cluster, tmp_path_factory) -> Iterator[Deployed]:
     """The application with a fast model of two versions and a slow one, on one replica of each kind."""
     from ray import serve as ray_serve
 
-    from serve.deployments import application
     from serve.launcher import http_options
+    from serve.replicas.deployments import application
 
     folder = tmp_path_factory.mktemp("served")
     models = folder / "models"

@@ -9,7 +9,7 @@ from local_service import local_service, running
 from tiny_models import binary_request, json_request, promote, read_answer
 
 from medfl_ray.export.description import read_description
-from serve.open_inference import read_request
+from serve.protocols.open_inference import read_request
 from serve.refusals import TooLarge
 
 INFER = "/v2/models/tiny/infer"

@@ -11,11 +11,11 @@ from medfl_ray.data.volume import Volume
 from medfl_ray.errors import ExportError, GeometryError, InferenceError
 from medfl_ray.export.onnx_session import OnnxModel
 from medfl_ray.export.predictor import Predictor
-from serve.model_loader import ModelKey
 from serve.refusals import NotServed
-from serve.replica import ModelReplica, Parcel, SegmentAnswer, WindowBatch, own_answer
+from serve.replicas.model_loader import ModelKey
+from serve.replicas.replica import ModelReplica, Parcel, SegmentAnswer, WindowBatch, own_answer
+from serve.replicas.sources import FolderSource
 from serve.settings import ServeSettings
-from serve.sources import FolderSource
 
 
 @pytest.fixture

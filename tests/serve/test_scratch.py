@@ -12,13 +12,13 @@ import pytest
 from clinic_service import clinic_service
 from local_service import running
 
-from serve.pools import DISK, Pool
-from serve.scratch import Scratch
+from serve.clinic.pools import DISK, Pool
+from serve.clinic.scratch import Scratch
 
 KILLED = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from serve.scratch import Scratch
+from serve.clinic.scratch import Scratch
 
 async def work():
     async with Scratch(Path(sys.argv[1])).folder() as folder:
@@ -69,8 +69,8 @@ def test_what_a_killed_service_left_goes_when_the_next_one_starts(tmp_path):
 
 
 def test_expired_images_go_without_another_request(tmp_path, monkeypatch):
-    monkeypatch.setattr("serve.clinic.SWEEP_S", 0.05)
-    monkeypatch.setattr("serve.sessions.KEEP_S", 0.3)
+    monkeypatch.setattr("serve.clinic.service.SWEEP_S", 0.05)
+    monkeypatch.setattr("serve.clinic.sessions.KEEP_S", 0.3)
     with running(clinic_service(tmp_path)) as client:
         assert client.put("/session/", content=b"x" * 1000).status_code == 200
         assert uploads(tmp_path / "state")

@@ -18,12 +18,12 @@ from clinic_service import LABELS, clinic_service
 from dicom_builder import DicomBuilder
 from local_service import running
 
-from medfl_ray.data.contours import fill_regions
-from medfl_ray.data.upload_limits import UploadLimits
+from medfl_ray.data.formats.contours import fill_regions
+from medfl_ray.data.uploads.limits import UploadLimits
 from medfl_ray.data.volume import Volume
 from serve.auth import add_token, revoke_token
-from serve.clinic import Clinic, Wish
-from serve.jobs import JobBook, JobLimits, JobState
+from serve.clinic.jobs import JobBook, JobLimits, JobState
+from serve.clinic.service import Clinic, Wish
 from serve.refusals import NotServed, TooMany
 
 SEGMENT = "/v2/models/bright/segment"
@@ -127,7 +127,7 @@ def test_the_serving_process_parses_no_header(client, series, output, monkeypatc
     def parse(files):
         raise AssertionError("parsed outside the confined process")
 
-    monkeypatch.setattr("medfl_ray.data.uploads.headers_of", parse)
+    monkeypatch.setattr("medfl_ray.data.uploads.read.headers_of", parse)
     answer = client.post(SEGMENT, content=series[1], params={"output": output, "bundle": "true"})
     assert answer.status_code == 200, answer.text
     with zipfile.ZipFile(io.BytesIO(answer.content)) as bundle:

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from serve.model_loader import ModelKey
-from serve.replica import WorkReport
+from serve.replicas.model_loader import ModelKey
+from serve.replicas.replica import WorkReport
 from serve.serving_metrics import ServingMetrics
 
 KEY = ModelKey("tiny", "1")

@@ -7,12 +7,12 @@ from model_registry import lineage
 from tiny_models import promote, write_model
 
 from medfl_ray.errors import ArtifactDamaged, ConfigError, MedflError
-from medfl_ray.store.promotion import Gate
-from medfl_ray.store.registry import Registry
-from serve.model_loader import Catalogue, ModelKey, Offer
+from medfl_ray.store.registry.promotion import Gate
+from medfl_ray.store.registry.registry import Registry
 from serve.refusals import NotServed
+from serve.replicas.model_loader import Catalogue, ModelKey, Offer
+from serve.replicas.sources import FolderSource, RegistrySource, open_source, served_name
 from serve.settings import ServeSettings
-from serve.sources import FolderSource, RegistrySource, open_source, served_name
 
 
 def test_a_folder_with_versions(tmp_path):

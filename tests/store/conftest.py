@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from ledger_files import POLICIES, opened, rows_of, train
 
-from medfl_ray.store.ledger_mirror import LedgerMirror
-from medfl_ray.store.run_mirror import RunMirror
+from medfl_ray.store.ledger.mirror import LedgerMirror
+from medfl_ray.store.run.mirror import RunMirror
 
 PASSWORD = "only-for-tests"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from medfl_ray.errors import BudgetExceeded, LedgerError
 from medfl_ray.messages import Mechanism
-from medfl_ray.store.ledger import PrivacyLedger
+from medfl_ray.store.ledger.account import PrivacyLedger
 
 UNPROTECTED = "unprotected"
 

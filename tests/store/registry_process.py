@@ -9,7 +9,7 @@ from pathlib import Path
 from model_registry import lineage
 
 from medfl_ray.errors import RegistryError
-from medfl_ray.store.registry import Registry
+from medfl_ray.store.registry.registry import Registry
 
 
 def main(root: str, database: str, package: str, action: str, count: str, actor: str) -> None:

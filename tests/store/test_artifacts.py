@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from medfl_ray.errors import ArtifactDamaged, RegistryError
-from medfl_ray.store.artifacts import Artifact, ArtifactStore
+from medfl_ray.store.registry.artifacts import Artifact, ArtifactStore
 
 ROOT = Path(__file__).parents[2]
 CONTENT = b"sixteen weights!" * 200_000
@@ -103,7 +103,7 @@ def test_an_unknown_scheme_is_refused():
 
 def put_in_a_process(place, source, failpoint):
     code = (
-        "import sys; from pathlib import Path; from medfl_ray.store.artifacts import ArtifactStore; "
+        "import sys; from pathlib import Path; from medfl_ray.store.registry.artifacts import ArtifactStore; "
         "ArtifactStore(sys.argv[1]).put(Path(sys.argv[2]))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MEDFL_FAILPOINT": failpoint}

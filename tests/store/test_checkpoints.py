@@ -9,7 +9,7 @@ import pytest
 from medfl_ray.errors import CheckpointError
 from medfl_ray.messages import ClientFailure, Metric, Receipt, RoundResult
 from medfl_ray.store import durable
-from medfl_ray.store.checkpoints import Checkpoint, last_good_checkpoint, load_checkpoint, save_checkpoint
+from medfl_ray.store.run.checkpoints import Checkpoint, last_good_checkpoint, load_checkpoint, save_checkpoint
 
 
 def checkpoint(round: int, dice: float | None = None) -> Checkpoint:

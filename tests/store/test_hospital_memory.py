@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medfl_ray.errors import CheckpointError
-from medfl_ray.store.hospital_memory import HospitalMemory
+from medfl_ray.store.run.hospital_memory import HospitalMemory
 
 
 def knows(value):

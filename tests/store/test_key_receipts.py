@@ -13,11 +13,11 @@ from ledger_files import ACCOUNT, DELTA, NEW_KEY, POLICIES, opened, public_key, 
 from medfl_ray.cli.privacy_ledger import accept_key as accept_key_command
 from medfl_ray.cli.privacy_ledger import verify as verify_command
 from medfl_ray.errors import LedgerError
-from medfl_ray.store.key_receipts import KEY_RECEIPTS
-from medfl_ray.store.ledger_mirror import LedgerMirror
-from medfl_ray.store.ledger_recovery import recover
-from medfl_ray.store.mirror_file import MIRROR_NAME
-from medfl_ray.store.run_mirror import RunMirror
+from medfl_ray.store.ledger.key_receipts import KEY_RECEIPTS
+from medfl_ray.store.ledger.mirror import LedgerMirror
+from medfl_ray.store.ledger.mirror_file import MIRROR_NAME
+from medfl_ray.store.ledger.recovery import recover
+from medfl_ray.store.run.mirror import RunMirror
 
 
 @pytest.fixture

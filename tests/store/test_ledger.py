@@ -11,9 +11,9 @@ import pytest
 from medfl_ray.errors import BudgetExceeded, LedgerError, PrivacyConfigError
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_export import verify_export
-from medfl_ray.store.ledger_file import KEY_NAME, LedgerFile
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.export import verify_export
+from medfl_ray.store.ledger.file import KEY_NAME, LedgerFile
 from medfl_ray.store.signing_key import load_key
 
 DELTA = 1e-5

@@ -11,8 +11,8 @@ from ledger_files import as_version_one
 
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import charged_segments
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.events import charged_segments
 
 PROGRAM = Path(__file__).with_name("ledger_process.py")
 ROOT = Path(__file__).parents[2]

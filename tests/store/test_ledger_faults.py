@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from medfl_ray.errors import LedgerError
 from medfl_ray.messages import Mechanism
-from medfl_ray.store import ledger_file
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import LedgerHead
-from medfl_ray.store.ledger_export import verify_export
-from medfl_ray.store.ledger_file import KEY_NAME
+from medfl_ray.store.ledger import file as ledger_file
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.events import LedgerHead
+from medfl_ray.store.ledger.export import verify_export
+from medfl_ray.store.ledger.file import KEY_NAME
 
 DELTA = 1e-5
 MECHANISM = Mechanism(

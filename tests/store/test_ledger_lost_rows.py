@@ -10,9 +10,9 @@ import pytest
 
 from medfl_ray.errors import LedgerError
 from medfl_ray.messages import Mechanism
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import charged_segments
-from medfl_ray.store.ledger_recovery import _lost_rows, _readable_rows, recover
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.events import charged_segments
+from medfl_ray.store.ledger.recovery import _lost_rows, _readable_rows, recover
 
 DELTA = 1e-5
 MECHANISM = Mechanism(

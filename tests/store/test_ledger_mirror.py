@@ -10,15 +10,15 @@ import pytest
 
 from medfl_ray.cli.privacy_ledger import recover as recover_command
 from medfl_ray.cli.privacy_ledger import verify as verify_command
+from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import LedgerError
 from medfl_ray.messages import LedgerRows, Mechanism
-from medfl_ray.site_policy import SitePolicy
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import LedgerHead
-from medfl_ray.store.ledger_mirror import LedgerMirror
-from medfl_ray.store.ledger_recovery import recover
-from medfl_ray.store.mirror_file import COORDINATOR_KEY_NAME, MIRROR_NAME
-from medfl_ray.store.run_mirror import RunMirror
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.events import LedgerHead
+from medfl_ray.store.ledger.mirror import LedgerMirror
+from medfl_ray.store.ledger.mirror_file import COORDINATOR_KEY_NAME, MIRROR_NAME
+from medfl_ray.store.ledger.recovery import recover
+from medfl_ray.store.run.mirror import RunMirror
 from medfl_ray.store.state_folders import hospital_folder, mirror_folder, state_root
 
 DELTA = 1e-5

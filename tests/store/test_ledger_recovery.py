@@ -13,11 +13,11 @@ import pytest
 from medfl_ray.cli.privacy_ledger import recover as recover_command
 from medfl_ray.errors import LedgerError
 from medfl_ray.messages import Mechanism
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import charged_segments, genesis
-from medfl_ray.store.ledger_export import verify_export
-from medfl_ray.store.ledger_file import KEY_NAME, LedgerFile
-from medfl_ray.store.ledger_recovery import _readable_rows, recover
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.events import charged_segments, genesis
+from medfl_ray.store.ledger.export import verify_export
+from medfl_ray.store.ledger.file import KEY_NAME, LedgerFile
+from medfl_ray.store.ledger.recovery import _readable_rows, recover
 from medfl_ray.store.signing_key import load_key
 
 DELTA = 1e-5

@@ -13,7 +13,7 @@ from medfl_ray.failpoints import failpoint
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy import accountant
 from medfl_ray.privacy.accountant import Segment, epsilon_spent, renyi_epsilon
-from medfl_ray.store.ledger import PrivacyLedger
+from medfl_ray.store.ledger.account import PrivacyLedger
 
 DELTA = 1e-5
 BUDGET = 1.0

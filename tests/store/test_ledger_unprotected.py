@@ -13,15 +13,15 @@ from ledger_files import as_version_one
 from medfl_ray.cli.privacy_tables import print_ledger
 from medfl_ray.errors import BudgetExceeded, LedgerError
 from medfl_ray.messages import Mechanism, PrivacySpent
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import LedgerEvent
-from medfl_ray.store.ledger_export import verify_export
-from medfl_ray.store.ledger_file import KEY_NAME
-from medfl_ray.store.ledger_mirror import LedgerMirror
-from medfl_ray.store.ledger_recovery import recover
-from medfl_ray.store.pooled_ledger import PooledLedger
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.events import LedgerEvent
+from medfl_ray.store.ledger.export import verify_export
+from medfl_ray.store.ledger.file import KEY_NAME
+from medfl_ray.store.ledger.mirror import LedgerMirror
+from medfl_ray.store.ledger.pooled import PooledLedger
+from medfl_ray.store.ledger.recovery import recover
+from medfl_ray.store.ledger.simulated import Account, SimulatedLedgers
 from medfl_ray.store.signing_key import load_key
-from medfl_ray.store.simulated_ledgers import Account, SimulatedLedgers
 
 DELTA = 1e-5
 MECHANISM = Mechanism(

@@ -23,11 +23,11 @@ from ledger_files import (
 from medfl_ray.cli.privacy_ledger import accept_key as accept_key_command
 from medfl_ray.cli.privacy_ledger import verify as verify_command
 from medfl_ray.errors import LedgerError
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import LedgerHead
-from medfl_ray.store.ledger_mirror import LedgerMirror
-from medfl_ray.store.ledger_recovery import recover
-from medfl_ray.store.run_mirror import RunMirror
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.events import LedgerHead
+from medfl_ray.store.ledger.mirror import LedgerMirror
+from medfl_ray.store.ledger.recovery import recover
+from medfl_ray.store.run.mirror import RunMirror
 
 
 def head_of(mirror: RunMirror) -> LedgerHead:

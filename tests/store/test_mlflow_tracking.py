@@ -7,10 +7,10 @@ import pytest
 from cli_runs import DP, assert_one_clear_error, command_line, configuration, run_folders, write_config, write_patients
 from small_runs import small_run
 
-from medfl_ray.config_files import parse_run_config
+from medfl_ray.config.files import parse_run_config
 from medfl_ray.errors import ConfigError
 from medfl_ray.round_times import GRID_S
-from medfl_ray.store.mlflow_tracking import MlflowRun, open_client
+from medfl_ray.store.run.mlflow_tracking import MlflowRun, open_client
 
 mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed: pip install 'medfl-ray[mlflow]'")
 
@@ -108,7 +108,7 @@ def test_a_store_that_does_not_answer_stops_a_run_before_it_starts(medfl, tmp_pa
 
 @pytest.mark.ci
 def test_a_store_that_is_lost_on_the_way_is_named_and_the_run_ends_well(medfl, uri, tmp_path, monkeypatch):
-    from medfl_ray.store.mlflow_tracking import MlflowRun
+    from medfl_ray.store.run.mlflow_tracking import MlflowRun
 
     add_round = MlflowRun.add_round
 

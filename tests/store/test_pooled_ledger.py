@@ -6,8 +6,8 @@ import pytest
 
 from medfl_ray.errors import BudgetExceeded, LedgerError
 from medfl_ray.messages import Mechanism
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.pooled_ledger import PooledLedger
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.pooled import PooledLedger
 
 MECHANISM = Mechanism(
     noise_multiplier=2.0, sample_rate=1.0, max_grad_norm=1.0, num_steps=2, num_patients=80, delta=1e-5

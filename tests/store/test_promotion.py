@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model_registry import PARITY, SPENT, figure, lineage
 
-from medfl_ray.store.lineage import EpsilonSpent, PrivacyRecord
-from medfl_ray.store.promotion import Gate, decide
+from medfl_ray.store.registry.lineage import EpsilonSpent, PrivacyRecord
+from medfl_ray.store.registry.promotion import Gate, decide
 
 PASSES = Gate(least=0.7, tolerance=0.01, worst_hospital=0.6)
 

@@ -7,10 +7,10 @@ import pytest
 from cli_runs import assert_one_clear_error, command_line
 from small_runs import small_run
 
-from medfl_ray.config_files import dump_yaml
+from medfl_ray.config.files import dump_yaml
 from medfl_ray.errors import ReceiptError
 from medfl_ray.messages import PrivacySpent, Receipt
-from medfl_ray.store.receipts import FIRST, receipt_hash, sign_receipt, verify_receipts
+from medfl_ray.store.run.receipts import FIRST, receipt_hash, sign_receipt, verify_receipts
 from medfl_ray.store.signing_key import SigningKey
 
 KEY, OTHER = SigningKey.from_seed(bytes(32)), SigningKey.from_seed(b"1" * 32)
@@ -85,9 +85,9 @@ def finished(tmp_path_factory):
     """A finished private run, its folder's files as bytes."""
     import threading
 
-    from actors.coordinator import hospital_specs, local_pool, run_in_process
+    from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
     from medfl_ray.data.sources import list_hospitals
-    from medfl_ray.store.run_folder import RunFolder
+    from medfl_ray.store.run.folder import RunFolder
 
     run = small_run(privacy={"enable_dp": True, "noise_multiplier": 30.0}, federation={"local_steps": 1})
     output = run.output.model_copy(update={"directory": tmp_path_factory.mktemp("runs")})

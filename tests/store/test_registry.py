@@ -8,10 +8,10 @@ from model_registry import figure, lineage, write_package
 from sqlalchemy import create_engine
 
 from medfl_ray.errors import PromotionRefused, RegistryError
-from medfl_ray.store.database import SCHEMA_VERSION, Database
-from medfl_ray.store.package_files import verify_package
-from medfl_ray.store.promotion import Gate
-from medfl_ray.store.registry import Registry
+from medfl_ray.store.registry.database import SCHEMA_VERSION, Database
+from medfl_ray.store.registry.package_files import verify_package
+from medfl_ray.store.registry.promotion import Gate
+from medfl_ray.store.registry.registry import Registry
 from medfl_ray.store.tables import registry_metadata
 
 
@@ -288,7 +288,7 @@ def test_a_package_that_is_not_whole_is_refused(tmp_path, package, damage):
 
 
 def test_a_file_that_changes_while_it_is_registered_is_refused(tmp_path, package, monkeypatch):
-    from medfl_ray.store.artifacts import ArtifactStore
+    from medfl_ray.store.registry.artifacts import ArtifactStore
 
     put = ArtifactStore.put
 

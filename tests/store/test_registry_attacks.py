@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from model_registry import lineage, write_package
 
 from medfl_ray.errors import ArtifactDamaged, RegistryAltered, RegistryError
-from medfl_ray.store import audit_log as audit
-from medfl_ray.store.audit_log import AuditEvent, verify
-from medfl_ray.store.model_records import STATE_LABEL, VERSION_LABEL, ModelState, Sealed, VersionRecord
-from medfl_ray.store.package_files import verify_package
-from medfl_ray.store.registry import Registry
+from medfl_ray.store.registry import audit_log as audit
+from medfl_ray.store.registry.audit_log import AuditEvent, verify
+from medfl_ray.store.registry.model_records import STATE_LABEL, VERSION_LABEL, ModelState, Sealed, VersionRecord
+from medfl_ray.store.registry.package_files import verify_package
+from medfl_ray.store.registry.registry import Registry
 from medfl_ray.store.signing_key import create_key
 
 TRIGGERS = ("audit_log_no_update", "audit_log_no_delete", "model_versions_no_update", "model_versions_no_delete")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from model_registry import lineage, write_package
 
-from medfl_ray.store.registry import Registry
+from medfl_ray.store.registry.registry import Registry
 
 PROGRAM = Path(__file__).with_name("registry_process.py")
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import pytest
 
 from medfl_ray.errors import CheckpointError
 from medfl_ray.messages import RoundPlan
-from medfl_ray.store.round_journal import RoundJournal
+from medfl_ray.store.run.journal import RoundJournal
 
 
 def plan(round=1, attempt=1):

@@ -12,15 +12,15 @@ from small_runs import small_run
 
 from medfl_ray.cli.privacy_ledger import verify as verify_ledgers
 from medfl_ray.cli.receipts import verify as verify_receipts_command
-from medfl_ray.config_files import dump_yaml
+from medfl_ray.config.files import dump_yaml
 from medfl_ray.errors import LedgerError, ReceiptError
 from medfl_ray.messages import Mechanism, Receipt
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import LedgerEvent, genesis
-from medfl_ray.store.ledger_mirror import LedgerMirror
-from medfl_ray.store.ledger_recovery import recover
-from medfl_ray.store.mirror_file import MIRROR_NAME
-from medfl_ray.store.receipts import FIRST, sign_receipt
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.events import LedgerEvent, genesis
+from medfl_ray.store.ledger.mirror import LedgerMirror
+from medfl_ray.store.ledger.mirror_file import MIRROR_NAME
+from medfl_ray.store.ledger.recovery import recover
+from medfl_ray.store.run.receipts import FIRST, sign_receipt
 from medfl_ray.store.signing_key import SigningKey
 
 DELTA = 1e-5

@@ -7,7 +7,7 @@ import pytest
 from medfl_ray.errors import LedgerError, PrivacyError
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
-from medfl_ray.store.simulated_ledgers import Account, SimulatedLedgers
+from medfl_ray.store.ledger.simulated import Account, SimulatedLedgers
 
 DELTA = 1e-5
 NAMES = ("north", "south", "west")

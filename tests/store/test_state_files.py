@@ -13,13 +13,13 @@ from medfl_ray.errors import LedgerError
 from medfl_ray.messages import Mechanism
 from medfl_ray.store import file_systems, private_files, signing_key
 from medfl_ray.store.file_systems import is_on_network
-from medfl_ray.store.hospital_memory import HospitalMemory
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_file import KEY_NAME, LedgerFile
-from medfl_ray.store.ledger_mirror import LedgerMirror
-from medfl_ray.store.ledger_recovery import recover
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.file import KEY_NAME, LedgerFile
+from medfl_ray.store.ledger.mirror import LedgerMirror
+from medfl_ray.store.ledger.recovery import recover
+from medfl_ray.store.ledger.simulated import SimulatedLedgers
+from medfl_ray.store.run.hospital_memory import HospitalMemory
 from medfl_ray.store.signing_key import create_key, load_key
-from medfl_ray.store.simulated_ledgers import SimulatedLedgers
 
 DELTA = 1e-5
 MECHANISM = Mechanism(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from medfl_ray.analytics.evaluation_summary import add_bins, expected_calibration_error
-from medfl_ray.training.calibration import NUM_BINS, ReliabilityCounter
+from medfl_ray.training.scoring.calibration import NUM_BINS, ReliabilityCounter
 
 
 def counted(cases, names=("core",), first=1):

@@ -7,13 +7,13 @@ import torch
 from monai.losses.dice import DiceLoss
 from torch import Tensor, nn
 
-from medfl_ray.config import ModelConfig
+from medfl_ray.config.model import ModelConfig
 from medfl_ray.errors import NotFitForDP
 from medfl_ray.models.catalogue import build_network
-from medfl_ray.training.coupling import check_loss_apart, check_patients_apart
-from medfl_ray.training.engine_choice import make_patient_like
+from medfl_ray.training.gradients.coupling import check_loss_apart, check_patients_apart
+from medfl_ray.training.gradients.engine_choice import make_patient_like
+from medfl_ray.training.gradients.patient_gradients import InGroups, OneAtATime, Patient
 from medfl_ray.training.losses import LOSSES, dice_ce
-from medfl_ray.training.patient_gradients import InGroups, OneAtATime, Patient
 
 SHAPE = (3, 4, 8, 8)
 

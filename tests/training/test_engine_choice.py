@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.config.training import TrainingConfig
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.privacy.dpsgd import PatientGradientSum
-from medfl_ray.training import engine_choice, patient_gradients
-from medfl_ray.training.engine_choice import choose_engine, choose_group_size, make_patient_like
+from medfl_ray.training.gradients import engine_choice, patient_gradients
+from medfl_ray.training.gradients.engine_choice import choose_engine, choose_group_size, make_patient_like
+from medfl_ray.training.gradients.patient_gradients import GradientEngine, InGroups, OneAtATime, Patient
 from medfl_ray.training.losses import dice_ce, make_loss
-from medfl_ray.training.patient_gradients import GradientEngine, InGroups, OneAtATime, Patient
 
 CPU = torch.device("cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medfl_ray.training.evaluation import PatientScore, average_cases, dice_per_label, summarise
+from medfl_ray.training.scoring.evaluation import PatientScore, average_cases, dice_per_label, summarise
 
 LABELS = {1: "core", 2: "rim"}
 

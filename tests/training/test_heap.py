@@ -12,7 +12,7 @@ import pytest
 HOLES = """
 import sys
 from pathlib import Path
-from medfl_ray.training.heap import release_freed_memory
+from medfl_ray.training.gradients.malloc_trim import release_freed_memory
 page = 4096
 blocks = [bytearray(64 * 1024) for _ in range(3000)]
 kept = blocks[::100]

@@ -8,16 +8,17 @@ import time
 import numpy as np
 import pytest
 
-from medfl_ray.config import ModelConfig, TrainingConfig
-from medfl_ray.training import hospital_groups
-from medfl_ray.training.group_forming import (
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.config.training import TrainingConfig
+from medfl_ray.training.grouped import hospital_groups
+from medfl_ray.training.grouped.group_forming import (
     MOST_GROUPS,
     PIECES_PER_ACTOR,
     STEP_COST,
     cut_into_pieces,
     form_groups,
 )
-from medfl_ray.training.hospital_groups import choose_hospitals_per_group, explain_hospitals_per_group
+from medfl_ray.training.grouped.hospital_groups import choose_hospitals_per_group, explain_hospitals_per_group
 from medfl_ray.training.trainer import Trainer
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from medfl_ray.training.evaluation import PatientScore
-from medfl_ray.training.intervals import bootstrap_intervals, interval_of_means, intervals_of_means
+from medfl_ray.training.scoring.evaluation import PatientScore
+from medfl_ray.training.scoring.intervals import bootstrap_intervals, interval_of_means, intervals_of_means
 
 
 @pytest.mark.ci

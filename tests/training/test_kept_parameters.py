@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from torch import nn
 
-from medfl_ray.config import AggregationConfig, ModelConfig, TrainingConfig
+from medfl_ray.config.aggregation import AggregationConfig
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.config.training import TrainingConfig
 from medfl_ray.errors import ModelError
 from medfl_ray.params import layout_of
-from medfl_ray.training.kept_parameters import Kept, kept_parameters
+from medfl_ray.training.rules.kept_parameters import Kept, kept_parameters
 from medfl_ray.training.trainer import Trainer
 
 EDGE = 16

@@ -8,14 +8,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from medfl_ray.config import AggregationConfig, TrainingConfig
+from medfl_ray.config.aggregation import AggregationConfig
+from medfl_ray.config.training import TrainingConfig
 from medfl_ray.errors import ModelError
 from medfl_ray.messages import Mechanism
 from medfl_ray.params import Vector
-from medfl_ray.training.kept_parameters import Kept
-from medfl_ray.training.local_job import LocalJob, LocalOutcome
-from medfl_ray.training.local_passes import advance, attempt, first_pass
-from medfl_ray.training.local_rules import Done, Given, Memory, Pass, accumulated_steps, evaluated_weights, rule_of
+from medfl_ray.training.rules.client_rules import (
+    Done,
+    Given,
+    Memory,
+    Pass,
+    accumulated_steps,
+    evaluated_weights,
+    rule_of,
+)
+from medfl_ray.training.rules.kept_parameters import Kept
+from medfl_ray.training.rules.local_job import LocalJob, LocalOutcome
+from medfl_ray.training.rules.passes import advance, attempt, first_pass
 
 RATE = 0.1
 HEAD = Kept(frozenset({"head"}), frozenset({"body"}), np.array([False, True]))

@@ -9,13 +9,14 @@ import pytest
 import torch
 from numpy.random import Generator
 
-from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.config.training import TrainingConfig
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.errors import LabelError
 from medfl_ray.params import norm
-from medfl_ray.training.local_job import LocalJob, LocalOutcome, Pull
+from medfl_ray.training.grouped.trainer import HospitalTask, ManyHospitals
 from medfl_ray.training.losses import EACH, LOSSES
-from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals
+from medfl_ray.training.rules.local_job import LocalJob, LocalOutcome, Pull
 from medfl_ray.training.trainer import Trainer
 
 NETWORKS = [

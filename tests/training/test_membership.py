@@ -6,7 +6,7 @@ from small_runs import small_run
 
 from medfl_ray.data.sources import open_hospital_data
 from medfl_ray.errors import DataError
-from medfl_ray.training.membership import attack_membership, membership_auc
+from medfl_ray.training.scoring.membership import attack_membership, membership_auc
 from medfl_ray.training.trainer import Trainer
 
 

@@ -8,10 +8,10 @@ from small_runs import small_run
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import ModelError
 from medfl_ray.models.catalogue import build_network
-from medfl_ray.training import patient_gradients
+from medfl_ray.training.gradients import patient_gradients
+from medfl_ray.training.gradients.memory import is_out_of_memory
+from medfl_ray.training.gradients.patient_gradients import InGroups, OneAtATime
 from medfl_ray.training.losses import make_loss
-from medfl_ray.training.memory import is_out_of_memory
-from medfl_ray.training.patient_gradients import InGroups, OneAtATime
 from medfl_ray.training.trainer import LocalJob, Trainer
 
 ERRORS = (

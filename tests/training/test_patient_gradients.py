@@ -10,11 +10,12 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.config.training import TrainingConfig
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import CATALOGUE, build_network
+from medfl_ray.training.gradients.patient_gradients import OneAtATime, Patient
 from medfl_ray.training.losses import make_loss
-from medfl_ray.training.patient_gradients import OneAtATime, Patient
 from medfl_ray.training.trainer import LocalJob, Trainer
 
 # Edges of the smallest patch on which each 3D network can be tried; the others take 16.

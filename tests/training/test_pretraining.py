@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from medfl_ray.config_pretrain import PretrainConfig
+from medfl_ray.config.pretrain import PretrainConfig
 from medfl_ray.data.phantoms.structure_crops import SURROUNDINGS, Surroundings
 from medfl_ray.training import pretraining
 from medfl_ray.training.pretraining import pretrain

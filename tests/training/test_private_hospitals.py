@@ -9,15 +9,16 @@ import pytest
 import torch
 from numpy.random import Generator
 
-from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.config.training import TrainingConfig
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.errors import NotFitForDP
 from medfl_ray.messages import Mechanism
 from medfl_ray.params import norm
 from medfl_ray.privacy.noise import GaussianNoise
 from medfl_ray.privacy.sampler import PoissonSampler
-from medfl_ray.training import many_hospitals
-from medfl_ray.training.many_hospitals import HospitalTask, ManyHospitals
+from medfl_ray.training.grouped import trainer as many_hospitals
+from medfl_ray.training.grouped.trainer import HospitalTask, ManyHospitals
 from medfl_ray.training.trainer import LocalJob, Trainer
 
 EDGE = 16

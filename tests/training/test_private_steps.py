@@ -11,7 +11,8 @@ from numpy.random import Generator
 from scipy import stats
 from torch import Tensor
 
-from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.config.training import TrainingConfig
 from medfl_ray.messages import Mechanism
 from medfl_ray.training.trainer import LocalJob, Trainer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from medfl_ray.config import TrainingConfig
+from medfl_ray.config.training import TrainingConfig
 from medfl_ray.training.schedules import learning_rate
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice, get_confusion_matrix
 
-from medfl_ray.training.evaluation import PatientScore, average_cases, metric_names, summarise
-from medfl_ray.training.segmentation_metrics import case_figures, figure_names
+from medfl_ray.training.scoring.evaluation import PatientScore, average_cases, metric_names, summarise
+from medfl_ray.training.scoring.segmentation_metrics import case_figures, figure_names
 
 ALL = ("precision", "recall", "volume_error", "hd95", "surface_dice")
 

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.config.training import TrainingConfig
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.params import to_tensors
+from medfl_ray.training.gradients.patient_gradients import InGroups, OneAtATime
 from medfl_ray.training.losses import make_loss
-from medfl_ray.training.patient_gradients import InGroups, OneAtATime
 from medfl_ray.training.trained_space import SMALL, freeze_the_rest
 from medfl_ray.training.trainer import LocalJob, Trainer
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 from numpy.random import Generator
 
-from medfl_ray.config import ModelConfig, TrainingConfig
+from medfl_ray.config.model import ModelConfig
+from medfl_ray.config.training import TrainingConfig
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.errors import ConfigError, LabelError, ModelError, NotFitForDP
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
 from medfl_ray.params import flatten, load_into
-from medfl_ray.training.evaluation import summarise
-from medfl_ray.training.patient_gradients import forward
+from medfl_ray.training.gradients.patient_gradients import forward
+from medfl_ray.training.scoring.evaluation import summarise
 from medfl_ray.training.trainer import LocalJob, Trainer, choose_device
 
 PATCH = (16, 16)

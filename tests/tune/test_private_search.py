@@ -11,9 +11,9 @@ import yaml
 from search_cases import plan_of, private_run, public_images, search_of
 
 from medfl_ray.analytics.search_report import render_search_report
-from medfl_ray.data.cache_folders import locked_folder
+from medfl_ray.data.prepare.cache_folders import locked_folder
 from medfl_ray.errors import BudgetExceeded, ConfigError, PrivacyConfigError
-from medfl_ray.store.ledger import PrivacyLedger
+from medfl_ray.store.ledger.account import PrivacyLedger
 from tune import trial_pool
 from tune.journal import Journal, Result, Trial, trial_folder
 from tune.report import summarise

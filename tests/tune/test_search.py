@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from search_cases import EPSILONS, search_of, write_search
 
-from medfl_ray.config_files import load_run_config
+from medfl_ray.config.files import load_run_config
 from medfl_ray.errors import ConfigError
-from medfl_ray.store.receipts import read_receipts
+from medfl_ray.store.run.receipts import read_receipts
 from tune.journal import Journal, Result, Trial
 from tune.search import (
     Outcome,

@@ -10,9 +10,9 @@ from search_cases import plan_of, private_run, public_images
 
 from medfl_ray.errors import MedflError
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_events import charged_segments
-from medfl_ray.store.receipts import read_receipts
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.events import charged_segments
+from medfl_ray.store.run.receipts import read_receipts
 from tune.journal import trial_folder
 from tune.trainable import execute, read_failure, read_result
 from tune.trial_pool import open_once

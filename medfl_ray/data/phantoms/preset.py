@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from medfl_ray.config import PositiveFloat, Section
-from medfl_ray.config_files import parse_model, read_yaml
+from medfl_ray.config.base import PositiveFloat, Section
+from medfl_ray.config.files import parse_model, read_yaml
 from medfl_ray.errors import ConfigError
 
 PRESET_FOLDER = Path(__file__).parent / "presets"

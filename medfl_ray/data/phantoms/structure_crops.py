@@ -17,11 +17,11 @@ import numpy.typing as npt
 from nibabel.filebasedimages import ImageFileError
 from scipy import ndimage
 
-from medfl_ray.config_pretrain import CropsConfig
+from medfl_ray.config.pretrain import CropsConfig
 from medfl_ray.data.phantoms.anatomy import FREESURFER_TISSUE, list_label_maps
 from medfl_ray.data.phantoms.geometry import FloatArray, Grid, Pose, SmoothField
 from medfl_ray.data.phantoms.tissues import BRIGHTNESS
-from medfl_ray.data.placement import normalise
+from medfl_ray.data.prepare.placement import normalise
 from medfl_ray.errors import LayoutError, UnreadableFile
 
 Labels = npt.NDArray[np.int16]
