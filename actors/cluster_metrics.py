@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Emit = Callable[[Event], None]
 REPEAT_S = 5.0
 """Seconds between two repeats of all gauges; Ray's processes report every ten."""
-MOST_HOSPITALS = 100
+MAX_HOSPITALS = 100
 """With more, one series stands for all: of thousands, repeating each would cost more than a hundredth of a core."""
 ALL = "all"
 SHOWN_LABELS = ("public", "charged")
@@ -98,7 +98,7 @@ class ClusterMetrics:
         self._run, self._name, self._repeat_s, self._clock = run, name, repeat_s, clock
         # A round takes as long as its slowest hospital, whose time tells how many of its patients were drawn.
         self._shows_times = all(policy.declared != "private" for policy in policies)
-        self._many = len(policies) > MOST_HOSPITALS
+        self._many = len(policies) > MAX_HOSPITALS
         self._values: dict[tuple[str, tuple[str, ...]], float] = {}
         self._missed: dict[str, int] = {}
         self._present: set[str] = set()

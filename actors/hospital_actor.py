@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from actors.names import home_name
+from actors.names import group_name
 from medfl_ray.assembly.hospital import build_hospital
 from medfl_ray.assembly.spec import HospitalSpec
 from medfl_ray.errors import MedflError
@@ -27,7 +27,7 @@ from medfl_ray.messages import (
 )
 from medfl_ray.params import Vector
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 class HospitalActor:
@@ -41,7 +41,7 @@ class HospitalActor:
         self._hospitals: dict[str, Hospital] = {}
 
     def __repr__(self) -> str:
-        return f"HospitalActor({home_name(list(self._specs))})"
+        return f"HospitalActor({group_name(list(self._specs))})"
 
     def describe(self, hospital: str) -> HospitalInfo | ClientFailure:
         """Build a hospital and say what is public about it."""
@@ -80,7 +80,7 @@ class HospitalActor:
         """Return the actor's process id, for tools that watch or end it."""
         return os.getpid()
 
-    def _asked(self, name: str, round: int, attempt: int, ask: Callable[[Hospital], Answer]) -> Answer | ClientFailure:
+    def _asked(self, name: str, round: int, attempt: int, ask: Callable[[Hospital], T]) -> T | ClientFailure:
         """Ask a hospital, which is built first where this process is new: after a restart that may fail."""
         try:
             hospital = self._hospital(name)

@@ -10,6 +10,6 @@ def actor_name(run: str, role: str, which: str = "") -> str:
     return ":".join(part for part in ("medfl", run, role, which) if part)
 
 
-def home_name(hospitals: Sequence[str]) -> str:
+def group_name(hospitals: Sequence[str]) -> str:
     """Return a short name of the hospitals that share an actor."""
     return "+".join(hospitals) if len(hospitals) <= 2 else f"{hospitals[0]}+{len(hospitals) - 1}"

@@ -56,7 +56,7 @@ def resource_of(hospital: str) -> str:
 
 
 def place_actors(
-    homes: Sequence[tuple[str, ...]],
+    groups: Sequence[tuple[str, ...]],
     nodes: Sequence[Mapping[str, float]],
     policy: Policy = "spread",
     gpus_per_actor: float = 0.0,
@@ -71,21 +71,23 @@ def place_actors(
     Raises:
       ClusterError: hospitals of different nodes share an actor.
     """
-    where = {home: _nodes_of(home, nodes) for home in homes}
-    loose = [home for home in homes if not where[home]]
+    where = {group: _nodes_of(group, nodes) for group in groups}
+    loose = [group for group in groups if not where[group]]
     everything = _total(nodes)
-    crowds = [(nodes[index], sum(where[home] == [index] for home in homes) + len(loose)) for index in range(len(nodes))]
+    crowds = [
+        (nodes[index], sum(where[group] == [index] for group in groups) + len(loose)) for index in range(len(nodes))
+    ]
     places = {}
-    for home in homes:
-        offered = {name for index in where[home] for name in nodes[index]}
-        pins = tuple(resource_of(name) for name in home if resource_of(name) in offered)
-        pinned = len(where[home]) == 1
+    for group in groups:
+        offered = {name for index in where[group] for name in nodes[index]}
+        pins = tuple(resource_of(name) for name in group if resource_of(name) in offered)
+        pinned = len(where[group]) == 1
         shared: list[tuple[Mapping[str, float], int]] = (
-            [crowds[where[home][0]]] if pinned else [(everything, len(homes))]
+            [crowds[where[group][0]]] if pinned else [(everything, len(groups))]
         )
-        if not pinned and len(loose) < len(homes):  # so that no actor takes what a pinned one cannot find elsewhere
+        if not pinned and len(loose) < len(groups):  # so that no actor takes what a pinned one cannot find elsewhere
             shared += [crowd for crowd in crowds if crowd[1] > len(loose)]
-        places[home] = Place(
+        places[group] = Place(
             num_cpus=min(_cpus(*crowd) for crowd in shared),
             num_gpus=_gpus([crowd for crowd in shared if crowd[0].get("GPU")], gpus_per_actor),
             pins=pins,
@@ -94,9 +96,9 @@ def place_actors(
     return places
 
 
-def _nodes_of(home: tuple[str, ...], nodes: Sequence[Mapping[str, float]]) -> list[int]:
+def _nodes_of(group: tuple[str, ...], nodes: Sequence[Mapping[str, float]]) -> list[int]:
     """Return the nodes that offer an actor's hospitals; none where no node names them."""
-    named = [name for name in home if any(resource_of(name) in node for node in nodes)]
+    named = [name for name in group if any(resource_of(name) in node for node in nodes)]
     if not named:
         return []
     found = [index for index, node in enumerate(nodes) if all(resource_of(name) in node for name in named)]
@@ -130,7 +132,7 @@ def gpu_share(num_actors: int, num_gpus: float) -> float:
     return math.floor(10_000 / math.ceil(num_actors / num_gpus)) / 10_000
 
 
-def place_crew(
+def plan_simulation_actors(
     nodes: Sequence[Mapping[str, float]],
     num_hospitals: int,
     num_actors: int | None = None,

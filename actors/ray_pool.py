@@ -18,14 +18,22 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.cluster import check_pinned
 from actors.hospital_actor import HospitalActor
-from actors.names import actor_name, home_name
+from actors.names import actor_name, group_name
 from actors.placement import Place, Policy, place_actors
 from medfl_ray.assembly.spec import HospitalSpec
 from medfl_ray.errors import ClusterError
 from medfl_ray.federation.hospital_rules.failures import deadline_failure, evaluation_failure, start_failure
 from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.federation.studies.baselines import CENTRAL
-from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation, Stage
+from medfl_ray.messages import (
+    ClientFailure,
+    ClientUpdate,
+    FailureStage,
+    HospitalInfo,
+    PrivacySpent,
+    RoundPlan,
+    SiteEvaluation,
+)
 from medfl_ray.params import Vector
 
 START_TIMEOUT_S = 600.0
@@ -34,7 +42,7 @@ CLOSE_TIMEOUT_S = 5.0
 PATIENCE = 10
 """After so many deadlines, none taken for shorter than SHORT_S, a process that has not answered is ended."""
 SHORT_S = 30.0
-Home = tuple[str, ...]
+ActorGroup = tuple[str, ...]
 Call = Callable[[Any], Any]
 Fail = Callable[[str, str, bool], ClientFailure]
 """Makes a failure of (hospital, reason, whether the fault may pass)."""
@@ -72,39 +80,48 @@ class RayPool:
         self._gpus_per_actor = gpus_per_actor
         self._keeps_late = keeps_late
         self._actors: dict[str, Any] = {}
-        self._unfinished: dict[Home, Unfinished] = {}
+        self._unfinished: dict[ActorGroup, Unfinished] = {}
         self._clock: tuple[tuple[int, int], float] = ((0, 0), 0.0)
         self._placement: Policy = placement
         check_pinned(ledgers_to_pin(specs), ray.nodes())  # type: ignore[no-untyped-call]
-        self._homes = deal(sorted(name for name in self._specs if name != CENTRAL), num_actors)
+        self._groups = assign_to_actors(sorted(name for name in self._specs if name != CENTRAL), num_actors)
         self._places = self._find_places()
 
     def describe(self) -> Sequence[HospitalInfo | ClientFailure]:
-        names = [name for home in self._homes for name in home]
+        names = [name for group in self._groups for name in group]
         calls = {name: (lambda actor, name=name: actor.describe.remote(name)) for name in names}
         fail = lambda name, why, _: start_failure(name, why)  # noqa: E731
         return [answer for _, answer in self._gather(calls, fail, "starting", self._ends(START_TIMEOUT_S))]
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
-        told = {name: plan.addressed_to(name) for name in plan.hospitals}
-        calls = {name: (lambda actor, name=name: actor.reserve.remote(name, told[name])) for name in plan.hospitals}
-        fail = failure_of(plan, "reserve", left_host=False)
+        addressed_plans = {name: plan.addressed_to(name) for name in plan.hospitals}
+        calls = {
+            name: (lambda actor, name=name: actor.reserve.remote(name, addressed_plans[name]))
+            for name in plan.hospitals
+        }
+        fail = failure_of(plan, "reserve", may_have_left=False)
         ends = self._ends_of(plan) or self._ends(START_TIMEOUT_S)
         answers: dict[str, Any] = dict(self._gather(calls, fail, f"reserving for round {plan.round}", ends))
         return {name: answers[name] for name in plan.hospitals}
 
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
-        told = {name: plan.addressed_to(name) for name in hospitals}
-        calls = {name: (lambda actor, name=name: actor.release.remote(name, told[name], reason)) for name in hospitals}
-        fail, ends = failure_of(plan, "reserve", left_host=False), self._ends(plan.deadline_s or START_TIMEOUT_S)
+        addressed_plans = {name: plan.addressed_to(name) for name in hospitals}
+        calls = {
+            name: (lambda actor, name=name: actor.release.remote(name, addressed_plans[name], reason))
+            for name in hospitals
+        }
+        fail, ends = failure_of(plan, "reserve", may_have_left=False), self._ends(plan.deadline_s or START_TIMEOUT_S)
         list(self._gather(calls, fail, f"releasing round {plan.round}", ends))
 
     def train(
         self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector
     ) -> Generator[ClientUpdate | ClientFailure, None, None]:
         shared = put(weights)
-        told = {name: plan.addressed_to(name) for name in hospitals}
-        calls = {name: (lambda actor, name=name: actor.train.remote(name, told[name], shared)) for name in hospitals}
+        addressed_plans = {name: plan.addressed_to(name) for name in hospitals}
+        calls = {
+            name: (lambda actor, name=name: actor.train.remote(name, addressed_plans[name], shared))
+            for name in hospitals
+        }
         late = lambda name: deadline_failure(name, plan)  # noqa: E731
         doing = f"training for round {plan.round}"
         answers = self._gather(calls, failure_of(plan, "train"), doing, self._ends_of(plan), late, self._keeps_late)
@@ -123,18 +140,18 @@ class RayPool:
     def train_alone(self, plans: Mapping[str, AlonePlan], weights: Vector) -> Iterator[AloneResult | ClientFailure]:
         shared = put(weights)
         if CENTRAL in plans:
-            self._homes = [*self._homes, (CENTRAL,)]
+            self._groups = [*self._groups, (CENTRAL,)]
         calls = {
             n: (lambda actor, n=n, plan=plan: actor.train_alone.remote(n, plan, shared)) for n, plan in plans.items()
         }
         fail = lambda name, why, _: start_failure(name, why).model_copy(  # noqa: E731
-            update={"stage": "train", "left_host": True}
+            update={"stage": "train", "may_have_left": True}
         )
         for _, answer in self._gather(calls, fail, "training a baseline", None):
             yield answer
 
     def export_ledgers(self) -> dict[str, dict[str, Any]]:
-        names = [name for home in self._homes for name in home]
+        names = [name for group in self._groups for name in group]
         calls = {name: (lambda actor, name=name: actor.export_ledger.remote(name)) for name in names}
         fail = lambda name, why, _: evaluation_failure(name, 0, why)  # noqa: E731
         answers = self._gather(calls, fail, "exporting its ledger", self._ends(START_TIMEOUT_S))
@@ -167,9 +184,9 @@ class RayPool:
           late: makes the failure of who is not done by then; that of `fail` when absent.
           with_unfinished: whether answers to earlier trainings are yielded too, if they come in time.
         """
-        queues = {home: [name for name in home if name in calls] for home in self._homes}
+        queues = {group: [name for name in group if name in calls] for group in self._groups}
         started = time.monotonic()
-        pending: dict[Any, tuple[Home, str]] = {}
+        pending: dict[Any, tuple[ActorGroup, str]] = {}
         try:
             while True:
                 for name, answer in self._take_unfinished(fail):
@@ -188,8 +205,8 @@ class RayPool:
         finally:  # also where whoever asked has had enough
             now = time.monotonic()
             until = now + PATIENCE * max(SHORT_S, (ends or now) - started)
-            for answer, (home, name) in pending.items():
-                self._unfinished[home] = Unfinished(answer, name, doing, until)
+            for answer, (group, name) in pending.items():
+                self._unfinished[group] = Unfinished(answer, name, doing, until)
         missing = [name for _, name in pending.values()] + [name for queue in queues.values() for name in queue]
         for name in missing:
             yield name, late(name) if late is not None else fail(name, f"not done with {doing} in time", False)
@@ -205,29 +222,29 @@ class RayPool:
 
         One that is not done after many deadlines hangs, and its process is ended; Ray starts another.
         """
-        for home, one in list(self._unfinished.items()):
+        for group, one in list(self._unfinished.items()):
             if time.monotonic() > one.until:
-                ray.kill(self._actor(home), no_restart=False)
-                del self._unfinished[home]
+                ray.kill(self._actor(group), no_restart=False)
+                del self._unfinished[group]
             elif ray.wait([one.answer], timeout=0)[0]:
-                del self._unfinished[home]
+                del self._unfinished[group]
                 yield one.hospital, self._take(one.answer, one.hospital, fail)
 
-    def _turn_away(self, queues: dict[Home, list[str]], fail: Fail) -> Iterator[tuple[str, Any]]:
+    def _turn_away(self, queues: dict[ActorGroup, list[str]], fail: Fail) -> Iterator[tuple[str, Any]]:
         """Answer for hospitals whose actor is still busy with an earlier round."""
-        for home, one in self._unfinished.items():
-            while queues.get(home):
-                name = queues[home].pop(0)
+        for group, one in self._unfinished.items():
+            while queues.get(group):
+                name = queues[group].pop(0)
                 yield name, fail(name, f"its process is still {one.doing}; it is asked when that is done", False)
 
     def _submit(
-        self, queues: dict[Home, list[str]], calls: Mapping[str, Call], pending: dict[Any, tuple[Home, str]]
+        self, queues: dict[ActorGroup, list[str]], calls: Mapping[str, Call], pending: dict[Any, tuple[ActorGroup, str]]
     ) -> None:
-        busy = {home for home, _ in pending.values()}
-        for home, queue in queues.items():
-            if queue and home not in busy:
+        busy = {group for group, _ in pending.values()}
+        for group, queue in queues.items():
+            if queue and group not in busy:
                 name = queue.pop(0)
-                pending[calls[name](self._actor(home))] = (home, name)
+                pending[calls[name](self._actor(group))] = (group, name)
 
     def _take(self, reference: Any, name: str, fail: Fail) -> Any:
         try:
@@ -246,21 +263,21 @@ class RayPool:
             self._clock = key, time.monotonic()
         return None if plan.deadline_s is None else self._clock[1] + plan.deadline_s
 
-    def _find_places(self) -> dict[Home, Place]:
+    def _find_places(self) -> dict[ActorGroup, Place]:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         central = [(CENTRAL,)] if CENTRAL in self._specs else []  # its share is kept free from the start
-        return place_actors([*self._homes, *central], nodes, self._placement, self._gpus_per_actor)
+        return place_actors([*self._groups, *central], nodes, self._placement, self._gpus_per_actor)
 
     @staticmethod
     def _ends(seconds: float | None) -> float | None:
         return None if seconds is None else time.monotonic() + seconds
 
-    def _actor(self, home: Home) -> Any:
-        name = home_name(home)
+    def _actor(self, group: ActorGroup) -> Any:
+        name = group_name(group)
         if name not in self._actors:
-            options = self._places[home].options()
+            options = self._places[group].options()
             remote = ray.remote(HospitalActor).options(name=actor_name(self._job, "hospital", name), **options)
-            self._actors[name] = create_named(remote, [self._specs[hospital] for hospital in home])
+            self._actors[name] = create_named(remote, [self._specs[hospital] for hospital in group])
         return self._actors[name]
 
 
@@ -298,18 +315,18 @@ def put(weights: Vector) -> Any:
         ) from None
 
 
-def failure_of(plan: RoundPlan, stage: Stage, left_host: bool = True) -> Fail:
+def failure_of(plan: RoundPlan, stage: FailureStage, may_have_left: bool = True) -> Fail:
     """Return what makes a failure of a hospital in a round."""
 
-    def build(name: str, why: str, passing: bool) -> ClientFailure:
+    def build(name: str, why: str, transient: bool) -> ClientFailure:
         return ClientFailure(
             hospital=name,
             round=plan.round,
             attempt=plan.attempt,
             stage=stage,
             reason=why,
-            left_host=left_host,
-            passing=passing,
+            may_have_left=may_have_left,
+            transient=transient,
         )
 
     return build
@@ -325,7 +342,7 @@ def ledgers_to_pin(specs: Sequence[HospitalSpec]) -> list[str]:
     return [spec.policy.hospital for spec in specs if spec.policy.declared in kept]
 
 
-def deal(names: Sequence[str], num_actors: int | None) -> list[tuple[str, ...]]:
+def assign_to_actors(names: Sequence[str], num_actors: int | None) -> list[tuple[str, ...]]:
     """Deal hospitals to actors in turn; one actor each when no number is given."""
     count = min(num_actors or len(names), len(names))
     return [tuple(names[start::count]) for start in range(count)]

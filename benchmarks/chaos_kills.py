@@ -225,9 +225,9 @@ def weights_checksum(folder: Path) -> str:
     return params.checksum(checkpoint.weights) if checkpoint is not None else ""
 
 
-def undisturbed(out: Path, private: bool) -> tuple[str, float]:
+def gc_frozen(out: Path, private: bool) -> tuple[str, float]:
     """Return the weights' checksum of a run that nobody kills, and its seconds from start to first training."""
-    place = out / f"{'private' if private else 'plain'}-undisturbed"
+    place = out / f"{'private' if private else 'plain'}-gc_frozen"
     place.mkdir(parents=True)
     folder, trace = RunFolder.create(configure(private, place)).path, place / "trace"
     status, began = fork_victim(folder, trace, None)
@@ -239,7 +239,7 @@ def undisturbed(out: Path, private: bool) -> tuple[str, float]:
 def kill_everywhere(out: Path, repeats: int, failpoints: tuple[str, ...] = FAILPOINTS) -> dict[str, float]:
     """Kill at every failpoint so many times, private and plain, and return the figures."""
     warm_up(out / "warm")
-    cold = {private: undisturbed(out, private) for private in (True, False)}
+    cold = {private: gc_frozen(out, private) for private in (True, False)}
     kills: list[Killed] = []
     # Forked now, each worker has everything imported too, and a single thread, as who forks should.
     with ProcessPoolExecutor(AT_ONCE, mp_context=get_context("fork")) as workers:

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SIZE = 32
-LEAST_PATIENTS, SIZES = 8, 25
+MIN_PATIENTS, SIZES = 8, 25
 
 
 def num_patients(number: int) -> int:
     """Number of images of a hospital, 8 to 32 in a fixed pattern."""
-    return LEAST_PATIENTS + number * 7 % SIZES
+    return MIN_PATIENTS + number * 7 % SIZES
 
 
 def policies(count: int) -> tuple[SitePolicy, ...]:

@@ -37,11 +37,11 @@ class BareLoop:
     def __init__(self, count: int, group_size: int) -> None:
         """Open the data of `count` hospitals."""
         from medfl_ray.training.grouped.group_forming import form_groups
-        from medfl_ray.training.grouped.trainer import HospitalTask, ManyHospitals
+        from medfl_ray.training.grouped.trainer import GroupedTrainer, HospitalTask
         from medfl_ray.training.rules.local_job import LocalJob
 
         self._trainer = make_trainer(SMALL)
-        self._many = ManyHospitals(self._trainer, group_size)
+        self._many = GroupedTrainer(self._trainer, group_size)
         self._weights = self._trainer.initial_weights(1)
         data = [hospitals.RandomHospital(number) for number in range(count)]
         sizes = [(-(-one.num_train_patients // 8), one.num_train_patients) for one in data]

@@ -20,7 +20,7 @@ from medfl_ray.store.run.folder import RunFolder
 FAST = "--fast" in sys.argv
 work = Path(mkdtemp(prefix="medfl-own-data-"))
 given = [Path(word).absolute() for word in sys.argv[1:] if Path(word).is_dir()]
-# Declared in public and rounded, never counted from private files.
+# DataKind in public and rounded, never counted from private files.
 NUM_PATIENTS = 8 if FAST else 60
 ROUNDS, PATCH = (2 if FAST else 10), (32 if given else 16)
 LABELS = {1: "core", 2: "oedema"}  # a manifest does not name the values in its masks

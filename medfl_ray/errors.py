@@ -16,7 +16,7 @@
     |-- FederationError
     |   |-- QuorumLost         too few hospitals delivered an update
     |   |-- UpdateRejected     an update does not fit the round it claims
-    |   |-- CheckpointError    a checkpoint is missing, damaged or cannot be written
+    |   |-- StorageError    a checkpoint is missing, damaged or cannot be written
     |   |-- ReceiptError       a receipt was changed, left out or signed by somebody else
     |   `-- HospitalLost       a hospital's process ended before it answered
     |-- ExportError            a model could not be exported, or its package is not what it says
@@ -96,7 +96,7 @@ class UpdateRejected(FederationError):
     """An update does not fit the round it claims to belong to."""
 
 
-class CheckpointError(FederationError):
+class StorageError(FederationError):
     """A checkpoint is missing, damaged or cannot be written."""
 
 

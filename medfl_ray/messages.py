@@ -25,21 +25,31 @@ Label = Literal["public", "charged", "suppressed", "unprotected"]
 shown. unprotected: private data of a run whose differential privacy is off."""
 
 
-Unit = Literal["patient", "hospital"]
+PrivacyUnit = Literal["patient", "hospital"]
 """What one differing record is: one patient of one hospital, or one hospital with all its patients."""
 
 Adjacency = Literal["add_remove", "zero_out"]
 """add_remove: a record is there or not. zero_out: a record is there, or zeros in its place (tree aggregation)."""
 
 
-Stage = Literal["select", "start", "reserve", "train", "late", "surplus", "screen", "evaluate"]
+FailureStage = Literal["select", "start", "reserve", "train", "late", "surplus", "screen", "evaluate"]
 """Where a hospital's part in a round ended."""
 
 
 class Message(BaseModel):
-    """A frozen, JSON-serialisable message; in JSON text an infinite figure is the string "Infinity"."""
+    """A frozen, JSON-serialisable message; in JSON text an infinite figure is the string "Infinity".
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    An alias is a field's name in JSON, so that hashes, signatures and files of earlier versions stay valid.
+    """
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        ser_json_inf_nan="strings",
+        serialize_by_alias=True,
+        validate_by_alias=True,
+        validate_by_name=True,
+    )
 
 
 class Metric(Message):
@@ -54,7 +64,7 @@ class Mechanism(Message):
 
     Noise has standard deviation noise_multiplier * max_grad_norm on the sum of clipped patient
     gradients; each of num_steps steps draws every patient with probability sample_rate. At hospital level
-    the sum is of hospitals' updates and num_patients counts hospitals. With adjacency zero_out it is one tree over
+    the sum is of hospitals' updates and num_records counts hospitals. With adjacency zero_out it is one tree over
     num_steps rounds, noise_multiplier per node.
     """
 
@@ -62,9 +72,9 @@ class Mechanism(Message):
     sample_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     num_steps: Annotated[int, Field(gt=0)]
-    num_patients: Annotated[int, Field(gt=0)]
+    num_records: Annotated[int, Field(gt=0, alias="num_patients")]
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-    unit: Unit = "patient"
+    unit: PrivacyUnit = "patient"
     adjacency: Adjacency = "add_remove"
 
 
@@ -144,7 +154,7 @@ class PrivacySpent(Message):
     epsilon: float
     delta: float
     budget: float | None
-    unit: Unit = "patient"
+    unit: PrivacyUnit = "patient"
     adjacency: Adjacency = "add_remove"
     ledger_head: str | None = None
     ledger_rows: tuple[LedgerRows, ...] = ()
@@ -197,7 +207,7 @@ class ClientUpdate:
     attempt: int
     delta: Vector
     layout_checksum: str
-    num_patients: int
+    aggregation_weight: int
     num_steps: int
     spent: PrivacySpent | None
     metrics: dict[str, Metric] = field(default_factory=dict)
@@ -209,19 +219,19 @@ class ClientUpdate:
 class ClientFailure(Message):
     """A hospital that delivered nothing in this round, and why; `config_fault` where the configuration is to blame.
 
-    `left_host` says whether anything computed from data may have left the hospital, `passing` whether the fault lay
-    with a process or connection, so that asking again may help. At stage `select` a hospital was not asked because of
-    its earlier failures; at stage `surplus` enough others had delivered.
+    `may_have_left` says whether anything computed from data may have left the hospital, `transient` whether the fault
+    lay with a process or connection, so that asking again may help. At stage `select` a hospital was not asked because
+    of its earlier failures; at stage `surplus` enough others had delivered.
     """
 
     hospital: str
     round: int
     attempt: int
-    stage: Stage
+    stage: FailureStage
     reason: str
-    left_host: bool = True
+    may_have_left: bool = Field(True, alias="left_host")
     config_fault: bool = False
-    passing: bool = False
+    transient: bool = Field(False, alias="passing")
 
 
 class ReliabilityBins(Message):

@@ -24,7 +24,7 @@ Clock = Callable[[], datetime]
 def has_secret_cohorts(run: RunConfig) -> bool:
     """Say whether hospitals are drawn in secret: the hospital-level Gaussian mechanism with sampling."""
     privacy = run.privacy
-    return privacy.central and privacy.hospital_level.mechanism != "tree" and run.federation.fraction < 1
+    return privacy.hospital_dp and privacy.hospital_level.mechanism != "tree" and run.federation.fraction < 1
 
 
 def exact_now() -> datetime:

@@ -16,7 +16,7 @@ STUDIES_FILE, STOPPING_FILE = "studies.json", "stopping.json"
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class SavedResult:
     """A finished piece of what follows the rounds: a JSON document, and weights [P] where it is a model."""
 
     document: Mapping[str, Any]

@@ -18,7 +18,7 @@ from medfl_ray.export.description import PackageDescription
 from medfl_ray.export.predictor import Segmentation
 from serve.refusals import TimedOut, Unavailable
 from serve.replicas.model_loader import Catalogue, ModelKey
-from serve.replicas.replica import Parcel, SegmentAnswer, TensorAnswer, WorkReport
+from serve.replicas.replica import OneShotVolume, SegmentAnswer, TensorAnswer, WorkReport
 from serve.serving_metrics import ServingMetrics
 
 ATTEMPTS = 2
@@ -152,5 +152,5 @@ class LocalReplicas:
 
     async def segment(self, key: ModelKey, volume: Volume) -> AsyncIterator[float | SegmentAnswer]:
         """Segment a volume."""
-        async for word in self._replica.segment(key.text, Parcel(volume)):
+        async for word in self._replica.segment(key.text, OneShotVolume(volume)):
             yield word

@@ -14,8 +14,8 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-MOST_WAITING_BYTES = 16 * 1024**2
-MOST_WAITING_PARTS = 64
+MAX_WAITING_BYTES = 16 * 1024**2
+MAX_WAITING_PARTS = 64
 LOOK_AGAIN_S = 0.005
 SAY_HELD_BACK_S = 1.0  # well below any stall_timeout_s that makes sense
 HELD_BACK = {"type": "http.request", "body": b"", "more_body": True}
@@ -43,7 +43,7 @@ class HeldBackProxy:
         async def when_there_is_room() -> Message:
             nonlocal is_complete
             began = time.monotonic()
-            while waiting_bytes(self._proxy) > MOST_WAITING_BYTES:
+            while waiting_bytes(self._proxy) > MAX_WAITING_BYTES:
                 if not is_complete and time.monotonic() - began > SAY_HELD_BACK_S:
                     return HELD_BACK
                 await asyncio.sleep(LOOK_AGAIN_S)
@@ -75,7 +75,7 @@ def hold_back(receive: Any) -> None:
     fetch = receive._receive_asgi_messages
 
     async def fetch_when_there_is_room(metadata: Any) -> Any:
-        while receive.queue.qsize() > MOST_WAITING_PARTS:
+        while receive.queue.qsize() > MAX_WAITING_PARTS:
             await asyncio.sleep(LOOK_AGAIN_S)
         return await fetch(metadata)
 

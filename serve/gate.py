@@ -25,7 +25,7 @@ METRICS_ROUTE = "/metrics"
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 OUR_FAULT = 500
 LEFT = 499  # the client went before there was an answer
-MOST_HEADER_BYTES = 32 * 1024
+MAX_HEADER_BYTES = 32 * 1024
 log = structlog.get_logger("medfl_ray.serve")
 
 
@@ -91,8 +91,8 @@ class Gate:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         path = _path(scope)
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
-            raise TooLarge(f"the request's headers are larger than {MOST_HEADER_BYTES} bytes")
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            raise TooLarge(f"the request's headers are larger than {MAX_HEADER_BYTES} bytes")
         if path not in self._open_routes:
             token = self._tokens.identify(headers.get("authorization"))
             scope["state"] |= {"token": token.name, "owner": token.sha256, "roles": token.roles}

@@ -21,7 +21,7 @@ from medfl_ray.export.description import DESCRIPTION, PackageDescription, Varian
 from serve.auth import Role, TokenBook, add_token
 from serve.backend import Backend, LocalReplicas
 from serve.clinic.jobs import JobLimits
-from serve.clinic.service import Clinic
+from serve.clinic.service import SegmentationService
 from serve.http_app import build_http_app
 from serve.protocols.monai_label import monai_label_router
 from serve.protocols.pacs_target import PacsTarget
@@ -98,7 +98,7 @@ def clinic_service(
     replicas = LocalReplicas(ModelReplica(lambda: FolderSource(models), chosen))
     catalogue = Catalogue(FolderSource(models), replicas.describe, chosen.only, metrics.served)
     backend = Backend(replicas, catalogue, metrics, chosen.limits.inference_timeout_s)
-    clinic = Clinic(backend, limits, pacs, folder / "state", jobs)
+    clinic = SegmentationService(backend, limits, pacs, folder / "state", jobs)
     tokens = folder / "tokens.json"
     token = add_token(tokens, "test", roles)
     routers = (segment_router(clinic), monai_label_router(clinic))

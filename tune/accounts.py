@@ -53,7 +53,7 @@ def past_of(run: RunConfig, policies: Sequence[SitePolicy], folder: Path) -> Pas
 
 
 def largest_known(
-    worst_case: Mapping[str, float], past: Past, run: RunConfig, policies: Sequence[SitePolicy]
+    worst_case: Mapping[str, float], history: Past, run: RunConfig, policies: Sequence[SitePolicy]
 ) -> dict[str, float]:
     """Return per hospital the worst case that was checked, or what its ledger holds by now where that is more.
 
@@ -61,7 +61,7 @@ def largest_known(
     """
     return {
         policy.hospital: max(
-            worst_case.get(policy.hospital, 0.0), past.epsilon(policy.hospital, account_delta(run, policy))
+            worst_case.get(policy.hospital, 0.0), history.epsilon(policy.hospital, account_delta(run, policy))
         )
         for policy in policies
     }

@@ -92,7 +92,7 @@ def check_terms(
     search: SearchConfig,
     raw: Mapping[str, Any],
     policies: Sequence[SitePolicy],
-    past: Past,
+    history: Past,
     num_left: int,
 ) -> Terms:
     """Decide how a search is accounted, or refuse it.
@@ -122,18 +122,18 @@ def check_terms(
     kinds = {policy.hospital: [each[policy.hospital] for each in segments] for policy in policies}
     if search.accounting == "select":
         return _selected(search, kinds, deltas)
-    worst = {name: _worst_case(name, past, kinds[name], num_left, delta) for name, delta in deltas.items()}
+    worst = {name: _worst_case(name, history, kinds[name], num_left, delta) for name, delta in deltas.items()}
     if num_left:
-        refuse_unprotected(policies, past.unprotected)
+        refuse_unprotected(policies, history.unprotected)
         refuse_over_budget(policies, worst, deltas, num_left)
-        refuse_too_many_steps(policies, kinds, past.charged, num_left)
-    return Terms("compose", composed_words(past.unprotected), max(deltas.values()), worst)
+        refuse_too_many_steps(policies, kinds, history.charged, num_left)
+    return Terms("compose", composed_words(history.unprotected), max(deltas.values()), worst)
 
 
-def _worst_case(hospital: str, past: Past, kinds: Sequence[Segment], num_left: int, delta: float) -> float:
-    if hospital in past.unprotected or not num_left:
-        return past.epsilon(hospital, delta)
-    return worst_case_epsilon(past.charged.get(hospital, ()), kinds, num_left, delta)
+def _worst_case(hospital: str, history: Past, kinds: Sequence[Segment], num_left: int, delta: float) -> float:
+    if hospital in history.unprotected or not num_left:
+        return history.epsilon(hospital, delta)
+    return worst_case_epsilon(history.charged.get(hospital, ()), kinds, num_left, delta)
 
 
 PUBLIC_WORDS = (

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from medfl_ray.errors import CheckpointError
+from medfl_ray.errors import StorageError
 from medfl_ray.store.durable import append_line
 from tune.pareto import Point
 from tune.space import Value
@@ -67,7 +67,7 @@ class Journal:
         """Write a line and flush it to the disk.
 
         Raises:
-          CheckpointError: the file cannot be written.
+          StorageError: the file cannot be written.
         """
         append_line(self.folder / JOURNAL, trial.model_dump_json())
 
@@ -75,7 +75,7 @@ class Journal:
         """Return the last word on every trial, by number; a torn last line is what a crash leaves, and passed over.
 
         Raises:
-          CheckpointError: a line in the middle is damaged.
+          StorageError: a line in the middle is damaged.
         """
         return list(self._by_number(self.lines()).values())
 
@@ -89,7 +89,7 @@ class Journal:
                 found.append(Trial.model_validate_json(text))
             except ValidationError:
                 if number < len(texts):
-                    raise CheckpointError(
+                    raise StorageError(
                         f"line {number} of {JOURNAL} of the search {self.folder.name!r} is damaged; restore the file "
                         "or start a new search"
                     ) from None

@@ -115,7 +115,7 @@ def importance(config: SearchConfig, trials: Sequence[Trial]) -> dict[str, float
 
 
 @dataclass(frozen=True)
-class Answer:
+class TrialAnswer:
     """How much epsilon a Dice needs, by a search's trials; `nearest` is the trial that reached it most cheaply.
 
     epsilon: None where no trial reached the Dice; `best` is then how far they came.
@@ -131,7 +131,7 @@ class Answer:
     num_trials: int
 
 
-def epsilon_needed(folder: Path, dice: float) -> Answer:
+def epsilon_needed(folder: Path, dice: float) -> TrialAnswer:
     """Say what epsilon a Dice needs, by the finished trials of a search.
 
     Raises:
@@ -149,7 +149,7 @@ def epsilon_needed(folder: Path, dice: float) -> Answer:
         )
     rising = privacy_front(known)
     nearest = next((point for point in rising if point.dice >= dice), None)
-    return Answer(
+    return TrialAnswer(
         dice=dice,
         epsilon=epsilon_for(known, dice),
         delta=search.terms.delta,

@@ -24,7 +24,7 @@ from medfl_ray.config.files import dump_yaml, parse_model, read_yaml
 from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import SitePolicy
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.errors import CheckpointError, ClusterError, ConfigError, FederationError
+from medfl_ray.errors import ClusterError, ConfigError, FederationError, StorageError
 from medfl_ray.store.durable import replace_file
 from tune.accounts import Past, largest_known, past_of
 from tune.budget import Terms, check_terms, first_point
@@ -79,7 +79,7 @@ def create_search(search: SearchConfig) -> Search:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise CheckpointError(
+        raise StorageError(
             f"cannot make the search's folder {folder.name!r}: {error.strerror}; choose another directory"
         ) from None
     kept = search.model_copy(update={"run": Path(RUN), "overrides": ()})
@@ -171,8 +171,8 @@ def _first_run(plan: TrialPlan) -> RunConfig:
 def _check(plan: TrialPlan, num_left: int) -> tuple[tuple[SitePolicy, ...], Terms]:
     run = _first_run(plan)
     policies = tuple(list_hospitals(run))
-    past = past_of(run, policies, plan.folder) if plan.search.accounting == "compose" else Past()
-    return policies, check_terms(plan.search, plan.raw, policies, past, max(0, num_left))
+    history = past_of(run, policies, plan.folder) if plan.search.accounting == "compose" else Past()
+    return policies, check_terms(plan.search, plan.raw, policies, history, max(0, num_left))
 
 
 def known_accounts(search: Search) -> dict[str, float]:
@@ -184,8 +184,8 @@ def known_accounts(search: Search) -> dict[str, float]:
     if search.plan.search.accounting != "compose":
         return dict(search.terms.worst_case)
     run = _first_run(search.plan)
-    past = past_of(run, search.policies, search.folder)
-    return largest_known(search.terms.worst_case, past, run, search.policies)
+    history = past_of(run, search.policies, search.folder)
+    return largest_known(search.terms.worst_case, history, run, search.policies)
 
 
 def run_search(search: Search, num_cpus: float, progress: Any = None) -> Outcome:

@@ -19,7 +19,7 @@ from medfl_ray.config.files import dump_yaml
 from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import SitePolicy
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.errors import CheckpointError, FederationError, MedflError
+from medfl_ray.errors import FederationError, MedflError, StorageError
 from medfl_ray.federation.events import Event, RoundClosed
 from medfl_ray.federation.planning import delta_of
 from medfl_ray.messages import Metric, SiteEvaluation
@@ -184,7 +184,7 @@ def patiently_locked(store: RunFolder) -> Iterator[None]:
     """Hold a trial's run; a process of an earlier attempt may need a moment to notice that its search has ended.
 
     Raises:
-      CheckpointError: it does not end.
+      StorageError: it does not end.
     """
     until = time.monotonic() + LOCK_PATIENCE_S
     while True:
@@ -192,7 +192,7 @@ def patiently_locked(store: RunFolder) -> Iterator[None]:
         try:
             lock.__enter__()
             break
-        except CheckpointError:
+        except StorageError:
             if time.monotonic() > until:
                 raise
             time.sleep(0.5)

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower_strategies
 from flwr.supercore.task_identity import TaskIdentity
 
-from actors.flower.state import Kept, Records, capture, restore
+from actors.flower.state import Records, StrategyArrays, capture, restore
 from medfl_ray import params
 from medfl_ray.aggregation.strategies import ServerState
 from medfl_ray.aggregation.updates import Updates
@@ -76,7 +76,7 @@ class FlowerAggregation:
             name = type(strategy).__name__
             self._emit(Notice(message=f"note: {name} made nothing of {len(updates)} updates; the weights stay"))
             vector = weights
-        kept: Kept = capture(strategy, RECORDS, number)
+        kept: StrategyArrays = capture(strategy, RECORDS, number)
         return vector - weights, kept
 
     def _aggregate(

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from actors.flower.aggregation import ARRAYS, identify
 from actors.flower.hospital import answer
-from actors.flower.messages import Parcel, Request, pack, text_of
+from actors.flower.messages import HospitalRequest, WireMessage, pack, text_of
 from medfl_ray.errors import FederationError
 from medfl_ray.params import Vector
 
@@ -37,7 +37,7 @@ class GridLink:
         """Return the nodes that are connected."""
         return list(self._grid.get_node_ids())
 
-    def send(self, node: int, request: Request, vector: Vector | None) -> str:
+    def send(self, node: int, request: HospitalRequest, vector: Vector | None) -> str:
         """Send a request and return its number.
 
         Raises:
@@ -53,9 +53,9 @@ class GridLink:
             raise FederationError("Flower did not take a message; the SuperNode is not connected")
         return numbers[0]
 
-    def receive(self, numbers: Sequence[str]) -> Mapping[str, Parcel | str]:
+    def receive(self, numbers: Sequence[str]) -> Mapping[str, WireMessage | str]:
         """Return the replies that are there, each a parcel or why there will be none."""
-        found: dict[str, Parcel | str] = {}
+        found: dict[str, WireMessage | str] = {}
         for message in self._grid.pull_messages(numbers) if numbers else ():
             number = message.metadata.reply_to_message_id
             # The error's own text may hold a traceback of the hospital's process.
@@ -74,11 +74,11 @@ def _content(fields: Mapping[str, Any], vector: Vector | None) -> RecordDict:
     return content
 
 
-def _parcel(message: Message) -> Parcel | str:
+def _parcel(message: Message) -> WireMessage | str:
     try:
         said = message.content.config_records[SAID]
         pictures = tuple(bytes(picture) for picture in said.get("pictures", []))  # type: ignore[union-attr, arg-type]
-        return Parcel(str(said["kind"]), str(said["body"]), _vector_of(message), pictures)
+        return WireMessage(str(said["kind"]), str(said["body"]), _vector_of(message), pictures)
     except (KeyError, TypeError, ValueError):
         return "its SuperNode answered with other records than ours"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import structlog
 
-from actors.flower.messages import Answer, Identity, Request
+from actors.flower.messages import HospitalReply, HospitalRequest, Identity
 from medfl_ray.assembly.hospital import build_hospital
 from medfl_ray.assembly.spec import HospitalSpec
 from medfl_ray.config.files import load_run_config
@@ -89,10 +89,10 @@ def _executions(value: object) -> int:
     return int(str(value))
 
 
-def answer(text: str, weights: Vector | None, node: Settings, app: Settings) -> Answer:
+def answer(text: str, weights: Vector | None, node: Settings, app: Settings) -> HospitalReply:
     """Answer one request, which is JSON; whatever goes wrong is a failure with a reason that holds no identifier."""
     try:
-        request = Request.model_validate(json.loads(text))
+        request = HospitalRequest.model_validate(json.loads(text))
     except (ValueError, RecursionError) as error:
         return start_failure("", f"the request cannot be read ({type(error).__name__}); install the same version")
     number, attempt = (request.plan.round, request.plan.attempt) if request.plan is not None else (request.round, 0)
@@ -109,7 +109,7 @@ def answer(text: str, weights: Vector | None, node: Settings, app: Settings) -> 
         return start_failure(request.hospital, reason, number, attempt)
 
 
-def ask_hospital(request: Request, weights: Vector | None, node: Node) -> Answer:
+def ask_hospital(request: HospitalRequest, weights: Vector | None, node: Node) -> HospitalReply:
     """Ask this node's hospital, which is built first where the process is new.
 
     Raises:
@@ -139,7 +139,7 @@ def ask_hospital(request: Request, weights: Vector | None, node: Node) -> Answer
     raise FederationError(f"the request {request.ask!r} lacks its plan or its weights")
 
 
-def check_request(request: Request, run: RunConfig, node: Node) -> None:
+def check_request(request: HospitalRequest, run: RunConfig, node: Node) -> None:
     """Refuse what is not meant for this hospital and the run that it agreed to.
 
     Raises:
@@ -277,7 +277,7 @@ class KeptReservations(MutableMapping[RoundKey, Reservation]):
         replace_file(self._file, json.dumps(rows).encode(), private=True)
 
 
-def failure_of(hospital: str, reason: str, request: Request) -> ClientFailure:
+def failure_of(hospital: str, reason: str, request: HospitalRequest) -> ClientFailure:
     """Say what became of a request that nobody answered, at the stage that it was for."""
     plan = request.plan
     number, attempt = (plan.round, plan.attempt) if plan is not None else (request.round, 0)
@@ -292,6 +292,6 @@ def failure_of(hospital: str, reason: str, request: Request) -> ClientFailure:
             "attempt": attempt,
             "stage": stage,
             "reason": reason,
-            "left_host": trains,
+            "may_have_left": trains,
         }
     )

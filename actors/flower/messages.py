@@ -30,7 +30,7 @@ from medfl_ray.params import Vector
 Ask = Literal["who", "describe", "reserve", "release", "train", "evaluate", "alone", "ledger"]
 
 
-class Request(Message):
+class HospitalRequest(Message):
     """What a coordinator asks of one hospital.
 
     `index` is the hospital's place in the run, which its random numbers depend on. `config_hash` names the run: a
@@ -63,7 +63,7 @@ class UpdateFields(Message):
     round: int
     attempt: int
     layout_checksum: str
-    num_patients: int
+    aggregation_weight: int
     num_steps: int
     spent: PrivacySpent | None
     metrics: dict[str, Metric]
@@ -89,7 +89,7 @@ class Identity(Message):
 
 
 @dataclass(frozen=True, eq=False)
-class Parcel:
+class WireMessage:
     """An answer as it travels: its kind, its fields as JSON, a vector and pictures."""
 
     kind: str
@@ -98,7 +98,7 @@ class Parcel:
     pictures: tuple[bytes, ...] = ()
 
 
-Answer = (
+HospitalReply = (
     HospitalInfo
     | ClientFailure
     | PrivacySpent
@@ -119,20 +119,20 @@ def text_of(message: Message, **options: Any) -> str:
     return json.dumps(message.model_dump(**options))
 
 
-def pack(answer: Answer) -> Parcel:
+def pack(answer: HospitalReply) -> WireMessage:
     """Return an answer as it travels."""
     if isinstance(answer, ClientUpdate):
-        return Parcel("ClientUpdate", text_of(_fields(UpdateFields, answer)), answer.delta)
+        return WireMessage("ClientUpdate", text_of(_fields(UpdateFields, answer)), answer.delta)
     if isinstance(answer, AloneResult):
-        return Parcel("AloneResult", text_of(_fields(AloneFields, answer)), answer.weights)
+        return WireMessage("AloneResult", text_of(_fields(AloneFields, answer)), answer.weights)
     if isinstance(answer, SiteEvaluation):
-        return Parcel("SiteEvaluation", text_of(answer, exclude={"pictures"}), None, answer.pictures)
+        return WireMessage("SiteEvaluation", text_of(answer, exclude={"pictures"}), None, answer.pictures)
     if isinstance(answer, Message):
-        return Parcel(type(answer).__name__, text_of(answer))
-    return Parcel("none" if answer is None else "ledger", json.dumps(answer))
+        return WireMessage(type(answer).__name__, text_of(answer))
+    return WireMessage("none" if answer is None else "ledger", json.dumps(answer))
 
 
-def unpack(parcel: Parcel) -> Answer:
+def unpack(parcel: WireMessage) -> HospitalReply:
     """Return what travelled.
 
     Raises:

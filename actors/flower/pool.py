@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from actors.flower.hospital import failure_of
-from actors.flower.messages import Answer, Identity, Parcel, Request, unpack
+from actors.flower.messages import HospitalReply, HospitalRequest, Identity, WireMessage, unpack
 from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import ConfigError, FederationError
@@ -23,7 +23,7 @@ from medfl_ray.params import Vector
 
 POLL_S = 0.2
 START_TIMEOUT_S = 600.0
-Calls = Mapping[str, tuple[Request, Vector | None]]
+Calls = Mapping[str, tuple[HospitalRequest, Vector | None]]
 Late = Callable[[str], ClientFailure]
 
 
@@ -33,10 +33,10 @@ class Link(Protocol):
     def nodes(self) -> Sequence[int]:
         """Return the nodes that are connected."""
 
-    def send(self, node: int, request: Request, vector: Vector | None) -> str:
+    def send(self, node: int, request: HospitalRequest, vector: Vector | None) -> str:
         """Send a request and return its number."""
 
-    def receive(self, numbers: Sequence[str]) -> Mapping[str, Parcel | str]:
+    def receive(self, numbers: Sequence[str]) -> Mapping[str, WireMessage | str]:
         """Return the replies that are there, each a parcel or why there will be none."""
 
 
@@ -124,9 +124,9 @@ class FlowerPool:
     def close(self) -> None:
         """End nothing: SuperNodes belong to the hospitals."""
 
-    def _request(self, ask: Any, hospital: str, **fields: Any) -> Request:
+    def _request(self, ask: Any, hospital: str, **fields: Any) -> HospitalRequest:
         common = {"index": self._index[hospital], "job": self._job, "config_hash": self._run.config_hash}
-        return Request(ask=ask, hospital=hospital, **common, **fields)
+        return HospitalRequest(ask=ask, hospital=hospital, **common, **fields)
 
     def _find_nodes(self) -> dict[str, ClientFailure]:
         """Ask new nodes who they are until every hospital is found or time is up; return those that are not there."""
@@ -136,7 +136,7 @@ class FlowerPool:
         complaints: set[str] = set()
         while time.monotonic() < ends and set(owners.values()) < self._index.keys():
             for node in set(self._link.nodes()) - set(asked.values()):
-                asked[self._link.send(node, Request(ask="who"), None)] = node
+                asked[self._link.send(node, HospitalRequest(ask="who"), None)] = node
             for number, reply in self._link.receive([n for n in asked if asked[n] not in owners]).items():
                 said = _read(reply)
                 owners[asked[number]] = said.hospital if isinstance(said, Identity) else ""
@@ -197,7 +197,7 @@ def _in(seconds: float) -> float:
     return time.monotonic() + seconds
 
 
-def _read(reply: Parcel | str) -> Answer | str:
+def _read(reply: WireMessage | str) -> HospitalReply | str:
     """Return what a reply says, or why it says nothing."""
     if isinstance(reply, str):
         return reply
@@ -207,7 +207,7 @@ def _read(reply: Parcel | str) -> Answer | str:
         return str(error)
 
 
-def _checked(hospital: str, said: Answer | str, kind: type, request: Request) -> Any:
+def _checked(hospital: str, said: HospitalReply | str, kind: type, request: HospitalRequest) -> Any:
     """Return an answer of the kind that was asked for, of the hospital that was asked; else a failure."""
     if isinstance(said, str):
         return failure_of(hospital, said, request)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medfl_ray.aggregation.updates import ROBUST_STATE
-from medfl_ray.errors import CheckpointError, ConfigError
+from medfl_ray.errors import ConfigError, StorageError
 
 STATE = f"{ROBUST_STATE}flower/state"
 ARRAYS = f"{ROBUST_STATE}flower/array/"
@@ -26,7 +26,7 @@ KINDS = "biuf"
 CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, type)
 
 State = Mapping[str, npt.NDArray[Any]]
-Kept = dict[str, npt.NDArray[Any]]
+StrategyArrays = dict[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Capture:
         return len(self.arrays) - 1
 
 
-def capture(strategy: Any, records: Records, round: int) -> Kept:
+def capture(strategy: Any, records: Records, round: int) -> StrategyArrays:
     """Return what a strategy remembers after so many rounds, as arrays by name.
 
     Raises:
@@ -98,7 +98,7 @@ def restore(strategy: Any, records: Records, state: State) -> int:
     """Put back into a new strategy what `capture` kept; return the rounds behind it, 0 where there are none.
 
     Raises:
-      CheckpointError: the state is not one that this version writes.
+      StorageError: the state is not one that this version writes.
     """
     if STATE not in state:
         return 0
@@ -107,7 +107,7 @@ def restore(strategy: Any, records: Records, state: State) -> int:
         _set(strategy, document["attributes"], records, state)
         return int(document["round"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
+        raise StorageError(
             f"the state of the Flower strategy {type(strategy).__name__} in the checkpoint cannot be read "
             f"({type(error).__name__}); was the class changed since? Resume with the class that the run began with"
         ) from None

@@ -20,18 +20,18 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 UNDER_WAY = 2
 TRIES = 3
 
-Piece = TypeVar("Piece")
+WorkItem = TypeVar("WorkItem")
 
 
 @dataclass(frozen=True)
-class Lost:
+class WorkLost:
     """Why a piece of work has no result; `late` where the deadline came first."""
 
     reason: str
     late: bool = False
 
 
-GONE = Lost("the process that did it ended; Ray starts it again")
+GONE = WorkLost("the process that did it ended; Ray starts it again")
 
 
 class Dealer:
@@ -46,13 +46,13 @@ class Dealer:
     def deal(
         self,
         method: str,
-        pieces: Iterable[Piece],
+        pieces: Iterable[WorkItem],
         *common: Any,
         tries: int = TRIES,
         timeout_s: float | None = None,
-        apart: Callable[[Piece, bool], Sequence[Piece]] = lambda piece, last: [piece],
-    ) -> Iterator[tuple[Piece, Any]]:
-        """Yield (piece, what `method(piece, *common)` returned, or `Lost`) as they are done, every piece or part once.
+        apart: Callable[[WorkItem, bool], Sequence[WorkItem]] = lambda piece, last: [piece],
+    ) -> Iterator[tuple[WorkItem, Any]]:
+        """Yield (piece, what `method(piece, *common)` returned, or `WorkLost`) as each is done, every piece once.
 
         Args:
           tries: how often a piece is begun at most; 1 where doing it again is not free. Above 1 it may be one more, for
@@ -63,7 +63,7 @@ class Dealer:
         """
         ends = None if timeout_s is None else time.monotonic() + timeout_s
         waiting = deque((piece, 0) for piece in pieces)
-        sent: dict[Any, tuple[Piece, int, int]] = {}
+        sent: dict[Any, tuple[WorkItem, int, int]] = {}
         try:
             while sent or (waiting and self._actors):
                 for actor in self._free(sent, len(waiting)):
@@ -75,7 +75,7 @@ class Dealer:
                 if not ready:
                     break
                 if ready[0] in self._away:
-                    self._welcome(ready[0])
+                    self._readmit(ready[0])
                     continue
                 actor = sent[ready[0]][2]
                 result = self._result(ready[0], actor)
@@ -89,8 +89,8 @@ class Dealer:
         finally:  # also where whoever asked has had enough: the next round must not wait for what is late
             for actor in {actor for _, _, actor in sent.values()}:
                 ray.kill(self._actors[actor], no_restart=False)
-                self._ask_back(actor)
-        reason = Lost("late", late=True) if self._actors else Lost("no process is left that could do it")
+                self._probe_restart(actor)
+        reason = WorkLost("late", late=True) if self._actors else WorkLost("no process is left that could do it")
         for piece in [piece for piece, _, _ in sent.values()] + [piece for piece, _ in waiting]:
             yield piece, reason
 
@@ -107,18 +107,18 @@ class Dealer:
         try:
             return ray.get(answer)
         except RayActorError:
-            self._ask_back(actor)
+            self._probe_restart(actor)
             return GONE
         except RayTaskError as error:
-            return Lost(f"{type(error.cause).__name__} in the process that did it; its own log has the details")
+            return WorkLost(f"{type(error.cause).__name__} in the process that did it; its own log has the details")
         except RayError as error:
-            return Lost(f"Ray lost the answer ({type(error).__name__})")
+            return WorkLost(f"Ray lost the answer ({type(error).__name__})")
 
-    def _ask_back(self, actor: int) -> None:
+    def _probe_restart(self, actor: int) -> None:
         if actor in self._actors and actor not in self._away.values():
             self._away[self._actors[actor].process_id.options(max_task_retries=-1).remote()] = actor
 
-    def _welcome(self, answer: Any) -> None:
+    def _readmit(self, answer: Any) -> None:
         """Deal to an actor again that is back; one that Ray has given up is dealt nothing any more."""
         actor = self._away.pop(answer)
         try:
@@ -127,7 +127,7 @@ class Dealer:
             del self._actors[actor]
 
 
-def _count_the_oldest_only(sent: dict[Any, tuple[Piece, int, int]], actor: int, gone: Any) -> None:
+def _count_the_oldest_only(sent: dict[Any, tuple[WorkItem, int, int]], actor: int, gone: Any) -> None:
     """Take back the try of what a dead actor had not begun: of the pieces behind the one that is gone, or of itself."""
     held = [answer for answer, (_, _, holder) in sent.items() if holder == actor]
     for answer in held[1:] if held[0] == gone else [gone]:

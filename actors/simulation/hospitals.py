@@ -21,11 +21,20 @@ import numpy as np
 import structlog
 
 from actors.simulation.shared import Fetched, Shared
-from actors.simulation.work import Assignment, Finished, Memories, OpenData, Scoring, TimedData, Turn, VirtualData
+from actors.simulation.work import (
+    Assignment,
+    AssignmentResult,
+    EvaluationJob,
+    HospitalTurn,
+    Memories,
+    OpenData,
+    TimedData,
+    VirtualData,
+)
 from medfl_ray.aggregation.fixed_point import PartialSum, add_updates, empty_sum
 from medfl_ray.assembly.hospital import configure_logs, make_pictures
 from medfl_ray.assembly.run import initial_weights
-from medfl_ray.config.base import Declared
+from medfl_ray.config.base import DataKind
 from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import SitePolicy
 from medfl_ray.data.prepare.cache import MemoryBudget
@@ -38,14 +47,14 @@ from medfl_ray.params import Layout, Vector
 from medfl_ray.privacy.hospital_level import clip_update
 
 if TYPE_CHECKING:
-    from actors.simulation.training import Begun
-    from medfl_ray.training.grouped.trainer import ManyHospitals
+    from actors.simulation.training import OngoingRound
+    from medfl_ray.training.grouped.trainer import GroupedTrainer
     from medfl_ray.training.rules.local_job import LocalOutcome
     from medfl_ray.training.rules.passes import LocalRules
     from medfl_ray.training.scoring.evaluation import PatientScore
     from medfl_ray.training.trainer import Trainer
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 log = structlog.get_logger()
 NOTHING = Memories()
 OPEN_HOSPITALS = 4096
@@ -59,7 +68,7 @@ class VirtualHospitals:
     def __init__(
         self,
         run: RunConfig,
-        declared: Declared,
+        declared: DataKind,
         open_data: OpenData | None = None,
         gpu_share: float = 0.0,
         cache_bytes: int | None = None,
@@ -95,7 +104,7 @@ class VirtualHospitals:
         self._trainer: Trainer | None = None
         self._rules: LocalRules | None = None
         self._memories = memories
-        self._many: ManyHospitals | None = None
+        self._many: GroupedTrainer | None = None
         self._fetched = Fetched()
         self._group_reason, self._seconds = "", {"data": 0.0, "sum": 0.0, "train": 0.0}
 
@@ -139,11 +148,11 @@ class VirtualHospitals:
             hospitals_per_group=many.group_size,
         )
 
-    def why_so_many(self) -> str:
+    def group_size_reason(self) -> str:
         """Say how many hospitals are trained at once and why, in a sentence."""
         return self._group_reason
 
-    def train(self, assignment: Assignment, weights: Vector | Shared) -> Finished:
+    def train(self, assignment: Assignment, weights: Vector | Shared) -> AssignmentResult:
         """Train the groups one after the other from the same weights."""
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         started, weights = time.perf_counter(), self._fetched(weights)
@@ -164,9 +173,9 @@ class VirtualHospitals:
             checksum = self._layout_checksum()
             summed = SummedUpdates(assignment.round, assignment.attempt, checksum, total, tuple(trained))
         self._seconds["train"] = time.perf_counter() - started - self._seconds["data"] - self._seconds["sum"]
-        return Finished(summed, tuple(updates), tuple(failures), self._seconds)
+        return AssignmentResult(summed, tuple(updates), tuple(failures), self._seconds)
 
-    def evaluate(self, scoring: Scoring, weights: Vector | Shared) -> list[SiteEvaluation | ClientFailure]:
+    def evaluate(self, scoring: EvaluationJob, weights: Vector | Shared) -> list[SiteEvaluation | ClientFailure]:
         """Score the weights on the held-out patients of hospitals, a few hospitals' images in one pass."""
         weights, answers = self._fetched(weights), list[SiteEvaluation | ClientFailure]()
         where = Assignment(scoring.round, 0, 0.0, None, False, 1, ())
@@ -176,9 +185,9 @@ class VirtualHospitals:
             for position, hospital in enumerate(some, start):
                 pictured = position < scoring.num_pictures
                 work = partial(self._evaluate, scoring.round, hospital, weights, pictured, together.get(hospital))
-                answer = self._guarded(where, Turn(hospital, 0, 0, 0), work)
+                answer = self._guarded(where, HospitalTurn(hospital, 0, 0, 0), work)
                 if isinstance(answer, ClientFailure):
-                    answer = answer.model_copy(update={"stage": "evaluate", "left_host": False})
+                    answer = answer.model_copy(update={"stage": "evaluate", "may_have_left": False})
                 answers.append(answer)
         return answers
 
@@ -220,13 +229,13 @@ class VirtualHospitals:
         )
 
     def _train_group(
-        self, assignment: Assignment, group: Sequence[Turn], weights: Vector, failures: list[ClientFailure]
-    ) -> list[tuple[Turn, LocalOutcome]]:
+        self, assignment: Assignment, group: Sequence[HospitalTurn], weights: Vector, failures: list[ClientFailure]
+    ) -> list[tuple[HospitalTurn, LocalOutcome]]:
         """Train one group's round by the strategy's rule, from what each hospital remembers, and remember what came."""
         from actors.simulation.training import finish_rounds
 
         guard = partial(self._guarded, assignment)
-        begun: list[Begun] = []
+        begun: list[OngoingRound] = []
         for turn in group:
             answer = guard(turn, partial(self._begin, assignment, turn, weights))
             if isinstance(answer, ClientFailure):
@@ -237,7 +246,7 @@ class VirtualHospitals:
             return []
         assert self._trainer is not None
         many = self._many_hospitals(assignment.group_size)
-        outcomes: list[tuple[Turn, LocalOutcome]] = []
+        outcomes: list[tuple[HospitalTurn, LocalOutcome]] = []
         for turn, done in finish_rounds(self._trainer, many, begun, guard, failures):
             problem = guard(turn, partial(self._memories.save, assignment.round, turn.hospital, done.memory))
             if problem is None:
@@ -246,8 +255,8 @@ class VirtualHospitals:
                 failures.append(problem)
         return outcomes
 
-    def _begin(self, assignment: Assignment, turn: Turn, weights: Vector) -> Begun:
-        from actors.simulation.training import Begun
+    def _begin(self, assignment: Assignment, turn: HospitalTurn, weights: Vector) -> OngoingRound:
+        from actors.simulation.training import OngoingRound
         from medfl_ray.training.rules.local_job import LocalJob
         from medfl_ray.training.rules.passes import first_pass
 
@@ -258,18 +267,18 @@ class VirtualHospitals:
         job = LocalJob(turn.num_steps, assignment.learning_rate, turn.mechanism, seed_key)
         timed, known = TimedData(data, self._seconds), self._memories.before(assignment.round, turn.hospital)
         passes = self._rules.begin(weights, known, timed, job, turn.index, plainly=assignment.round == 0)
-        return Begun(turn, timed, passes, first_pass(passes))
+        return OngoingRound(turn, timed, passes, first_pass(passes))
 
     def _add(
         self,
         assignment: Assignment,
         total: PartialSum,
-        done: Sequence[tuple[Turn, LocalOutcome]],
+        done: Sequence[tuple[HospitalTurn, LocalOutcome]],
         failures: list[ClientFailure],
     ) -> tuple[PartialSum, list[TrainedHospital]]:
         """Add a group's updates to the sum; one that cannot be added is refused with its reason."""
         started = time.perf_counter()
-        added: list[tuple[Turn, LocalOutcome]] = []
+        added: list[tuple[HospitalTurn, LocalOutcome]] = []
         try:
             total = self._with(total, done)
             added += done
@@ -283,13 +292,13 @@ class VirtualHospitals:
         self._seconds["sum"] += time.perf_counter() - started
         return total, [TrainedHospital(turn.hospital, out.num_steps, self._metrics(out)) for turn, out in added]
 
-    def _with(self, total: PartialSum, done: Sequence[tuple[Turn, LocalOutcome]]) -> PartialSum:
+    def _with(self, total: PartialSum, done: Sequence[tuple[HospitalTurn, LocalOutcome]]) -> PartialSum:
         if not done:
             return total
         weights = [turn.weight for turn, _ in done]
         return add_updates(total, np.stack([outcome.delta for _, outcome in done]), weights)
 
-    def _update(self, assignment: Assignment, turn: Turn, outcome: LocalOutcome) -> ClientUpdate:
+    def _update(self, assignment: Assignment, turn: HospitalTurn, outcome: LocalOutcome) -> ClientUpdate:
         delta, within = outcome.delta, None
         if assignment.clip_norm is not None:
             delta, within = clip_update(delta, assignment.clip_norm)
@@ -299,7 +308,7 @@ class VirtualHospitals:
             attempt=assignment.attempt,
             delta=delta,
             layout_checksum=self._layout_checksum(),
-            num_patients=turn.weight,
+            aggregation_weight=turn.weight,
             num_steps=outcome.num_steps,
             spent=None,
             metrics={} if assignment.clip_norm is not None else self._metrics(outcome),
@@ -331,7 +340,7 @@ class VirtualHospitals:
 
         return open_hospital_data(self._run, (hospital,), self._budget)
 
-    def _look_ahead(self, group: Sequence[Turn]) -> None:
+    def _look_ahead(self, group: Sequence[HospitalTurn]) -> None:
         """Have a group's images prepared beside the training; what fails here fails again in its hospital's turn."""
         if self._ahead is not None and self._open_data is None:
             for turn in group:
@@ -363,10 +372,10 @@ class VirtualHospitals:
             self._trainer = trainer
         return self._trainer
 
-    def _many_hospitals(self, group_size: int | None = None) -> ManyHospitals:
+    def _many_hospitals(self, group_size: int | None = None) -> GroupedTrainer:
         """Return what trains groups of a size, the size measured here where none is given."""
         from medfl_ray.training.grouped.hospital_groups import explain_hospitals_per_group
-        from medfl_ray.training.grouped.trainer import ManyHospitals
+        from medfl_ray.training.grouped.trainer import GroupedTrainer
 
         assert self._trainer is not None
         if self._many is None:
@@ -375,14 +384,14 @@ class VirtualHospitals:
             elif group_size is None:
                 choice = explain_hospitals_per_group(self._trainer)
                 group_size, self._group_reason = choice.size, choice.reason
-            self._many = ManyHospitals(self._trainer, group_size)
+            self._many = GroupedTrainer(self._trainer, group_size)
         return self._many
 
     def _layout_checksum(self) -> str:
         assert self._trainer is not None
         return self._trainer.layout.checksum
 
-    def _guarded(self, where: Assignment, turn: Turn, work: Callable[[], Answer]) -> Answer | ClientFailure:
+    def _guarded(self, where: Assignment, turn: HospitalTurn, work: Callable[[], T]) -> T | ClientFailure:
         """Turn whatever goes wrong at one hospital into a failure with a reason."""
         try:
             return work()
@@ -394,7 +403,7 @@ class VirtualHospitals:
             return self._failure(where, turn, f"{kind} in the hospital's process; its own log has the details")
 
     @staticmethod
-    def _failure(where: Assignment, turn: Turn, reason: str) -> ClientFailure:
+    def _failure(where: Assignment, turn: HospitalTurn, reason: str) -> ClientFailure:
         return ClientFailure(
             hospital=turn.hospital, round=where.round, attempt=where.attempt, stage="train", reason=reason
         )

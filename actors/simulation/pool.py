@@ -17,18 +17,18 @@ from ray.exceptions import RayError
 
 from actors.cluster import simulation_environment
 from actors.names import actor_name
-from actors.placement import place_crew
-from actors.simulation.dealer import TRIES, Dealer, Lost
+from actors.placement import plan_simulation_actors
+from actors.simulation.dealer import TRIES, Dealer, WorkLost
 from actors.simulation.hospitals import VirtualHospitals
 from actors.simulation.shared import Shared
-from actors.simulation.work import Assignment, Finished, Memories, OpenData, Scoring, Turn
-from medfl_ray.config.base import Declared
+from actors.simulation.work import Assignment, AssignmentResult, EvaluationJob, HospitalTurn, Memories, OpenData
+from medfl_ray.config.base import DataKind
 from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import ConfigError, FederationError, MedflError, PrivacyError
 from medfl_ray.federation.hospital_rules.failures import deadline_failure, start_failure
 from medfl_ray.federation.planning import aggregation_weight, check_limits, check_terms
-from medfl_ray.federation.ports import AlonePlan, AloneResult, Answer, SummedUpdates
+from medfl_ray.federation.ports import AlonePlan, AloneResult, SummedUpdates, TrainingAnswer
 from medfl_ray.messages import (
     ClientFailure,
     HospitalInfo,
@@ -44,7 +44,7 @@ from medfl_ray.training.grouped.group_forming import cut_into_pieces, form_group
 PICTURED_HOSPITALS = 2
 CACHED_SHARE = 0.5
 NOTHING = Memories()
-STRICTEST: tuple[Declared, ...] = ("private", "public", "synthetic")
+STRICTEST: tuple[DataKind, ...] = ("private", "public", "synthetic")
 
 
 class VirtualPool:
@@ -103,7 +103,7 @@ class VirtualPool:
         if isinstance(answer, ClientFailure):
             return [answer.model_copy(update={"hospital": name}) for name in self._policies]
         self._group_size = answer.hospitals_per_group or 1
-        self.notes.append(f"note: {ray.get(self._actors[0].why_so_many.remote())}")
+        self.notes.append(f"note: {ray.get(self._actors[0].group_size_reason.remote())}")
         return [answer.model_copy(update=_public(policy)) for policy in self._policies.values()]
 
     def first_weights(self, in_channels: int, out_channels: int) -> tuple[Layout, Vector]:
@@ -157,7 +157,9 @@ class VirtualPool:
         if own:
             self._accounts().release(own, reason)
 
-    def train(self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector) -> Generator[Answer, None, None]:
+    def train(
+        self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector
+    ) -> Generator[TrainingAnswer, None, None]:
         """Yield one sum per finished assignment, and each failure; settled before anything is trained."""
         started = time.perf_counter()
         self.seconds = dict.fromkeys(("train", "data", "sum"), 0.0)
@@ -185,14 +187,14 @@ class VirtualPool:
         shared = Shared(ray.put(weights))
         pictured = PICTURED_HOSPITALS if pictures else 0
         pieces = [tuple(hospitals[start::8]) for start in range(min(8, len(hospitals)))]
-        scorings = [Scoring(round, piece, 0 if number else pictured) for number, piece in enumerate(pieces)]
+        scorings = [EvaluationJob(round, piece, 0 if number else pictured) for number, piece in enumerate(pieces)]
         for scoring, answers in self._dealer.deal("evaluate", scorings, shared, timeout_s=deadline_s):
-            if not isinstance(answers, Lost):
+            if not isinstance(answers, WorkLost):
                 yield from answers
                 continue
             for name in scoring.hospitals:
                 yield ClientFailure(
-                    hospital=name, round=round, attempt=0, stage="evaluate", reason=answers.reason, left_host=False
+                    hospital=name, round=round, attempt=0, stage="evaluate", reason=answers.reason, may_have_left=False
                 )
         self.seconds["evaluate"] = time.perf_counter() - started
 
@@ -223,7 +225,7 @@ class VirtualPool:
         mechanism, policy = plan.mechanisms.get(name), self._policies[name]
         if mechanism is None:
             return f"the plan of round {plan.round} has no privacy mechanism for {name!r}"
-        if (mechanism.num_patients, mechanism.num_steps) != (policy.num_patients, plan.num_steps[name]):
+        if (mechanism.num_records, mechanism.num_steps) != (policy.num_patients, plan.num_steps[name]):
             return f"the mechanism of {name!r} is of other patients or steps than its policy and plan say"
         try:
             check_terms(self._run, policy, mechanism)
@@ -235,7 +237,7 @@ class VirtualPool:
     def _assignments(self, plan: RoundPlan, hospitals: Sequence[str]) -> list[Assignment]:
         """Form groups of hospitals of about one size and deal them into assignments, the most work first."""
         turns = [
-            Turn(
+            HospitalTurn(
                 name,
                 self._index[name],
                 aggregation_weight(self._run, self._policies[name]),
@@ -260,19 +262,23 @@ class VirtualPool:
         pieces = cut_into_pieces([cost(group) for group in formed], len(self._actors), evenly)
         return [Assignment(*common, tuple(groups[start:end])) for start, end in pieces]
 
-    def _run_assignments(self, plan: RoundPlan, assignments: Sequence[Assignment], weights: Any) -> Iterator[Finished]:
+    def _run_assignments(
+        self, plan: RoundPlan, assignments: Sequence[Assignment], weights: Any
+    ) -> Iterator[AssignmentResult]:
         """Have them trained; without noise a second training gives the same bits, with noise nobody paid for it."""
         tries = 1 if plan.mechanisms else TRIES
         for assignment, result in self._dealer.deal(
             "train", assignments, weights, tries=tries, timeout_s=plan.deadline_s, apart=Assignment.apart
         ):
-            if not isinstance(result, Lost):
+            if not isinstance(result, WorkLost):
                 yield result
             elif result.late:
-                yield Finished(None, (), tuple(deadline_failure(name, plan) for name in assignment.hospitals), {})
+                yield AssignmentResult(
+                    None, (), tuple(deadline_failure(name, plan) for name in assignment.hospitals), {}
+                )
             else:
                 failures = tuple(_failure(plan, name, "train", result.reason) for name in assignment.hospitals)
-                yield Finished(None, (), failures, {})
+                yield AssignmentResult(None, (), failures, {})
 
 
 def check_simulation(run: RunConfig, policies: Sequence[SitePolicy]) -> None:
@@ -315,7 +321,7 @@ def check_memories(run: RunConfig, memories: Memories) -> None:
 
 def start_actors(
     run: RunConfig,
-    declared: Declared,
+    declared: DataKind,
     open_data: OpenData | None,
     num_hospitals: int,
     name: str,
@@ -323,7 +329,7 @@ def start_actors(
 ) -> list[Any]:
     """Start one actor per core, or as many as the run asks for; on GPUs each gets its share and no more memory."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    crew = place_crew(nodes, num_hospitals, run.federation.num_actors, run.training.gpus_per_hospital)
+    crew = plan_simulation_actors(nodes, num_hospitals, run.federation.num_actors, run.training.gpus_per_hospital)
     count, cores = crew.num_actors, sum(node.get("CPU", 0.0) for node in nodes)
     remote = ray.remote(VirtualHospitals)
     options = {
@@ -370,5 +376,5 @@ def _failure(plan: RoundPlan, name: str, stage: Any, reason: str) -> ClientFailu
         attempt=plan.attempt,
         stage=stage,
         reason=reason,
-        left_host=stage == "train",
+        may_have_left=stage == "train",
     )

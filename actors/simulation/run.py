@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from actors.simulation.work import OpenData
 
 Emit = Callable[[Event], None]
-Select = Callable[[int], Sequence[str]]
+CohortOf = Callable[[int], Sequence[str]]
 LEDGERS = "ledgers"
 
 
@@ -45,7 +45,7 @@ def simulate(
     emit: Emit,
     *,
     open_data: OpenData | None = None,
-    select: Select | None = None,
+    select: CohortOf | None = None,
     initial: Vector | None = None,
     stop: threading.Event | None = None,
 ) -> RunOutcome:
@@ -126,7 +126,7 @@ class Simulation:
         for _ in self.pool.train(plan, hospitals, weights):
             pass
 
-    def run(self, select: Select | None = None, stop: threading.Event | None = None) -> RunOutcome:
+    def run(self, select: CohortOf | None = None, stop: threading.Event | None = None) -> RunOutcome:
         """Run all rounds and the last evaluation; `select` names a round's cohort instead of the configuration.
 
         Raises:
@@ -141,7 +141,7 @@ class Simulation:
         with (
             ClusterMetrics(self._run, self._folder.name, self._policies) as metrics,
             threadpool_limits(1, "blas"),  # a second thread would wait for work on a core that an actor needs
-            undisturbed(),
+            gc_frozen(),
         ):
             emit = partial(self._timed, both(self._emit, metrics.update))
             extras = with_flower(self._run, self._emit, extras)
@@ -170,13 +170,13 @@ class Simulation:
             emit(RoundTimed(round=result.round, num_hospitals=asked, duration_s=result.duration_s, seconds=seconds))
 
 
-def among_able(select: Select) -> RoundSelect:
+def among_able(select: CohortOf) -> RoundSelect:
     """Return a selection that asks only those of the named hospitals that may be asked."""
     return lambda number, able: tuple(sorted(set(select(number)) & set(able)))
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def gc_frozen() -> Iterator[None]:
     """Leave what is there out of collections of garbage, which would walk through all libraries between two rounds."""
     if gc.get_freeze_count():  # whoever froze something has done this already, and counts on it
         yield

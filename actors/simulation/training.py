@@ -9,47 +9,47 @@ from typing import Any
 
 import structlog
 
-from actors.simulation.work import Turn
+from actors.simulation.work import HospitalTurn
 from medfl_ray.errors import ModelError
 from medfl_ray.messages import ClientFailure
-from medfl_ray.training.grouped.trainer import HospitalTask, ManyHospitals
-from medfl_ray.training.rules.client_rules import Done, Pass, Passes
+from medfl_ray.training.grouped.trainer import GroupedTrainer, HospitalTask
+from medfl_ray.training.rules.client_rules import RuleResult, RuleSteps, TrainingPass
 from medfl_ray.training.rules.local_job import LocalOutcome
 from medfl_ray.training.rules.passes import advance, attempt
 from medfl_ray.training.trainer import Trainer
 
 log = structlog.get_logger()
-Guard = Callable[[Turn, Callable[[], Any]], Any]
+Guard = Callable[[HospitalTurn, Callable[[], Any]], Any]
 """(hospital, work) to what the work returns, or to a ClientFailure of the hospital."""
 
 
 @dataclass(frozen=True, eq=False)
-class Begun:
+class OngoingRound:
     """A hospital's round under way: its data, its passes, and the one that is trained next."""
 
-    turn: Turn
+    turn: HospitalTurn
     data: Any
-    passes: Passes
-    following: Pass
+    passes: RuleSteps
+    following: TrainingPass
 
 
 def finish_rounds(
-    trainer: Trainer, many: ManyHospitals, begun: Sequence[Begun], guard: Guard, failures: list[ClientFailure]
-) -> list[tuple[Turn, Done]]:
+    trainer: Trainer, many: GroupedTrainer, begun: Sequence[OngoingRound], guard: Guard, failures: list[ClientFailure]
+) -> list[tuple[HospitalTurn, RuleResult]]:
     """Train pass after pass of all hospitals; whose pass fails is among the failures, and the others go on.
 
     All outcomes are there before any is used: one that is counted must not be trained again.
     """
-    finished: list[tuple[Turn, Done]] = []
+    finished: list[tuple[HospitalTurn, RuleResult]] = []
     while begun:
-        under_way: list[Begun] = []
+        under_way: list[OngoingRound] = []
         for one, outcome in zip(begun, train_passes(trainer, many, begun, guard), strict=True):
             answer: Any = outcome
             if not isinstance(outcome, ClientFailure):
                 answer = guard(one.turn, partial(advance, one.passes, outcome))
             if isinstance(answer, ClientFailure):
                 failures.append(answer)
-            elif isinstance(answer, Done):
+            elif isinstance(answer, RuleResult):
                 finished.append((one.turn, answer))
             else:
                 under_way.append(replace(one, following=answer))
@@ -58,7 +58,7 @@ def finish_rounds(
 
 
 def train_passes(
-    trainer: Trainer, many: ManyHospitals, begun: Sequence[Begun], guard: Guard
+    trainer: Trainer, many: GroupedTrainer, begun: Sequence[OngoingRound], guard: Guard
 ) -> list[LocalOutcome | ClientFailure]:
     """Train one pass of every hospital as a group; where that fails, in turn, so that a fault stays with its owner."""
     common = begun[0].following.start
@@ -74,7 +74,7 @@ def train_passes(
     return [found[position] for position in range(len(begun))]
 
 
-def train_again(trainer: Trainer, one: Begun) -> LocalOutcome:
+def train_again(trainer: Trainer, one: OngoingRound) -> LocalOutcome:
     """Train a hospital alone whose group failed.
 
     Raises:

@@ -58,7 +58,7 @@ class Memories:
 
 
 @dataclass(frozen=True)
-class Turn:
+class HospitalTurn:
     """What one hospital of a group does in a round; `index` is its place in the run, `weight` that of its update."""
 
     hospital: str
@@ -81,7 +81,7 @@ class Assignment:
     clip_norm: float | None
     streamed: bool
     group_size: int
-    groups: tuple[tuple[Turn, ...], ...]
+    groups: tuple[tuple[HospitalTurn, ...], ...]
 
     @property
     def hospitals(self) -> tuple[str, ...]:
@@ -95,7 +95,7 @@ class Assignment:
 
 
 @dataclass(frozen=True)
-class Scoring:
+class EvaluationJob:
     """Hospitals whose held-out patients are scored; the first `num_pictures` also draw pictures."""
 
     round: int
@@ -104,7 +104,7 @@ class Scoring:
 
 
 @dataclass(frozen=True, eq=False)
-class Finished:
+class AssignmentResult:
     """What an assignment came to: one sum, or the single updates, and who failed."""
 
     total: SummedUpdates | None

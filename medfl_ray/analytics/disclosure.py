@@ -90,7 +90,7 @@ def _against_the_coordinator(summary: RunSummary) -> str:
             "Each update is noised at the hospital before it leaves, so that the epsilon above holds against the "
             "coordinator too."
         )
-    if summary.config.privacy.central:
+    if summary.config.privacy.hospital_dp:
         return (
             "Updates reach the coordinator without noise, so that the hospital-level epsilon above holds against "
             "whoever sees what it publishes, and not against the coordinator itself."
@@ -105,7 +105,7 @@ def _weights_label(summary: RunSummary) -> Label:
 
 
 def _weights_words(summary: RunSummary) -> str:
-    if summary.config.privacy.central:
+    if summary.config.privacy.hospital_dp:
         return "Clipped per hospital; their sum is noised by the coordinator; the cost is in the federation's ledger."
     words = {
         "charged": "Clipped per patient and noised inside the hospital before they leave; the cost is in its ledger.",

@@ -22,7 +22,7 @@ from medfl_ray.analytics.figures import (
     FEDERATED,
     INK,
     LOCAL,
-    MOST_COMPARED,
+    MAX_COMPARED,
     Chart,
     dress,
     metric_name,
@@ -37,7 +37,7 @@ LEFT_OUT = "#d1495b"
 FURTHER_SIZE = 10.5
 """Points of the labels of further axes in one figure."""
 NAMES = ("fairness", "cross_site", "contributions", "reliability", "rounds_to_target")
-MOST_IN_MATRIX, MOST_WITH_NUMBERS, MOST_CLASSES = 40, 14, 4
+MAX_IN_MATRIX, MAX_WITH_NUMBERS, MAX_CLASSES = 40, 14, 4
 BLUES = LinearSegmentedColormap.from_list("scores", ["#f4f8fb", "#8fc1d9", FEDERATED, "#083b54"])
 
 
@@ -81,7 +81,7 @@ def cross_site(summary: EvaluationSummary) -> Drawing | None:
         f"{owner}, alone": {h: m.value for h, m in row.items()} for owner, row in summary.studies.cross_site.items()
     }
     columns = sorted(summary.studies.cross_site)
-    if not matrix or len(columns) > MOST_IN_MATRIX:
+    if not matrix or len(columns) > MAX_IN_MATRIX:
         return None
     shared = {
         "federated": {h.hospital: shown(h.federated) for h in summary.run.hospitals},
@@ -93,7 +93,7 @@ def cross_site(summary: EvaluationSummary) -> Drawing | None:
     figure, axes = new_figure(width=max(5.6, size + 2.6), height=max(3.4, 0.5 * len(matrix) + 1.7))
     low, high = _range(values)
     image = axes.imshow(values, cmap=BLUES, vmin=low, vmax=high, aspect="auto")
-    _mark_cells(axes, values, low, high, numbers=len(columns) <= MOST_WITH_NUMBERS)
+    _mark_cells(axes, values, low, high, numbers=len(columns) <= MAX_WITH_NUMBERS)
     axes.axhline(len(columns) - 0.5, color="white", linewidth=5)
     slanted = len(columns) > 3
     axes.set_xticks(range(len(columns)), columns, rotation=30 if slanted else 0, ha="right" if slanted else "center")
@@ -171,7 +171,7 @@ def fairness(summary: EvaluationSummary) -> Drawing | None:
     rows = [h for h in summary.run.hospitals if shown(h.federated) is not None]
     gains = any(h.gain is not None for h in rows)
     known = any(site.intervals for site in summary.sites.values())
-    if len(rows) < 2 or len(rows) > MOST_COMPARED or not (gains or known):
+    if len(rows) < 2 or len(rows) > MAX_COMPARED or not (gains or known):
         return None
     rows.sort(key=lambda h: shown(h.federated) or 0.0)
     figure, left = new_figure(width=8.4 if gains else 5.6, height=max(3.6, 0.42 * len(rows) + 1.7))
@@ -230,7 +230,7 @@ def _draw_gains(axes: Axes, rows: Sequence[HospitalSummary]) -> None:
 
 def contributions(record: ContributionRecord | None, metric: str) -> Drawing | None:
     """Draw what each hospital adds to the pooled score, with standard errors where orders were drawn."""
-    if record is None or len(record.values) > MOST_COMPARED:
+    if record is None or len(record.values) > MAX_COMPARED:
         return None
     rows = sorted(record.values.items(), key=lambda item: item[1])
     errors = [record.standard_errors.get(name) for name, _ in rows]
@@ -258,7 +258,7 @@ def contributions(record: ContributionRecord | None, metric: str) -> Drawing | N
 
 def reliability(bins: Mapping[str, ReliabilityBins]) -> Drawing | None:
     """Draw predicted probability against observed share per class, above how often each probability was given."""
-    classes = list(bins.items())[:MOST_CLASSES]
+    classes = list(bins.items())[:MAX_CLASSES]
     if not classes:
         return None
     figure, _ = new_figure(width=max(4.4, 3.1 * len(classes) + 0.8), height=4.3)

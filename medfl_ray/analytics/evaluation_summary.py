@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medfl_ray.analytics.summary import Baselines, Curve, RunSummary, read_as
+from medfl_ray.analytics.summary import BaselineFigures, Curve, RunSummary, read_as
 from medfl_ray.messages import ReliabilityBins, SiteEvaluation
 from medfl_ray.study_records import STOPPING_FILE, STUDIES_FILE, StoppingRecord, StudiesRecord
 from medfl_ray.training.scoring.intervals import Intervals, intervals_of_means
@@ -59,7 +59,7 @@ class EvaluationSummary:
 
     run: RunSummary
     sites: Mapping[str, SiteEvaluation]
-    baselines: Baselines
+    baselines: BaselineFigures
     studies: StudiesRecord
     stopping: StoppingRecord | None
 
@@ -127,7 +127,7 @@ def summarise_evaluation(run_dir: Path, run: RunSummary) -> EvaluationSummary:
     return EvaluationSummary(
         run=run,
         sites=read_as(run_dir / "evaluation.json", dict[str, SiteEvaluation]) or {},
-        baselines=read_as(run_dir / "baselines.json", Baselines) or Baselines(),
+        baselines=read_as(run_dir / "baselines.json", BaselineFigures) or BaselineFigures(),
         studies=read_as(run_dir / STUDIES_FILE, StudiesRecord) or StudiesRecord(),
         stopping=read_as(run_dir / STOPPING_FILE, StoppingRecord),
     )

@@ -20,8 +20,8 @@ from medfl_ray.privacy.account import epsilon_words
 FEDERATED, LOCAL, CENTRAL = "#0b6e99", "#c05a00", "#6b4fa0"
 INK, GRID, FAINT = "#1f2933", "#e3e8ee", "#98a4b3"
 HOSPITALS = ("#0f8f80", "#d1495b", "#8a6d00", "#5b6ee1", "#a0522d", "#3c7d2a", "#b0408f", "#4a6572")
-MOST_NAMED = len(HOSPITALS)
-MOST_COMPARED = 40
+MAX_NAMED = len(HOSPITALS)
+MAX_COMPARED = 40
 SAME = 0.005
 """Epsilons this near each other are the same: receipts and the ledger's export are computed separately."""
 
@@ -46,7 +46,7 @@ def learning_curves(summary: RunSummary) -> Chart | None:
     if not curves:
         return None
     figure, axes = new_figure()
-    few = len(curves) <= MOST_NAMED
+    few = len(curves) <= MAX_NAMED
     for place, (name, curve) in enumerate(curves):
         colour = HOSPITALS[place] if few else FAINT
         x, y = zip(*curve, strict=True)
@@ -69,7 +69,7 @@ def learning_curves(summary: RunSummary) -> Chart | None:
 def comparison(summary: RunSummary) -> Chart | None:
     """Draw each hospital's local, federated and central figure on one line, its patients as faint dots."""
     rows = [h for h in summary.hospitals if shown(h.federated) is not None]
-    if not rows or len(rows) > MOST_COMPARED:
+    if not rows or len(rows) > MAX_COMPARED:
         return None
     figure, axes = new_figure(height=max(3.9, 0.42 * len(rows) + 1.5))
     for place, hospital in enumerate(rows):
@@ -100,7 +100,7 @@ def epsilon_curves(summary: RunSummary) -> Chart | None:
         return None
     figure, axes = new_figure()
     groups = _same_spending(rows)
-    few = len(groups) <= MOST_NAMED
+    few = len(groups) <= MAX_NAMED
     for place, (curve, names) in enumerate(groups.items()):
         x, y = zip(*curve, strict=True)
         colour, alpha = (HOSPITALS[place], 1.0) if few else (FAINT, 0.35)
@@ -112,7 +112,7 @@ def epsilon_curves(summary: RunSummary) -> Chart | None:
     axes.set_xlabel("round")
     axes.set_ylabel("epsilon of the data set so far\n(patient, add/remove)")
     _finish(axes, columns=3)
-    words = "; ".join(f"{h.hospital} {epsilon_words(h.spending[-1][1].epsilon)}" for h in rows[:MOST_NAMED])
+    words = "; ".join(f"{h.hospital} {epsilon_words(h.spending[-1][1].epsilon)}" for h in rows[:MAX_NAMED])
     deltas = sorted({f"{s.delta:.2g}".replace("e-0", "e-") for h in rows for _, s in h.spending}, key=float)
     alt = (
         "Line chart of everything ever charged to each hospital's data, as patient-level epsilon (add/remove, delta = "
@@ -133,7 +133,7 @@ def _budgets(rows: Sequence[HospitalSummary]) -> list[tuple[str, float]]:
             found.add(("lifetime budget", account.total.budget))
         if account.run.budget is not None and abs(last - account.run.epsilon) < SAME:
             found.add(("budget of the run", account.run.budget))
-    return sorted(found, key=lambda one: one[1])[:MOST_NAMED]
+    return sorted(found, key=lambda one: one[1])[:MAX_NAMED]
 
 
 def _same_spending(rows: Sequence[HospitalSummary]) -> dict[Curve, list[str]]:

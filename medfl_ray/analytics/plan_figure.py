@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from medfl_ray.analytics.figures import FAINT, FEDERATED, GRID, HOSPITALS, INK, MOST_NAMED, metric_name
+from medfl_ray.analytics.figures import FAINT, FEDERATED, GRID, HOSPITALS, INK, MAX_NAMED, metric_name
 from medfl_ray.analytics.summary import Curve, summarise_run
 from medfl_ray.errors import ConfigError
 from medfl_ray.privacy.account import epsilon_words
@@ -79,7 +79,7 @@ def write_plan_figure(path: Path, curves: Mapping[str, Curve], terms: str, runs:
 
 def _draw_cost(axes: Axes, curves: Mapping[str, Curve], terms: str) -> None:
     _dress(axes)
-    few = len(curves) <= MOST_NAMED
+    few = len(curves) <= MAX_NAMED
     for place, (name, curve) in enumerate(curves.items()):
         x, y = zip(*curve, strict=True)
         colour = HOSPITALS[place] if few else FAINT
@@ -93,7 +93,7 @@ def _draw_worth(axes: Axes, runs: Sequence[FinishedRun], planned: float) -> None
     _dress(axes)
     axes.scatter([run.epsilon for run in runs], [run.score for run in runs], color=FEDERATED, s=45, zorder=3)
     middle = max(planned, *(run.epsilon for run in runs)) / 2
-    for run in runs[:MOST_NAMED]:
+    for run in runs[:MAX_NAMED]:
         right = run.epsilon > middle  # the name stays within the panel
         offset, side = ((-7, -3), "right") if right else ((7, -3), "left")
         position = (run.epsilon, run.score)

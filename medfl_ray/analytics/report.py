@@ -39,7 +39,7 @@ from medfl_ray.messages import PrivacySpent
 from medfl_ray.privacy.account import epsilon_words, remaining_words
 from medfl_ray.round_times import Clock, clock_of, exact_now, has_secret_cohorts
 
-MOST_PICTURES = 24
+MAX_PICTURES = 24
 PACKAGES = ("medfl-ray", "torch", "monai", "ray", "dp-accounting", "onnxruntime", "onnxruntime-gpu")
 
 
@@ -151,7 +151,7 @@ def read_pictures(summary: RunSummary, folder: Path) -> tuple[list[Picture], int
         hospital, _, number = path.stem.rpartition("-")
         if hospital in allowed and number.isdigit():
             found.append((int(number), hospital, path))
-    chosen = sorted(sorted(found)[:MOST_PICTURES], key=lambda item: (item[1], item[0]))
+    chosen = sorted(sorted(found)[:MAX_PICTURES], key=lambda item: (item[1], item[0]))
     pictures = [
         Picture(path.read_bytes(), f"{name}, held-out case {number}", _alt(summary, name, number))
         for number, name, path in chosen
@@ -213,7 +213,7 @@ def _label_names(summary: RunSummary) -> list[str]:
 
 def _privacy_facts(summary: RunSummary) -> list[tuple[str, str]]:
     privacy = summary.config.privacy
-    by_hospital = privacy.central
+    by_hospital = privacy.hospital_dp
     by_tree = by_hospital and privacy.hospital_level.mechanism == "tree"
     clip = f"{privacy.hospital_level.clip_norm:g} per hospital's update" if by_hospital else ""
     who = "hospital" if by_hospital else "patient"

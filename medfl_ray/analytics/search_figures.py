@@ -16,7 +16,7 @@ from medfl_ray.analytics.figures import FAINT, FEDERATED, INK, LOCAL, Chart, new
 from medfl_ray.analytics.search_summary import NAMES, SearchSummary, TrialRow, megabytes, parameter_words, up
 
 COLOURS = "viridis"
-MOST_CATEGORIES = 6
+MAX_CATEGORIES = 6
 
 
 def front_chart(summary: SearchSummary) -> Chart | None:
@@ -185,7 +185,7 @@ def _draw_axis(axes: Axes, place: int, values: Sequence[float | int | str]) -> l
     """Draw one axis with what stands at its ends and return each trial's height on it, 0 to 1."""
     axes.plot([place, place], [0, 1], color=FAINT, linewidth=1.2, zorder=1)
     if any(isinstance(value, str) for value in values):
-        names = sorted({str(value) for value in values})[:MOST_CATEGORIES]
+        names = sorted({str(value) for value in values})[:MAX_CATEGORIES]
         height = {name: number / max(1, len(names) - 1) if len(names) > 1 else 0.5 for number, name in enumerate(names)}
         for name, at in height.items():
             box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.2}

@@ -53,7 +53,7 @@ class CentralBaseline(BaseModel):
     curve: dict[int, float] = {}
 
 
-class Baselines(BaseModel):
+class BaselineFigures(BaseModel):
     """baselines.json."""
 
     local: dict[str, LocalBaseline] = {}
@@ -219,7 +219,7 @@ def summarise_run(run_dir: Path) -> RunSummary:
     results = latest_rounds(_read_lines(run_dir / "metrics.jsonl"))
     infos = read_as(run_dir / "hospitals.json", dict[str, HospitalInfo]) or {}
     evaluations = read_as(run_dir / "evaluation.json", dict[str, SiteEvaluation]) or {}
-    baselines = read_as(run_dir / "baselines.json", Baselines) or Baselines()
+    baselines = read_as(run_dir / "baselines.json", BaselineFigures) or BaselineFigures()
     accounts = accounts_of_run(run_dir, config)
     absent = read_as(run_dir / "failures.json", list[ClientFailure]) or []
     names = _hospital_names(config, results, infos, evaluations, absent)
@@ -292,7 +292,7 @@ class _Read:
     results: Sequence[RoundResult]
     infos: Mapping[str, HospitalInfo]
     evaluations: Mapping[str, SiteEvaluation]
-    baselines: Baselines
+    baselines: BaselineFigures
     accounts: Mapping[str, PrivacyAccount]
     absent: Sequence[ClientFailure]
 

@@ -25,7 +25,7 @@ PICTURES_PER_HOSPITAL = 2
 CACHE_FOLDER = "cache"
 log = structlog.get_logger()
 OpenData = Callable[[RunConfig, tuple[str, ...]], Any]
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 Reservations = MutableMapping[tuple[str, int, int], tuple[str, Mechanism]]

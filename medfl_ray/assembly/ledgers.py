@@ -7,7 +7,7 @@ from pathlib import Path
 from medfl_ray.assembly.spec import HospitalSpec, keeps_account, make_state_folder
 from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import SitePolicy
-from medfl_ray.federation.hospital_level import FEDERATION, federation_budget, plan_central
+from medfl_ray.federation.hospital_level import FEDERATION, federation_budget, plan_hospital_level
 from medfl_ray.federation.planning import account_delta, budget_of, is_for_one_run
 from medfl_ray.federation.ports import Ledger, Memory, Signer
 from medfl_ray.round_times import clock_of, has_secret_cohorts
@@ -78,7 +78,7 @@ def expected_heads(
 
 def run_mirror(run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, root: Path) -> RunMirror:
     """Return the coordinator's copies of a run's ledgers, the federation's own among them where it has one."""
-    return RunMirror(policies, folder, root, (FEDERATION, run.data.name) if run.privacy.central else None)
+    return RunMirror(policies, folder, root, (FEDERATION, run.data.name) if run.privacy.hospital_dp else None)
 
 
 def open_federation_ledger(run: RunConfig, policies: tuple[SitePolicy, ...], folder: Path, root: Path) -> Ledger:
@@ -89,7 +89,7 @@ def open_federation_ledger(run: RunConfig, policies: tuple[SitePolicy, ...], fol
     """
     from medfl_ray.store.ledger.account import PrivacyLedger
 
-    plan = plan_central(run, policies)
+    plan = plan_hospital_level(run, policies)
     assert plan is not None
     max_epsilon, one_run = federation_budget(run, policies)
     last = receipt_heads(RunFolder(folder, run).signed_receipts()).get(FEDERATION)

@@ -13,7 +13,7 @@ from medfl_ray.cli.bundle_weights import from_bundle
 
 if TYPE_CHECKING:
     from medfl_ray.store.registry.model_records import ModelVersion
-    from medfl_ray.store.registry.promotion import Decision
+    from medfl_ray.store.registry.promotion import PromotionDecision
     from medfl_ray.store.registry.registry import Registry
 
 app = typer.Typer(no_args_is_help=True)
@@ -277,6 +277,6 @@ def _print_version(version: ModelVersion) -> None:
     typer.echo(f"  privacy  {lineage.privacy.text}")
 
 
-def _print_decision(decision: Decision) -> None:
+def _print_decision(decision: PromotionDecision) -> None:
     for check in decision.checks:
         typer.echo(f"  {SIGNS[check.outcome]} {check.name}: {check.text}")

@@ -10,7 +10,7 @@ from medfl_ray.cli.privacy_tables import Question, answer, curve_of, labels
 from medfl_ray.config.run import RunConfig
 from medfl_ray.errors import ConfigError, PrivacyConfigError
 
-MOST_NAMED = 3
+MAX_NAMED = 3
 
 
 def draw_plan(path: Path, question: Question, runs: Path | None) -> None:
@@ -32,7 +32,7 @@ def draw_run_plan(path: Path, run: RunConfig, runs: Path | None) -> None:
         steps = -(-steps_of_run(run, m.num_steps) // run.federation.rounds)
         question = Question(None, m.delta, m.noise_multiplier, m.sample_rate, run.federation.rounds, steps)
         sharing.setdefault(curve_of(question), []).append(hospital)
-    curves = {", ".join(h) if len(h) <= MOST_NAMED else f"{len(h)} hospitals": curve for curve, h in sharing.items()}
+    curves = {", ".join(h) if len(h) <= MAX_NAMED else f"{len(h)} hospitals": curve for curve, h in sharing.items()}
     deltas = sorted({m.delta for m in planned.values()})
     terms = labels(deltas[0])
     if len(deltas) > 1:

@@ -129,7 +129,7 @@ def finish_run(folder: RunFolder, outcome: RunOutcome) -> None:
     if folder.run.output.mlflow is not None:
         _copy_to_mlflow(folder, outcome, version)
     folder.close()
-    _say_goodbye(folder, outcome)
+    print_next_steps(folder, outcome)
 
 
 def _copy_to_mlflow(folder: RunFolder, outcome: RunOutcome, version: ModelVersion | None) -> None:
@@ -165,7 +165,7 @@ def _is_stopped(outcome: RunOutcome) -> bool:
     return outcome.reason.startswith("stopped")
 
 
-def _say_goodbye(folder: RunFolder, outcome: RunOutcome) -> None:
+def print_next_steps(folder: RunFolder, outcome: RunOutcome) -> None:
     path = folder.path
     stopped = _is_stopped(outcome)
     if outcome.completed or stopped:

@@ -37,7 +37,7 @@ PERSONAL = ("fedbn", "silobn", "fedper", "fedrep", "ditto", "apfl")
 PARTIAL = ("fedbn", "silobn", "fedper", "fedrep")
 """Strategies that leave some parameters in the hospital."""
 
-Unit = Annotated[float, Field(ge=0, le=1)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
 
 class RobustConfig(Section):
@@ -179,7 +179,9 @@ class AggregationConfig(Section):
     personal_mu: PositiveFloat = Field(
         0.1, description="ditto: pull of the hospital's own model to the shared one (lambda of the paper)."
     )
-    personal_share: Unit = Field(0.5, description="apfl: share alpha of the hospital's own model in its mixture.")
+    personal_share: UnitInterval = Field(
+        0.5, description="apfl: share alpha of the hospital's own model in its mixture."
+    )
     max_update_norm: PositiveFloat | None = Field(
         None, description="Longest update: shortened to it at the hospital, and refused beyond it on arrival."
     )

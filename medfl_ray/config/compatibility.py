@@ -15,7 +15,7 @@ def attack_problem(attack: AttackConfig | None, federation: FederationConfig, pr
     """Return why a study of attacks does not go with a run's other sections, or None where it does."""
     if attack is None:
         return None
-    if privacy.central:
+    if privacy.hospital_dp:
         return "attack does not go with privacy.unit: hospital, whose cohorts are secret; study it without"
     if federation.baselines:
         return (
@@ -98,7 +98,7 @@ def study_problem(
         )
     if task == "classification" and (evaluation.more_metrics or evaluation.target_dice is not None):
         return "evaluation.metrics and target_dice are of segmentations; data.task is classification: leave them out"
-    if privacy.central and evaluation.has_studies:
+    if privacy.hospital_dp and evaluation.has_studies:
         return (
             "evaluation.cross_site, leave_one_out and contributions train models that hospital-level differential "
             "privacy does not cover; leave them out"

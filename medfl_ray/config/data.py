@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from medfl_ray.config.base import Declared, HospitalId, Positive, PositiveFloat, Section, one_to_many
+from medfl_ray.config.base import DataKind, HospitalId, Positive, PositiveFloat, Section, one_to_many
 
 
 class PhantomConfig(Section):
@@ -55,7 +55,7 @@ class HospitalConfig(Section):
         None, description="The hospital's own hospital_config.yaml; its policy wins over the run."
     )
     data_set: HospitalId | None = Field(None, description="Name of the data set in the hospital's ledger.")
-    declared: Declared | None = Field(
+    declared: DataKind | None = Field(
         None, description="What the hospital's data are; the run's data.declared by default."
     )
     num_patients: Positive | None = Field(None, description="Rounded, public number of training patients.")
@@ -82,7 +82,7 @@ class DataConfig(Section):
         "auto", description="Layout of the folder."
     )
     name: HospitalId = Field("dataset", description="Name of the data set in the hospitals' ledgers.")
-    declared: Declared = Field(
+    declared: DataKind = Field(
         "private", description="Whether the data are private, public or synthetic; decides what may be shown."
     )
     trust_domain: Literal["separate", "single"] = Field(
@@ -146,6 +146,6 @@ class DataConfig(Section):
         return self
 
     @property
-    def effective_declared(self) -> Declared:
+    def effective_declared(self) -> DataKind:
         """What the data are: phantoms are synthetic whatever the field says."""
         return "synthetic" if self.phantom is not None else self.declared

@@ -121,6 +121,6 @@ class PrivacyConfig(Section):
         return self.enable_dp and self.unit == "patient"
 
     @property
-    def central(self) -> bool:
+    def hospital_dp(self) -> bool:
         """Whether the coordinator clips and noises: hospital-level differential privacy."""
         return self.enable_dp and self.unit == "hospital"

@@ -95,7 +95,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _hospital_level_fits(self) -> Self:
-        if self.privacy.central:
+        if self.privacy.hospital_dp:
             problem = hospital_level_problem(self.aggregation, self.federation, self.privacy)
             if problem is not None:
                 raise ValueError(problem)
@@ -148,8 +148,8 @@ class RunConfig(Section):
 def uniform_for_hospital_level(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the raw configuration with uniform weights where hospital-level DP asks for them and none are named."""
     privacy, aggregation = raw.get("privacy"), raw.get("aggregation") or {}
-    central = isinstance(privacy, dict) and privacy.get("unit") == "hospital"
-    if not central or not isinstance(aggregation, dict) or "weighting" in aggregation:
+    by_hospital = isinstance(privacy, dict) and privacy.get("unit") == "hospital"
+    if not by_hospital or not isinstance(aggregation, dict) or "weighting" in aggregation:
         return raw
     return {**raw, "aggregation": {**aggregation, "weighting": "uniform"}}
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from medfl_ray.config.base import Declared, HospitalId, Positive, PositiveFloat, Section
+from medfl_ray.config.base import DataKind, HospitalId, Positive, PositiveFloat, Section
 from medfl_ray.config.files import parse_model, read_yaml
 from medfl_ray.config.run import RunConfig
 
@@ -23,7 +23,7 @@ class SitePolicy(Section):
 
     hospital: HospitalId = Field(description="Name of the hospital.")
     data_set: HospitalId = Field(description="Name of the data set; with the hospital's name the key of its budget.")
-    declared: Declared = Field("private", description="What the data are.")
+    declared: DataKind = Field("private", description="What the data are.")
     num_patients: Positive = Field(description="Rounded, public number of training patients.")
     num_cases: Positive | None = Field(
         None, description="Rounded, public number of training cases, for aggregation.weighting: cases."
@@ -105,7 +105,7 @@ class SiteDataSection(Section):
         default_factory=dict, description="Overrides of data.spacing_mm, intensity and window."
     )
     data_set: HospitalId = Field("dataset", description="Name of the data set in the ledger.")
-    declared: Declared = Field("private", description="What the data are.")
+    declared: DataKind = Field("private", description="What the data are.")
 
 
 class SiteTrainingSection(Section):

@@ -78,7 +78,7 @@ def _privacy_problem(strategy: str, privacy: PrivacyConfig) -> str | None:
             f"aggregation.strategy {strategy!r} sends the loss of a hospital's patients, which no noise covers; switch "
             "privacy.enable_dp off, or use another strategy"
         )
-    if privacy.central and strategy not in HOSPITAL_LEVEL:
+    if privacy.hospital_dp and strategy not in HOSPITAL_LEVEL:
         return (
             f"aggregation.strategy {strategy!r} does not go with privacy.unit: hospital, which noises the change of "
             "the weights alone and knows no hospital from round to round; use fedavg, a server optimizer or fedprox"

@@ -14,7 +14,7 @@ from medfl_ray.data.cases import Case
 from medfl_ray.data.sources import cases_of
 from medfl_ray.errors import ConfigError, DataError
 
-MOST_BYTES = 2 << 30
+MAX_BYTES = 2 << 30
 
 
 class DataFingerprint(NamedTuple):
@@ -49,7 +49,7 @@ def fingerprint_of(cases: Iterable[Case]) -> DataFingerprint:
     cases = tuple(cases)
     files = sorted({file for case in cases for path in _paths(case) for file in _files(path)})
     classes = sorted(str(case.label) for case in cases if isinstance(case.label, int))
-    if sum(file.stat().st_size for file in files) <= MOST_BYTES:
+    if sum(file.stat().st_size for file in files) <= MAX_BYTES:
         return DataFingerprint(_digest([sorted(_file_digest(file) for file in files), classes]), "contents")
     return DataFingerprint(_digest([sorted((f.name, f.stat().st_size) for f in files), classes]), "names and sizes")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from medfl_ray.config.base import Declared
+from medfl_ray.config.base import DataKind
 from medfl_ray.config.data import DataConfig
 from medfl_ray.config.run import RunConfig
 from medfl_ray.data.cases import Case, CaseIndex
@@ -29,7 +29,7 @@ class Site(NamedTuple):
     """Where one hospital's images are and how it wants them read."""
 
     hospital_id: str
-    declared: Declared
+    declared: DataKind
     data: DataConfig
     directory: Path
     num_workers: int

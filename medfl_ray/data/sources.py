@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from medfl_ray.config.base import Declared
+from medfl_ray.config.base import DataKind
 from medfl_ray.config.data import DataConfig, HospitalConfig
 from medfl_ray.config.files import parse_model
 from medfl_ray.config.run import RunConfig
@@ -81,7 +81,7 @@ def open_hospital_data(
     return data
 
 
-def _policy(run: RunConfig, hospital: str, declared: Declared, num_patients: int) -> SitePolicy:
+def _policy(run: RunConfig, hospital: str, declared: DataKind, num_patients: int) -> SitePolicy:
     return SitePolicy(hospital=hospital, data_set=run.data.name, declared=declared, num_patients=num_patients)
 
 
@@ -162,11 +162,11 @@ def check_folders(run: RunConfig) -> None:
         known.append((name, folder))
 
 
-def declared_folders(run: RunConfig) -> list[tuple[str, Declared, Path]]:
+def declared_folders(run: RunConfig) -> list[tuple[str, DataKind, Path]]:
     """Return hospital, declaration and resolved folder of whatever folders of images a run names and are found here."""
     if run.data.directory is not None:
         return [(run.data.name, run.data.declared, run.data.directory.resolve())]
-    found: list[tuple[str, Declared, Path]] = []
+    found: list[tuple[str, DataKind, Path]] = []
     for hospital in run.data.hospitals:
         if hospital.directory is None and hospital.site_config is None:
             continue

@@ -15,10 +15,10 @@ from google.protobuf.message import DecodeError
 
 from medfl_ray.errors import ExportError
 
-MOST_BYTES = 2**31 - 1
-MOST_NODES = 100_000
+MAX_BYTES = 2**31 - 1
+MAX_NODES = 100_000
 LONGEST_EDGE = 1_000_000
-MOST_VALUES = 2**31
+MAX_VALUES = 2**31
 DOMAINS = frozenset({"", "ai.onnx"})
 
 
@@ -30,8 +30,8 @@ def check_onnx(path: Path) -> None:
     """
     try:
         size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise ExportError(f"{path.name} has {size} bytes; a model has at most {MOST_BYTES}")
+        if size > MAX_BYTES:
+            raise ExportError(f"{path.name} has {size} bytes; a model has at most {MAX_BYTES}")
         content = path.read_bytes()
     except OSError as error:
         raise ExportError(f"{path.name} cannot be read ({error.strerror}); export the model again") from None
@@ -53,8 +53,8 @@ def check_onnx_content(content: bytes, name: str) -> None:
     strange += sorted({node.domain for node in nodes} - DOMAINS)
     if strange:
         raise ExportError(f"{name} asks for operators of {strange[0]!r}; expected standard ONNX operators only")
-    if len(nodes) > MOST_NODES:
-        raise ExportError(f"{name} has {len(nodes)} nodes; a model has at most {MOST_NODES}")
+    if len(nodes) > MAX_NODES:
+        raise ExportError(f"{name} has {len(nodes)} nodes; a model has at most {MAX_NODES}")
     for tensor in _tensors(model.graph):
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
             raise ExportError(f"{name} keeps weights in other files, which is refused; export it as a single file")
@@ -68,7 +68,7 @@ def _check_shape(shape: tuple[int, ...], name: str) -> None:
     product = 1
     for edge in shape:
         product *= max(edge, 1)
-    if any(not 0 <= edge <= LONGEST_EDGE for edge in shape) or product > MOST_VALUES:
+    if any(not 0 <= edge <= LONGEST_EDGE for edge in shape) or product > MAX_VALUES:
         raise ExportError(f"{name} claims a tensor of shape {list(shape)[:8]}, which no model has; export it again")
 
 

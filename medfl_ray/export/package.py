@@ -115,12 +115,12 @@ def privacy_statement(run: RunConfig, run_dir: Path) -> dict[str, Any]:
     if not run.privacy.enable_dp:
         note = "trained without differential privacy; weights may reveal patients"
         return {"differential_privacy": False, "note": note, **unprotected}
-    by_tree = run.privacy.central and run.privacy.hospital_level.mechanism == "tree"
+    by_tree = run.privacy.hospital_dp and run.privacy.hospital_level.mechanism == "tree"
     return {
         "differential_privacy": True,
         "unit": run.privacy.unit,
         "adjacency": "zero_out" if by_tree else "add_remove",
-        "max_grad_norm": run.privacy.hospital_level.clip_norm if run.privacy.central else run.privacy.max_grad_norm,
+        "max_grad_norm": run.privacy.hospital_level.clip_norm if run.privacy.hospital_dp else run.privacy.max_grad_norm,
         "spent": {
             name: statement_entry(account) for name, account in accounts.items() if account.unit == run.privacy.unit
         },

@@ -18,7 +18,7 @@ from medfl_ray.training.scoring.evaluation import dice_per_label
 Image = npt.NDArray[np.float32]
 NUM_IMAGES = 2
 RELATIVE_TOLERANCE = 1e-3
-LEAST_AGREEMENT = 0.999
+MIN_AGREEMENT = 0.999
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def measure_parity(
     scale = max(1.0, *(float(np.abs(a).max()) for a in expected))
     labels = [(a.argmax(axis=1), b.argmax(axis=1)) for a, b in pairs]
     agreement = float(np.mean(np.concatenate([(a == b).reshape(-1) for a, b in labels])))
-    if not difference <= RELATIVE_TOLERANCE * scale or agreement < LEAST_AGREEMENT:
+    if not difference <= RELATIVE_TOLERANCE * scale or agreement < MIN_AGREEMENT:
         raise ExportError(
             f"parity failed: the exported model's logits differ by up to {difference:.2g}, of {scale:.2g}, "
             f"and {agreement:.2%} of the labels agree; expected at most {RELATIVE_TOLERANCE:g} of the range and "
-            f"at least {LEAST_AGREEMENT:.1%}. No model.onnx was kept"
+            f"at least {MIN_AGREEMENT:.1%}. No model.onnx was kept"
         )
     classes = {value: str(value) for value in range(1, expected[0].shape[1])}
     dice = float(np.mean([list(dice_per_label(b, a, classes).values()) for a, b in labels]))

@@ -24,8 +24,8 @@ from medfl_ray.export.description import PackageDescription
 Array = npt.NDArray[np.float32]
 Classes = npt.NDArray[np.uint8]
 Run = Callable[[Array], Array]
-LEAST_WEIGHT = 1e-3
-MOST_CLASSES = 256
+MIN_WEIGHT = 1e-3
+MAX_CLASSES = 256
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def window_weights(window: Sequence[int], settings: SlidingWindow) -> Array:
         sigma = edge * settings.sigma_scale
         weights = weights[..., None] * np.exp(from_middle**2 / np.float32(-2 * sigma**2))
     # MONAI's floor, so that no voxel is left without a weight.
-    return np.maximum(weights, np.float32(max(float(weights.min()), LEAST_WEIGHT)))
+    return np.maximum(weights, np.float32(max(float(weights.min()), MIN_WEIGHT)))
 
 
 class Blender:
@@ -197,8 +197,8 @@ class LabelImage:
         Raises:
           InferenceError: the logits are not finite, or there are more classes than a byte can name.
         """
-        if len(planes) > MOST_CLASSES:
-            raise InferenceError(f"the model has {len(planes)} classes; a mask holds at most {MOST_CLASSES}")
+        if len(planes) > MAX_CLASSES:
+            raise InferenceError(f"the model has {len(planes)} classes; a mask holds at most {MAX_CLASSES}")
         target = self.classes[first : first + planes.shape[1]]
         largest = planes[0].copy()
         for index in range(1, len(planes)):

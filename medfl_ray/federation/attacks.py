@@ -82,7 +82,7 @@ def of_all(trained: Mapping[str, ClientUpdate], size: int) -> Updates:
     """Return the attackers' own updates as a rule would read them."""
     own = Updates(size)
     for name, update in trained.items():
-        own.add(name, update.delta, update.num_patients)
+        own.add(name, update.delta, update.aggregation_weight)
     return own
 
 
@@ -91,7 +91,7 @@ def replacing_scale(honest: Updates, trained: Mapping[str, ClientUpdate], server
 
     It is all weight by the attackers' weight and the server's learning rate, arXiv:1807.00459, equation 3.
     """
-    own = float(sum(update.num_patients for update in trained.values()))
+    own = float(sum(update.aggregation_weight for update in trained.values()))
     return (float(honest.weights.sum()) + own) / (own * server_learning_rate)
 
 

@@ -34,13 +34,13 @@ from medfl_ray.federation.signatures import update_digest
 from medfl_ray.messages import (
     ClientFailure,
     ClientUpdate,
+    FailureStage,
     HospitalInfo,
     Mechanism,
     Metric,
     PrivacySpent,
     RoundPlan,
     SiteEvaluation,
-    Stage,
 )
 from medfl_ray.params import Vector
 from medfl_ray.privacy.hospital_level import clip_update
@@ -53,7 +53,7 @@ if TYPE_CHECKING:  # the driver of a simulation, which names this room, must not
     from medfl_ray.training.trainer import Trainer
 
 log = structlog.get_logger()
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 PictureMaker = Callable[["Trainer", Vector, "HospitalData"], tuple[bytes, ...]]
 LocalReporter = Callable[[int, Mapping[str, float], list[PatientScore], tuple[bytes, ...]], None]
 
@@ -218,7 +218,7 @@ class Hospital:
                 attempt=plan.attempt,
                 delta=delta,
                 layout_checksum=parts.trainer.layout.checksum,
-                num_patients=aggregation_weight(parts.run, parts.policy),
+                aggregation_weight=aggregation_weight(parts.run, parts.policy),
                 num_steps=outcome.num_steps,
                 spent=self._spent(),
                 metrics=self._labelled(losses),
@@ -352,7 +352,7 @@ class Hospital:
     def _mark_unprotected(self, job: str) -> None:
         """Write down that something of private data leaves without patient-level differential privacy."""
         if is_confidential(self._parts.policy) and self._parts.ledger is not None:
-            unit = "hospital-level" if self._parts.run.privacy.central else "no"
+            unit = "hospital-level" if self._parts.run.privacy.hospital_dp else "no"
             reason = f"trained and shown with {unit} differential privacy: no patient-level epsilon bounds it"
             self._parts.ledger.mark_unprotected(job.partition("/")[0], reason)
 
@@ -380,14 +380,14 @@ class Hospital:
         return LocalJob(plan.num_steps[self.id], plan.learning_rate, mechanism, seed_key)
 
     def _guarded(
-        self, round: int, attempt: int, stage: Stage, left_host: bool, work: Callable[[], Answer]
-    ) -> Answer | ClientFailure:
+        self, round: int, attempt: int, stage: FailureStage, may_have_left: bool, work: Callable[[], T]
+    ) -> T | ClientFailure:
         try:
             return work()
         except Exception as error:  # noqa: BLE001 - whatever it is passes the gate
             reason = shown_reason(self._parts.policy, error, stage, round)
         return ClientFailure(
-            hospital=self.id, round=round, attempt=attempt, stage=stage, reason=reason, left_host=left_host
+            hospital=self.id, round=round, attempt=attempt, stage=stage, reason=reason, may_have_left=may_have_left
         )
 
     def _labelled(self, values: Mapping[str, float]) -> dict[str, Metric]:

@@ -44,7 +44,7 @@ ServerState = Mapping[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class CentralPlan:
+class HospitalLevelPlan:
     """What a run with hospital-level differential privacy is going to do.
 
     sample_rate: Poisson rate q of a hospital per round; 1 for a tree. rounds_per_tree: None without trees.
@@ -87,13 +87,13 @@ class CentralPlan:
         )
 
 
-def plan_central(run: RunConfig, policies: Sequence[SitePolicy]) -> CentralPlan | None:
+def plan_hospital_level(run: RunConfig, policies: Sequence[SitePolicy]) -> HospitalLevelPlan | None:
     """Return what a run with privacy.unit: hospital does, or None for any other run.
 
     Raises:
       PrivacyConfigError: a hospital demands patient-level DP or bears a reserved name, or the figures do not fit.
     """
-    if not run.privacy.central:
+    if not run.privacy.hospital_dp:
         return None
     settings, rounds = run.privacy.hospital_level, run.federation.rounds
     _check_policies(run, policies)
@@ -122,7 +122,9 @@ def plan_central(run: RunConfig, policies: Sequence[SitePolicy]) -> CentralPlan 
         else:
             sigma = solve_noise_multiplier(run.privacy.epsilon, delta, q, rounds)
     expected = num_hospitals / per_tree if per_tree is not None else q * num_hospitals
-    return CentralPlan(sigma, q, rounds, num_hospitals, delta, expected, per_tree, _adaptive(run, sigma, expected))
+    return HospitalLevelPlan(
+        sigma, q, rounds, num_hospitals, delta, expected, per_tree, _adaptive(run, sigma, expected)
+    )
 
 
 def _adaptive(run: RunConfig, sigma: float, expected_cohort: float) -> AdaptiveClip | None:
@@ -171,7 +173,7 @@ class HospitalLevel:
     It holds the noise of a tree and is never stored: a run that is resumed starts a new tree and charges it anew.
     """
 
-    def __init__(self, run: RunConfig, plan: CentralPlan, ledger: Ledger, size: int) -> None:
+    def __init__(self, run: RunConfig, plan: HospitalLevelPlan, ledger: Ledger, size: int) -> None:
         """Take the run, its plan, the federation's account and the number of parameters P."""
         self._run, self._plan, self._ledger = run, plan, ledger
         settings = run.privacy.hospital_level
@@ -257,7 +259,7 @@ class HospitalLevel:
             sample_rate=self._plan.sample_rate,
             max_grad_norm=self.clip_norm,
             num_steps=1 if self._plan.rounds_per_tree is None else self._tree_rounds,
-            num_patients=self._plan.num_hospitals,
+            num_records=self._plan.num_hospitals,
             delta=self._plan.delta,
             unit="hospital",
             adjacency="add_remove" if self._plan.rounds_per_tree is None else "zero_out",

@@ -14,7 +14,7 @@ from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
 
 class LocalPool:
@@ -86,12 +86,12 @@ class LocalPool:
             hospital.close()
         self._hospitals.clear()
 
-    def _tell(self, name: str, plan: RoundPlan, ask: Callable[[Hospital, RoundPlan], Answer]) -> Answer | ClientFailure:
+    def _tell(self, name: str, plan: RoundPlan, ask: Callable[[Hospital, RoundPlan], T]) -> T | ClientFailure:
         """Ask a hospital about the part of a plan that concerns it."""
         own = plan.addressed_to(name)
         return self._asked(name, plan.round, plan.attempt, lambda built: ask(built, own))
 
-    def _asked(self, name: str, round: int, attempt: int, ask: Callable[[Hospital], Answer]) -> Answer | ClientFailure:
+    def _asked(self, name: str, round: int, attempt: int, ask: Callable[[Hospital], T]) -> T | ClientFailure:
         """Ask a hospital, which is built first where it is not there yet."""
         if name not in self._hospitals:
             try:

@@ -207,7 +207,7 @@ def mechanism_for(run: RunConfig, policy: SitePolicy, num_rounds: int | None = N
         sample_rate=q,
         max_grad_norm=run.privacy.max_grad_norm,
         num_steps=steps,
-        num_patients=policy.num_patients,
+        num_records=policy.num_patients,
         delta=delta,
     )
     check_limits(policy, run.data.task, steps, mechanism)

@@ -16,7 +16,7 @@ FIRST_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True)
-class Decision:
+class RoundDecision:
     """A verdict on a round and the sentence that explains it."""
 
     verdict: Verdict
@@ -25,27 +25,27 @@ class Decision:
 
 def judge_round(
     config: FederationConfig, num_updates: int, num_asked: int, failed_rounds_before: int, problem: str | None = None
-) -> Decision:
+) -> RoundDecision:
     """Decide whether a round is published, skipped (weights stay) or the last one of the run.
 
     `problem` says why the updates, enough or not, cannot be combined.
     """
     delivered = f"{num_updates} of {num_asked} hospitals delivered an update"
     if num_updates >= config.min_clients and problem is None:
-        return Decision("publish", delivered)
+        return RoundDecision("publish", delivered)
     below = num_updates < config.min_clients
     missing = f"{delivered}; min_clients is {config.min_clients}" if below else f"{delivered}; {problem}"
     if failed_rounds_before >= config.max_failed_rounds:
-        return Decision("stop", f"{missing}, and the {failed_rounds_before} rounds before failed too")
-    return Decision("skip", f"{missing}; the weights stay as they were")
+        return RoundDecision("stop", f"{missing}, and the {failed_rounds_before} rounds before failed too")
+    return RoundDecision("skip", f"{missing}; the weights stay as they were")
 
 
-def can_start(config: FederationConfig, num_available: int) -> Decision:
+def can_start(config: FederationConfig, num_available: int) -> RoundDecision:
     """Decide whether enough hospitals are present to begin."""
     needed = max(config.min_available_clients, config.min_clients)
     if num_available >= needed:
-        return Decision("publish", f"{num_available} hospitals are present")
-    return Decision(
+        return RoundDecision("publish", f"{num_available} hospitals are present")
+    return RoundDecision(
         "stop", f"{num_available} hospitals are present; federation.min_available_clients asks for {needed}"
     )
 
@@ -89,7 +89,7 @@ def why_left_out(standing: Standing, max_failures: int) -> str | None:
     )
 
 
-class Standings:
+class FailureHistory:
     """Who failed how often in a row, from the receipts of a run: a resumed run knows it too."""
 
     def __init__(self, receipts: Iterable[Receipt] = ()) -> None:
@@ -112,14 +112,14 @@ class Standings:
         return out if len(names) - len(out) >= config.min_clients else {}
 
 
-def asked_again(failures: Iterable[ClientFailure], may_train_again: Iterable[str] = ()) -> list[str]:
+def hospitals_to_retry(failures: Iterable[ClientFailure], may_train_again: Iterable[str] = ()) -> list[str]:
     """Return whom to ask again within the round: the fault may pass, and asking again is no second release.
 
     Args:
       may_train_again: hospitals without differential privacy, whose training may be repeated.
     """
     harmless = set(may_train_again)
-    return [f.hospital for f in failures if f.passing and (not f.left_host or f.hospital in harmless)]
+    return [f.hospital for f in failures if f.transient and (not f.may_have_left or f.hospital in harmless)]
 
 
 def pause_before(retry: int) -> float:

@@ -23,7 +23,7 @@ from medfl_ray.messages import (
     SiteEvaluation,
 )
 from medfl_ray.params import Vector
-from medfl_ray.study_records import Piece
+from medfl_ray.study_records import SavedResult
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class SummedUpdates:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-Answer = ClientUpdate | SummedUpdates | ClientFailure
+TrainingAnswer = ClientUpdate | SummedUpdates | ClientFailure
 """What training yields: an update or a failure of one hospital, or a sum over several."""
 
 
@@ -166,7 +166,9 @@ class ClientPool(Protocol):
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
         """Give back reservations of hospitals that never started to train."""
 
-    def train(self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector) -> Generator[Answer, None, None]:
+    def train(
+        self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector
+    ) -> Generator[TrainingAnswer, None, None]:
         """Yield answers in the order in which they arrive, until the plan's deadline; every hospital is in one.
 
         Between them may come updates of an earlier round that missed its deadline. Closing the generator early
@@ -197,13 +199,13 @@ class FederationState:
     server_state: Mapping[str, npt.NDArray[np.float32]]
 
 
-class PieceKeeper(Protocol):
-    """Where finished pieces are kept, so that a resumed run repeats, and charges, none; see store/pieces.py."""
+class StudyStore(Protocol):
+    """Where finished pieces are kept, so that a resumed run repeats, and charges, none; see saved_studies.py."""
 
-    def load(self, name: str) -> Piece | None:
+    def load(self, name: str) -> SavedResult | None:
         """Return a piece, or None where it is not there or does not read whole."""
 
-    def save(self, name: str, piece: Piece) -> None:
+    def save(self, name: str, piece: SavedResult) -> None:
         """Keep a piece durably."""
 
 
@@ -218,7 +220,7 @@ class PublishedRound(Protocol):
     def server_state(self) -> Mapping[str, npt.NDArray[np.float32]]: ...
 
 
-class RunKeeper(Protocol):
+class RoundStore(Protocol):
     """Where a run's checkpoints, receipts and metrics are kept; see medfl_ray/store/run/folder.py.
 
     A round is opened, collects, is aggregated and then published by its checkpoint, or abandoned when it is recorded

@@ -12,8 +12,8 @@ from medfl_ray.aggregation.updates import Updates
 from medfl_ray.config.run import RunConfig
 from medfl_ray.federation.events import Event, HospitalState
 from medfl_ray.federation.hospital_level import HospitalLevel
-from medfl_ray.federation.policies import Standings
-from medfl_ray.federation.ports import ClientPool, LedgerKeeper, RunKeeper, SignatureCheck
+from medfl_ray.federation.policies import FailureHistory
+from medfl_ray.federation.ports import ClientPool, LedgerKeeper, RoundStore, SignatureCheck
 from medfl_ray.messages import ClientFailure, ClientUpdate, LedgerRows, Mechanism, Metric, PrivacySpent, RoundPlan
 
 Select = Callable[[int, Sequence[str]], tuple[str, ...]]
@@ -25,20 +25,20 @@ Combine = Callable[[Updates, ServerState, params.Vector], tuple[params.Vector, S
 
 
 @dataclass
-class Past:
+class RunHistory:
     """What earlier rounds left: who failed how often, and the plans of updates that missed the last deadline."""
 
-    standings: Standings
-    owed: dict[str, RoundPlan] = field(default_factory=dict)
+    failure_history: FailureHistory
+    late_plans: dict[str, RoundPlan] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RoundContext:
-    """What stays the same over the rounds of a run; `central` is there under hospital-level differential privacy.
+    """What stays the same over the rounds of a run; `hospital_dp` is there under hospital-level differential privacy.
 
-    `weight` is each hospital's public aggregation weight, `keys` the public key of each that signs its updates.
-    `evaluated` are the hospitals that are asked to score the weights, and `select` names who trains in a round.
-    `combine` is there where a rule needs every update, and not their sum alone.
+    `aggregation_weights` are the hospitals' public weights in the mean, `keys` the public keys of those that sign their
+    updates. `evaluated` are the hospitals that are asked to score the weights, and `select` names who trains in a
+    round. `combine` is there where a rule needs every update, and not their sum alone.
     """
 
     run: RunConfig
@@ -47,25 +47,25 @@ class RoundContext:
     layout: params.Layout
     strategy: Strategy
     pool: ClientPool
-    keeper: RunKeeper
+    store: RoundStore
     mirror: LedgerKeeper
     available: tuple[str, ...]
     num_steps: Mapping[str, int]
-    weight: Mapping[str, int]
+    aggregation_weights: Mapping[str, int]
     mechanisms: Mapping[str, Mechanism]
     keys: Mapping[str, str]
     is_signed: SignatureCheck
     emit: Callable[[Event], None]
     evaluated: tuple[str, ...]
     select: Select
-    past: Past
-    central: HospitalLevel | None = None
+    history: RunHistory
+    hospital_dp: HospitalLevel | None = None
     combine: Combine | None = None
 
     @property
     def secret_cohorts(self) -> bool:
         """Whether nobody but the coordinator may learn who was asked."""
-        return self.central is not None and self.central.secret_cohorts
+        return self.hospital_dp is not None and self.hospital_dp.secret_cohorts
 
     def tell(self, state: HospitalState) -> None:
         """Say what a hospital of the cohort is doing, unless the cohort is secret."""
@@ -88,7 +88,7 @@ def foreign_rows(sender: str, spent: PrivacySpent | None, members: Sequence[str]
 
 
 @dataclass
-class Tally:
+class RoundProgress:
     """What has happened in the round so far; `late` are hospitals whose update of an earlier round is in the sum.
 
     `updates` keeps each of them where a robust rule needs them all. `held` are what attackers of a study trained, until

@@ -17,14 +17,14 @@ from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import budget_hash
 from medfl_ray.errors import LedgerError
 from medfl_ray.failpoints import failpoint
-from medfl_ray.federation.collecting import collect_updates, waits_for_retry
+from medfl_ray.federation.collecting import collect_updates, wait_before_retry
 from medfl_ray.federation.events import HospitalState
 from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION
 from medfl_ray.federation.hospital_rules.failures import in_constant_words
 from medfl_ray.federation.planning import mechanism_in_round, steps_in_round
-from medfl_ray.federation.policies import Decision, asked_again, judge_round
+from medfl_ray.federation.policies import RoundDecision, hospitals_to_retry, judge_round
 from medfl_ray.federation.ports import FederationState
-from medfl_ray.federation.round_context import RoundContext, Tally, foreign_rows
+from medfl_ray.federation.round_context import RoundContext, RoundProgress, foreign_rows
 from medfl_ray.federation.selection import enough_updates
 from medfl_ray.messages import ClientFailure, PrivacySpent, Receipt, RoundPlan, RoundResult, SiteEvaluation
 from medfl_ray.params import Vector
@@ -34,54 +34,54 @@ from medfl_ray.training.schedules import learning_rate
 
 def run_round(
     context: RoundContext, state: FederationState, failed_before: int
-) -> tuple[FederationState, RoundResult, Decision]:
+) -> tuple[FederationState, RoundResult, RoundDecision]:
     """Run one round and return the next state, what happened, and whether the run may go on."""
-    tally = Tally()
-    plan = plan_round(context, state, tally)
-    context.keeper.open_round(shown_plan(context, plan))
+    progress = RoundProgress()
+    plan = plan_round(context, state, progress)
+    context.store.open_round(shown_plan(context, plan))
     failpoint("round.opened")
 
-    ready = reserve(context, plan, tally)
+    ready = reserve(context, plan, progress)
     failpoint("round.reserved")
     decision = judge(context, plan, len(ready), failed_before)
     if decision.verdict == "publish":
-        context.keeper.start_collecting(plan)
+        context.store.start_collecting(plan)
         failpoint("round.collecting")
-        total = collect_updates(context, plan, ready, state, tally)
+        total = collect_updates(context, plan, ready, state, progress)
         failpoint("round.collected")
-        mirror_rows(context, plan, tally)
+        mirror_rows(context, plan, progress)
         failpoint("round.mirrored")
         decision = judge(context, plan, total.num_updates, failed_before)
     else:
         context.pool.release(plan, ready, "the round ended before training: below quorum")
 
     if decision.verdict != "publish":
-        result = close_round(context, plan, tally, None, decision.reason)
-        context.keeper.record(result)
+        result = close_round(context, plan, progress, None, decision.reason)
+        context.store.record(result)
         return state, result, decision
 
-    published = apply_updates(context, state, total, tally)
+    published = apply_updates(context, state, total, progress)
     weights_after = params.checksum(published.weights)
-    context.keeper.note_aggregated(plan, weights_after)
+    context.store.note_aggregated(plan, weights_after)
     failpoint("round.aggregated")
     if is_evaluated(context.run, plan.round):
-        evaluate_weights(context, plan.round, published, tally)
+        evaluate_weights(context, plan.round, published, progress)
         failpoint("round.evaluated")
-    result = close_round(context, plan, tally, weights_after)
-    context.keeper.save_checkpoint(published, result)
+    result = close_round(context, plan, progress, weights_after)
+    context.store.save_checkpoint(published, result)
     failpoint("round.published")
-    context.keeper.record(result)
+    context.store.record(result)
     failpoint("round.recorded")
     return published, result, decision
 
 
-def plan_round(context: RoundContext, state: FederationState, tally: Tally) -> RoundPlan:
+def plan_round(context: RoundContext, state: FederationState, progress: RoundProgress) -> RoundPlan:
     """Fix who is asked and what each will do, before any hospital trains."""
     run, number = context.run, state.round + 1
-    if context.central is not None:  # who is drawn there must not depend on who failed before
-        hospitals, enough = context.central.cohort(context.available, number), None
+    if context.hospital_dp is not None:  # who is drawn there must not depend on who failed before
+        hospitals, enough = context.hospital_dp.cohort(context.available, number), None
     else:
-        able = without_failing(context, number, tally)
+        able = without_failing(context, number, progress)
         hospitals = context.select(number, able)
         enough = enough_updates(run, len(able), len(hospitals))
     return RoundPlan(
@@ -98,94 +98,94 @@ def plan_round(context: RoundContext, state: FederationState, tally: Tally) -> R
         },
         deadline_s=run.federation.deadline_s,
         enough=enough,
-        clip_norm=context.central.clip_norm if context.central is not None else None,
+        clip_norm=context.hospital_dp.clip_norm if context.hospital_dp is not None else None,
         # Of a secret cohort no ledger is charged, and which rows were seen of it is nobody's business.
-        ledger_heads=context.mirror.heads(hospitals) if context.central is None else {},
+        ledger_heads=context.mirror.heads(hospitals) if context.hospital_dp is None else {},
     )
 
 
-def without_failing(context: RoundContext, number: int, tally: Tally) -> list[str]:
+def without_failing(context: RoundContext, number: int, progress: RoundProgress) -> list[str]:
     """Return the hospitals that may be asked; why others sit out for their earlier failures is recorded."""
-    left_out = context.past.standings.left_out(context.available, context.run.federation)
+    left_out = context.history.failure_history.left_out(context.available, context.run.federation)
     for hospital, reason in left_out.items():
         exclude(
             context,
-            tally,
+            progress,
             ClientFailure(
                 hospital=hospital,
                 round=number,
                 attempt=context.attempt,
                 stage="select",
                 reason=reason,
-                left_host=False,
+                may_have_left=False,
             ),
         )
     return [hospital for hospital in context.available if hospital not in left_out]
 
 
-def reserve(context: RoundContext, plan: RoundPlan, tally: Tally) -> list[str]:
+def reserve(context: RoundContext, plan: RoundPlan, progress: RoundProgress) -> list[str]:
     """Reserve the round's worst case at every hospital; who cannot afford it is left out, and that is recorded.
 
     The coordinator has mirrored every reservation before this returns, so that none can be forgotten unseen.
     """
-    if context.central is not None:
-        tally.spent[FEDERATION] = context.central.reserve(plan)
-        tally.ledger_rows.extend(context.central.rows_after(context.mirror.heads([FEDERATION])))
+    if context.hospital_dp is not None:
+        progress.spent[FEDERATION] = context.hospital_dp.reserve(plan)
+        progress.ledger_rows.extend(context.hospital_dp.rows_after(context.mirror.heads([FEDERATION])))
     ready = []
-    for hospital, answer in ask_to_reserve(context, plan, tally).items():
+    for hospital, answer in ask_to_reserve(context, plan, progress).items():
         if isinstance(answer, ClientFailure):
-            exclude(context, tally, answer)
+            exclude(context, progress, answer)
             continue
         foreign = foreign_rows(hospital, answer)
         if foreign is not None:
             context.pool.release(plan, [hospital], foreign)
-            exclude(context, tally, reserve_failure(plan, hospital, foreign))
+            exclude(context, progress, reserve_failure(plan, hospital, foreign))
             continue
         if answer is not None:
-            tally.spent[hospital] = tally.take_rows(answer)
+            progress.spent[hospital] = progress.take_rows(answer)
         ready.append(hospital)
-    refused = mirror_rows(context, plan, tally)
+    refused = mirror_rows(context, plan, progress)
     if refused:
         context.pool.release(plan, [h for h in ready if h in refused], "the coordinator could not mirror the ledger")
     return [hospital for hospital in ready if hospital not in refused]
 
 
 def ask_to_reserve(
-    context: RoundContext, plan: RoundPlan, tally: Tally
+    context: RoundContext, plan: RoundPlan, progress: RoundProgress
 ) -> dict[str, PrivacySpent | ClientFailure | None]:
     """Return every hospital's answer; one whose process or connection failed is asked again after a pause."""
     answers = dict(context.pool.reserve(plan))
     for retry in range(1, context.run.federation.retries + 1):
-        again = asked_again(answer for answer in answers.values() if isinstance(answer, ClientFailure))
-        if not again or not waits_for_retry(context, plan, tally, retry):
+        again = hospitals_to_retry(answer for answer in answers.values() if isinstance(answer, ClientFailure))
+        if not again or not wait_before_retry(context, plan, progress, retry):
             break
         answers |= context.pool.reserve(plan.among(again))
     return answers
 
 
-def judge(context: RoundContext, plan: RoundPlan, num_updates: int, failed_before: int) -> Decision:
+def judge(context: RoundContext, plan: RoundPlan, num_updates: int, failed_before: int) -> RoundDecision:
     """Judge the round; under hospital-level DP it is published whatever arrived, for giving up would tell of it."""
-    if context.central is not None:
-        return Decision("publish", "whatever arrived is noised and published")
+    if context.hospital_dp is not None:
+        return RoundDecision("publish", "whatever arrived is noised and published")
     rule = context.run.aggregation
     problem = why_too_few(rule.robust, num_updates) if rule.mode == "robust" else None
     return judge_round(context.run.federation, num_updates, len(plan.hospitals), failed_before, problem)
 
 
-def exclude(context: RoundContext, tally: Tally, failure: ClientFailure) -> None:
+def exclude(context: RoundContext, progress: RoundProgress, failure: ClientFailure) -> None:
     """Record why a hospital does not train in this round."""
-    tally.failures.append(failure)
+    progress.failures.append(failure)
     context.tell(HospitalState(hospital=failure.hospital, state="left_out", detail=failure.reason))
 
 
-def mirror_rows(context: RoundContext, plan: RoundPlan, tally: Tally) -> set[str]:
+def mirror_rows(context: RoundContext, plan: RoundPlan, progress: RoundProgress) -> set[str]:
     """Keep the new rows of all ledgers in one write; return the hospitals whose rows do not follow those kept."""
-    problems = context.mirror.keep(tally.ledger_rows)
-    tally.ledger_rows.clear()
+    problems = context.mirror.keep(progress.ledger_rows)
+    progress.ledger_rows.clear()
     if FEDERATION in problems:
         raise LedgerError(problems[FEDERATION])
     for hospital, reason in problems.items():
-        exclude(context, tally, reserve_failure(plan, hospital, reason))
+        exclude(context, progress, reserve_failure(plan, hospital, reason))
     return set(problems)
 
 
@@ -194,29 +194,31 @@ def reserve_failure(plan: RoundPlan, hospital: str, reason: str) -> ClientFailur
     return ClientFailure(hospital=hospital, round=plan.round, attempt=plan.attempt, stage="reserve", reason=reason)
 
 
-def apply_updates(context: RoundContext, state: FederationState, total: PartialSum, tally: Tally) -> FederationState:
+def apply_updates(
+    context: RoundContext, state: FederationState, total: PartialSum, progress: RoundProgress
+) -> FederationState:
     """Let the strategy turn the mean update into the next weights; under hospital-level DP the noised one.
 
     In robust mode a rule over all updates takes the mean's place.
     """
-    beside: dict[str, Vector] = {}
-    if context.central is not None:
-        tally.spent[FEDERATION] = context.central.settle()
-        mean = context.central.release(total)
-        beside.update(context.central.server_state())
-    elif context.combine is not None and tally.updates is not None:
-        mean, robust_state = context.combine(tally.updates, state.server_state, state.weights)
-        beside.update(robust_state)
+    extra_state: dict[str, Vector] = {}
+    if context.hospital_dp is not None:
+        progress.spent[FEDERATION] = context.hospital_dp.settle()
+        mean = context.hospital_dp.release(total)
+        extra_state.update(context.hospital_dp.server_state())
+    elif context.combine is not None and progress.updates is not None:
+        mean, robust_state = context.combine(progress.updates, state.server_state, state.weights)
+        extra_state.update(robust_state)
     else:
         mean = weighted_mean(total)
-    own_state = {name: value for name, value in state.server_state.items() if not is_beside(name)}
+    own_state = {name: value for name, value in state.server_state.items() if not is_not_strategy_state(name)}
     # Under hospital-level DP how many took part is nobody's business, the strategy's included.
-    share = 1.0 if context.central is not None else total.weight / sum(context.weight.values())
+    share = 1.0 if context.hospital_dp is not None else total.weight / sum(context.aggregation_weights.values())
     server_state, weights = context.strategy.step(own_state, state.weights, mean, share)
-    return FederationState(state.round + 1, weights, {**server_state, **beside})
+    return FederationState(state.round + 1, weights, {**server_state, **extra_state})
 
 
-def is_beside(name: str) -> bool:
+def is_not_strategy_state(name: str) -> bool:
     """Say whether a part of the server's state is not the strategy's: of hospital-level DP, or of a robust rule."""
     return name == CLIP_NORM or name.startswith(ROBUST_STATE)
 
@@ -226,45 +228,47 @@ def is_evaluated(run: RunConfig, number: int) -> bool:
     return number % run.federation.eval_every == 0 or number == run.federation.rounds
 
 
-def evaluate_weights(context: RoundContext, number: int, state: FederationState, tally: Tally) -> None:
+def evaluate_weights(context: RoundContext, number: int, state: FederationState, progress: RoundProgress) -> None:
     """Score the new weights at every hospital; a hospital that cannot is recorded, and the round stands."""
     weights = released_weights(state.server_state, state.weights)
     deadline_s = context.run.federation.deadline_s
     for answer in context.pool.evaluate(number, context.evaluated, weights, pictures=False, deadline_s=deadline_s):
         if isinstance(answer, SiteEvaluation):
-            tally.metrics.setdefault(answer.hospital, {}).update(answer.metrics)
+            progress.metrics.setdefault(answer.hospital, {}).update(answer.metrics)
         else:
-            tally.failures.append(answer)
+            progress.failures.append(answer)
 
 
 def close_round(
-    context: RoundContext, plan: RoundPlan, tally: Tally, weights_after: str | None, reason: str = ""
+    context: RoundContext, plan: RoundPlan, progress: RoundProgress, weights_after: str | None, reason: str = ""
 ) -> RoundResult:
     """Write the receipt: who was asked, who trained, who did not and why; `reason` where nothing is published."""
     plan = shown_plan(context, plan)
     if context.secret_cohorts:
-        tally = without_cohort(tally)
+        progress = without_cohort(progress)
     # Under hospital-level DP an update is not noised before it is summed, and its hash would confirm a guess of it.
-    hashes = {} if context.central is not None else tally.update_hashes
+    hashes = {} if context.hospital_dp is not None else progress.update_hashes
     receipt = Receipt(
         **plan.receipt_fields,
-        trained=tuple(sorted(tally.trained)),
-        failures=tuple(sorted(tally.failures, key=lambda failure: failure.hospital)),
+        trained=tuple(sorted(progress.trained)),
+        failures=tuple(sorted(progress.failures, key=lambda failure: failure.hospital)),
         update_hashes=dict(sorted(hashes.items())),
-        spent=dict(sorted(tally.spent.items())),
+        spent=dict(sorted(progress.spent.items())),
         weights_after=weights_after,
         published=weights_after is not None,
         ended_at=stamp(clock_of(context.secret_cohorts)()),
         secret_cohort=context.secret_cohorts,
         reason=reason,
-        late=dict(sorted(tally.late.items())),
+        late=dict(sorted(progress.late.items())),
         budget_hash=budget_hash(context.run),
         attackers=context.run.attack.words if context.run.attack is not None else "",
     )
-    context.past.standings.add(receipt)
-    context.past.owed = {f.hospital: plan for f in tally.failures if f.stage == "late" and f.round == plan.round}
-    duration_s = 0.0 if context.secret_cohorts else round(time.monotonic() - tally.started, 3)
-    return RoundResult(round=plan.round, receipt=receipt, metrics=tally.metrics, duration_s=duration_s)
+    context.history.failure_history.add(receipt)
+    context.history.late_plans = {
+        f.hospital: plan for f in progress.failures if f.stage == "late" and f.round == plan.round
+    }
+    duration_s = 0.0 if context.secret_cohorts else round(time.monotonic() - progress.started, 3)
+    return RoundResult(round=plan.round, receipt=receipt, metrics=progress.metrics, duration_s=duration_s)
 
 
 def shown_plan(context: RoundContext, plan: RoundPlan) -> RoundPlan:
@@ -274,9 +278,9 @@ def shown_plan(context: RoundContext, plan: RoundPlan) -> RoundPlan:
     return plan.model_copy(update={"hospitals": (), "num_steps": {}, "ledger_heads": {}})
 
 
-def without_cohort(tally: Tally) -> Tally:
+def without_cohort(progress: RoundProgress) -> RoundProgress:
     """Leave out what would tell who was asked; the evaluation asks everybody, so that its failures stay."""
-    failures = [in_constant_words(failure) for failure in tally.failures if failure.stage == "evaluate"]
-    evaluated = {hospital: metrics for hospital, metrics in sorted(tally.metrics.items()) if metrics}
-    spent = {name: spent for name, spent in tally.spent.items() if name == FEDERATION}
-    return Tally(spent=spent, failures=failures, metrics=evaluated)
+    failures = [in_constant_words(failure) for failure in progress.failures if failure.stage == "evaluate"]
+    evaluated = {hospital: metrics for hospital, metrics in sorted(progress.metrics.items()) if metrics}
+    spent = {name: spent for name, spent in progress.spent.items() if name == FEDERATION}
+    return RoundProgress(spent=spent, failures=failures, metrics=evaluated)

@@ -16,14 +16,14 @@ from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import ConfigError, FederationError, QuorumLost
 from medfl_ray.federation.attacks import check_attack
 from medfl_ray.federation.events import AccountsClosed, HospitalState, Notice, PhaseStarted, RoundClosed
-from medfl_ray.federation.hospital_level import FEDERATION, CentralPlan, HospitalLevel, plan_central
+from medfl_ray.federation.hospital_level import FEDERATION, HospitalLevel, HospitalLevelPlan, plan_hospital_level
 from medfl_ray.federation.hospital_rules.failures import in_constant_words, start_failure
 from medfl_ray.federation.planning import aggregation_weight, check_rule, mechanisms, steps_per_round
-from medfl_ray.federation.policies import Standings, can_start, pause_before
+from medfl_ray.federation.policies import FailureHistory, can_start, pause_before
 from medfl_ray.federation.ports import (
     FederationState,
 )
-from medfl_ray.federation.round_context import Combine, Past, RoundContext, foreign_rows
+from medfl_ray.federation.round_context import Combine, RoundContext, RunHistory, foreign_rows
 from medfl_ray.federation.rounds import run_round
 from medfl_ray.federation.run_parts import RunOutcome, RunParts, RunStore
 from medfl_ray.federation.selection import select_evaluated, select_of_run
@@ -55,7 +55,7 @@ def run_federation(parts: RunParts) -> RunOutcome:
     """
     check_baselines(parts.run, parts.policies)
     check_attack(parts.run, parts.policies)
-    central, planned = plan_central(parts.run, parts.policies), mechanisms(parts.run, parts.policies)
+    hospital_dp, planned = plan_hospital_level(parts.run, parts.policies), mechanisms(parts.run, parts.policies)
     announce(parts)
     infos, absent = with_pinned_keys(parts, *gather(parts))
     check_rule(parts.run, len(infos))
@@ -66,16 +66,16 @@ def run_federation(parts: RunParts) -> RunOutcome:
         {info.hospital: info.patient_group_size for info in infos if info.patient_group_size is not None},
         next((info.hospitals_per_group for info in infos if info.hospitals_per_group is not None), None),
     )
-    context = context_of(parts, infos, layout, planned, central)
+    context = context_of(parts, infos, layout, planned, hospital_dp)
     resumed = parts.store.resume()
     for receipt in parts.store.receipts():
-        context.past.standings.add(receipt)
+        context.history.failure_history.add(receipt)
     for problem in parts.store.problems:
         parts.emit(Notice(message=f"note: {problem}"))
     kept = resumed or FederationState(0, initial, context.strategy.init(layout.size))
     state = FederationState(kept.round, kept.weights, kept.server_state)
-    if context.central is not None:
-        context.central.restore(state.server_state)
+    if context.hospital_dp is not None:
+        context.hospital_dp.restore(state.server_state)
     state, reason, trained = repeat_rounds(parts, context, state)
     rounds_done = state.round
     completed = rounds_done >= parts.run.federation.rounds or bool(ends_early(parts, state))
@@ -95,7 +95,7 @@ def context_of(
     infos: Sequence[HospitalInfo],
     layout: Layout,
     planned: Mapping[str, Mechanism],
-    central: CentralPlan | None,
+    hospital_dp: HospitalLevelPlan | None,
 ) -> RoundContext:
     """Return what stays the same over the rounds of a run."""
     present = tuple(sorted(info.hospital for info in infos))
@@ -107,20 +107,20 @@ def context_of(
         layout=layout,
         strategy=build_strategy(parts.run.aggregation, len(parts.policies)),
         pool=parts.pool,
-        keeper=parts.store,
+        store=parts.store,
         mirror=parts.mirror,
         available=present,
         num_steps={hospital: steps_per_round(parts.run, policies[hospital]) for hospital in present},
-        weight={hospital: aggregation_weight(parts.run, policies[hospital]) for hospital in present},
+        aggregation_weights={hospital: aggregation_weight(parts.run, policies[hospital]) for hospital in present},
         mechanisms={hospital: planned[hospital] for hospital in present if hospital in planned},
         keys={info.hospital: info.public_key for info in infos if info.public_key is not None},
         is_signed=parts.is_signed,
         emit=parts.emit,
         evaluated=select_evaluated(present, parts.run.federation.eval_hospitals, parts.run.federation.seed),
         select=parts.select or partial(select_of_run, parts.run),
-        past=Past(Standings()),
-        central=start_central(parts, central, layout.size),
-        combine=parts.combine or rule_of(parts.run),
+        history=RunHistory(FailureHistory()),
+        hospital_dp=start_hospital_level(parts, hospital_dp, layout.size),
+        combine=parts.combine or robust_combiner(parts.run),
     )
 
 
@@ -149,7 +149,7 @@ def notes_of_budgets(run: RunConfig, policies: Sequence[SitePolicy]) -> list[str
     ]
 
 
-def rule_of(run: RunConfig) -> Combine | None:
+def robust_combiner(run: RunConfig) -> Combine | None:
     """Return the rule over all updates that a run configures, or None where it takes their mean."""
     if run.aggregation.mode != "robust":
         return None
@@ -160,7 +160,7 @@ def rule_of(run: RunConfig) -> Combine | None:
     return rule
 
 
-def start_central(parts: RunParts, plan: CentralPlan | None, num_parameters: int) -> HospitalLevel | None:
+def start_hospital_level(parts: RunParts, plan: HospitalLevelPlan | None, num_parameters: int) -> HospitalLevel | None:
     """Open the federation's account and warn of a federation that is too small, under hospital-level DP."""
     if plan is None:
         return None
@@ -298,7 +298,7 @@ def repeat_rounds(
             stopped = f"round {state.round + 1} was not published: {decision.reason}"
             return state, f"{stopped}. {why}" if why else stopped, trained
         if decision.verdict == "skip":
-            if any(failure.passing for failure in result.receipt.failures):
+            if any(failure.transient for failure in result.receipt.failures):
                 # Processes that are starting again need longer than a round that nobody answers.
                 parts.stop.wait(pause_before(failed_before + 3))
             context = replace(context, attempt=parts.store.next_attempt())
@@ -343,12 +343,12 @@ def finish(
     parts.store.save_final(weights, context.layout, evaluations, failures)
     follow_up(parts, context, initial)
     ledgers = parts.pool.export_ledgers()
-    central = {} if context.central is None else {FEDERATION: context.central.export()}
+    federation = {} if context.hospital_dp is None else {FEDERATION: context.hospital_dp.export()}
     own = {name: export for name, export in ledgers.items() if export and export.get("hospital") == name}
     for name in sorted(name for name, export in ledgers.items() if export and name not in own):
         parts.emit(Notice(message=f"note: {name} exported a ledger of another hospital, which is not kept"))
-    exports = [*own.values(), *(export for export in central.values() if export)]
-    parts.store.save_ledgers({**own, **central})
+    exports = [*own.values(), *(export for export in federation.values() if export)]
+    parts.store.save_ledgers({**own, **federation})
     spent = {export["hospital"]: PrivacySpent.model_validate(export["spent"]) for export in exports}
     parts.emit(AccountsClosed(spent=spent))
     for reason in parts.mirror.keep(rows_of(export) for export in exports).values():
@@ -358,14 +358,14 @@ def finish(
 
 def follow_up(parts: RunParts, context: RoundContext, initial: Vector) -> None:
     """Train the baselines, then the studies that need them; what an earlier attempt finished stands."""
-    run, pieces = parts.run, parts.store.pieces
+    run, saved = parts.run, parts.store.saved
     local_weights: Mapping[str, Vector] = {}
     if run.federation.baselines or run.evaluation.cross_site:
-        baselines = run_baselines(run, context, parts.policies, initial, parts.emit, pieces)
+        baselines = run_baselines(run, context, parts.policies, initial, parts.emit, saved)
         parts.store.save_baselines(as_plain(baselines))
         local_weights = baselines.local_weights
     if run.evaluation.has_studies:
-        record = run_studies(context, initial, local_weights, pieces, parts.emit, parts.train_coalitions)
+        record = run_studies(context, initial, local_weights, saved, parts.emit, parts.train_coalitions)
         for problem in record.problems:
             parts.emit(Notice(message=f"note: a study was not finished: {problem}"))
         parts.store.save_record(STUDIES_FILE, record)

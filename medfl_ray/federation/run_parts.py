@@ -14,10 +14,10 @@ from medfl_ray.federation.ports import (
     ClientPool,
     Ledger,
     LedgerKeeper,
-    PieceKeeper,
     PublishedRound,
-    RunKeeper,
+    RoundStore,
     SignatureCheck,
+    StudyStore,
 )
 from medfl_ray.federation.round_context import Combine, Select
 from medfl_ray.federation.studies.coalitions import TrainCoalitions
@@ -32,7 +32,7 @@ from medfl_ray.messages import (
 from medfl_ray.params import Layout, Vector
 
 
-class RunStore(RunKeeper, Protocol):
+class RunStore(RoundStore, Protocol):
     """A keeper that also resumes a run and takes its last results."""
 
     @property
@@ -49,7 +49,7 @@ class RunStore(RunKeeper, Protocol):
         """Return the closed rounds kept so far, in order."""
 
     @property
-    def pieces(self) -> PieceKeeper:
+    def saved(self) -> StudyStore:
         """Where finished baselines and studies are kept."""
 
     def best(self) -> PublishedRound | None:

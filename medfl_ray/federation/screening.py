@@ -35,7 +35,7 @@ class Expected:
 
     plan: RoundPlan
     layout: params.Layout
-    weight: Mapping[str, int]
+    aggregation_weights: Mapping[str, int]
     weights_norm: float
     may_be_zero: bool = False
     extra: int = 0
@@ -64,11 +64,11 @@ def why_rejected(update: ClientUpdate, expected: Expected, delivered: Collection
 
 def _why_other_work(update: ClientUpdate, expected: Expected) -> str | None:
     """Compare what the hospital says it did with what the plan asked for and its policy declares."""
-    steps, weight = expected.plan.num_steps[update.hospital], expected.weight[update.hospital]
+    steps, weight = expected.plan.num_steps[update.hospital], expected.aggregation_weights[update.hospital]
     if update.num_steps != steps:
         return f"the update is of {update.num_steps} steps; the plan asks for {steps}"
-    if update.num_patients != weight:
-        return f"the update claims weight {update.num_patients}; the hospital's public weight is {weight}"
+    if update.aggregation_weight != weight:
+        return f"the update claims weight {update.aggregation_weight}; the hospital's public weight is {weight}"
     return None
 
 

@@ -22,7 +22,7 @@ def update_digest(job: str, update: ClientUpdate, delta_checksum: str) -> str:
         update.round,
         update.attempt,
         update.hospital,
-        update.num_patients,
+        update.aggregation_weight,
         update.num_steps,
         update.layout_checksum,
         delta_checksum,

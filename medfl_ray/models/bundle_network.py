@@ -13,13 +13,13 @@ from typing import Any
 from torch import nn
 
 from medfl_ray.errors import ModelError
-from medfl_ray.models.networks import Request
+from medfl_ray.models.networks import NetworkArguments
 
 ALLOWED = ("monai.networks.", "torch.nn.")
 KNOWN_KEYS = ("_target_", "_desc_")
 
 
-def build_bundle_network(definition: Mapping[str, Any], request: Request) -> nn.Module:
+def build_bundle_network(definition: Mapping[str, Any], request: NetworkArguments) -> nn.Module:
     """Build the network that a bundle defines; its normalisation layers are left as they are.
 
     Raises:

@@ -15,7 +15,7 @@ from medfl_ray.errors import ModelError
 from medfl_ray.models import networks
 from medfl_ray.models.bundle_network import build_bundle_network
 from medfl_ray.models.fitness import check_fit_for_dp, drop_unused, keep_constant_buffers_out, work_out_of_place
-from medfl_ray.models.networks import Request
+from medfl_ray.models.networks import NetworkArguments
 from medfl_ray.models.norms import use_norm
 from medfl_ray.models.own_network import build_own_network
 
@@ -28,7 +28,7 @@ class Entry:
     size they were built for. `onnx_note` says why an ONNX file of the network has a fixed size, where it has.
     """
 
-    build: Callable[[Request], nn.Module]
+    build: Callable[[NetworkArguments], nn.Module]
     divisor: Callable[[int], int]
     min_levels: int = 2
     max_levels: int = 8
@@ -79,7 +79,7 @@ def build_network(
     entry = _entry(model)
     features = _complete(model, entry)
     _check_size(model, entry, spatial_dims, len(features), patch_size)
-    request = Request(spatial_dims, in_channels, out_channels, features, model.dropout, patch_size)
+    request = NetworkArguments(spatial_dims, in_channels, out_channels, features, model.dropout, patch_size)
     network = entry.build(request)
     if model.factory is None and model.network is None:
         use_norm(network, model.norm, spatial_dims)

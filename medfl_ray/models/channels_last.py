@@ -27,7 +27,7 @@ CACHED_VALUES = 2**16
 """So many float32 values are worked on at once, so that they stay in a core's cache."""
 
 
-def quick_twin(network: nn.Module, on_cpu: bool, same_bits: bool = False) -> nn.Module:
+def channels_last_copy(network: nn.Module, on_cpu: bool, same_bits: bool = False) -> nn.Module:
     """Return a network that computes the same, more quickly where this is possible, with the very same parameters.
 
     On a GPU it is the network itself. The original keeps its layers, for export, evaluation and groups.
@@ -38,23 +38,23 @@ def quick_twin(network: nn.Module, on_cpu: bool, same_bits: bool = False) -> nn.
     if not on_cpu:
         return network
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    twin = copy.deepcopy(network, shared)
+    fast_copy = copy.deepcopy(network, shared)
     if same_bits:
-        return leave_out_idle(twin)
+        return leave_out_idle(fast_copy)
     if not keeps_order(network):
-        return quicken(twin)
-    for name, module in list(twin.named_modules()):
+        return quicken(fast_copy)
+    for name, module in list(fast_copy.named_modules()):
         if type(module) is nn.GroupNorm and module.affine:
-            replace_submodule(twin, name, ChannelsLastGroupNorm(module))
+            replace_submodule(fast_copy, name, ChannelsLastGroupNorm(module))
         elif is_pointwise(module):
-            replace_submodule(twin, name, PointwiseConvolution(module))
+            replace_submodule(fast_copy, name, PointwiseConvolution(module))
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in fast_copy.parameters():
             if parameter.ndim in ORDERS:  # weights that lie as the images do need not be turned for each pass
                 parameter.data = parameter.data.contiguous(memory_format=ORDERS[parameter.ndim])
-    twin.register_forward_pre_hook(_put_channels_last)
+    fast_copy.register_forward_pre_hook(_put_channels_last)
     # To concatenate interpolated volumes is quicker from the copy that padding makes of them (6 % of a U-Net's step).
-    return leave_out_idle(twin, padding=False)
+    return leave_out_idle(fast_copy, padding=False)
 
 
 def keeps_order(network: nn.Module) -> bool:

@@ -20,7 +20,7 @@ RELU = ("relu", {"inplace": False})
 
 
 @dataclass(frozen=True)
-class Request:
+class NetworkArguments:
     """What a builder is asked for; `features` are the channels per resolution level."""
 
     spatial_dims: int
@@ -31,7 +31,7 @@ class Request:
     patch_size: tuple[int, ...]
 
 
-def unet(request: Request) -> nn.Module:
+def unet(request: NetworkArguments) -> nn.Module:
     """U-Net without residual units: its first convolution is strided, so full resolution stays cheap."""
     from monai.networks.nets.unet import UNet
 
@@ -47,7 +47,7 @@ def unet(request: Request) -> nn.Module:
     )
 
 
-def basic_unet(request: Request) -> nn.Module:
+def basic_unet(request: NetworkArguments) -> nn.Module:
     """U-Net of five levels with two convolutions each; a sixth feature is the last layer's width."""
     from monai.networks.nets.basic_unet import BasicUNet
 
@@ -63,7 +63,7 @@ def basic_unet(request: Request) -> nn.Module:
     )
 
 
-def segresnet(request: Request) -> nn.Module:
+def segresnet(request: NetworkArguments) -> nn.Module:
     """Residual encoder-decoder of the BraTS 2018 winner; channels double at every level."""
     from monai.networks.nets.segresnet import SegResNet
 
@@ -85,7 +85,7 @@ def segresnet(request: Request) -> nn.Module:
     )
 
 
-def dynunet(request: Request) -> nn.Module:
+def dynunet(request: NetworkArguments) -> nn.Module:
     """The network of nnU-Net, deep supervision off."""
     from monai.networks.nets.dynunet import DynUNet
 
@@ -110,7 +110,7 @@ def dynunet(request: Request) -> nn.Module:
     return network
 
 
-def attention_unet(request: Request) -> nn.Module:
+def attention_unet(request: NetworkArguments) -> nn.Module:
     """U-Net whose skip connections pass attention gates; MONAI's own is hard-coded to batch norm."""
     from monai.networks.nets.attentionunet import AttentionUnet
 
@@ -124,7 +124,7 @@ def attention_unet(request: Request) -> nn.Module:
     )
 
 
-def unetr(request: Request) -> nn.Module:
+def unetr(request: NetworkArguments) -> nn.Module:
     """Vision transformer encoder with a convolutional decoder, bound to one patch size.
 
     features[0] is the decoder's width, features[-1] the transformer's.
@@ -150,7 +150,7 @@ def unetr(request: Request) -> nn.Module:
     )
 
 
-def swin_unetr(request: Request) -> nn.Module:
+def swin_unetr(request: NetworkArguments) -> nn.Module:
     """Shifted-window transformer encoder with a convolutional decoder; only features[0] is used."""
     from monai.networks.nets.swin_unetr import SwinUNETR
 
@@ -169,7 +169,7 @@ def swin_unetr(request: Request) -> nn.Module:
     )
 
 
-def densenet(request: Request) -> nn.Module:
+def densenet(request: NetworkArguments) -> nn.Module:
     """Densely connected classifier: features[0] stem channels, half of them growth, one block per level.
 
     A level that is n times as wide as the first gets 2n layers: (8, 16, 32) makes blocks of 2, 4 and 8.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from medfl_ray.errors import ModelError
-from medfl_ray.models.networks import Request
+from medfl_ray.models.networks import NetworkArguments
 from medfl_ray.named_code import named_function
 
 
-def build_own_network(factory: str, request: Request) -> nn.Module:
+def build_own_network(factory: str, request: NetworkArguments) -> nn.Module:
     """Import 'module:function' and return what function(spatial_dims, in_channels, out_channels) makes.
 
     The module has to be importable wherever a hospital runs. Its normalisation layers are left as they are.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from medfl_ray.config.run import RunConfig
-from medfl_ray.messages import Adjacency, Message, PrivacySpent, Unit
+from medfl_ray.messages import Adjacency, Message, PrivacySpent, PrivacyUnit
 from medfl_ray.privacy.accountant import Charge, Segment, TreeSegment, epsilon_spent
 
 INFINITE = "infinite (unprotected)"
@@ -53,7 +53,7 @@ class PrivacyAccount(Message):
 
     hospital: str
     data_set: str
-    unit: Unit
+    unit: PrivacyUnit
     adjacency: Adjacency
     total: Spending
     run: Spending | None = None
@@ -89,7 +89,7 @@ class Budgets:
     lifetime: float | None = None
 
 
-def budgets_of(run: RunConfig, unit: Unit, declared: str | None, lifetime: float | None) -> Budgets:
+def budgets_of(run: RunConfig, unit: PrivacyUnit, declared: str | None, lifetime: float | None) -> Budgets:
     """Return what bounds an account in a run; the run's own budgets count in its own unit alone.
 
     Args:

@@ -34,7 +34,7 @@ GROUP = 800
 OVERSHOOT = 10.0
 """Norm of a canary's gradient over C, before clipping."""
 FEWEST = 100
-LEAST_NOISE = 1e-3
+MIN_NOISE = 1e-3
 NEAREST_QUARTER = float(norm.ppf(0.625))
 """Distance from its mean within which a quarter of a standard Gaussian lies."""
 
@@ -95,7 +95,7 @@ def _noise_seen(released: Floats) -> float:
     canaries were drawn. Never quite 0, which no ratio could be taken with.
     """
     distances = np.abs(released - np.median(released))
-    return max(LEAST_NOISE, float(np.quantile(distances, 0.25)) / NEAREST_QUARTER)
+    return max(MIN_NOISE, float(np.quantile(distances, 0.25)) / NEAREST_QUARTER)
 
 
 def _released_steps(mechanism: Mechanism, included: Bools, num_steps: int) -> Iterator[Floats]:
@@ -110,7 +110,7 @@ def _released_steps(mechanism: Mechanism, included: Bools, num_steps: int) -> It
             yield (gradient,)
             values[axis] = 0.0
 
-    back = mechanism.sample_rate * mechanism.num_patients / mechanism.max_grad_norm
+    back = mechanism.sample_rate * mechanism.num_records / mechanism.max_grad_norm
     for mean in islice(private_steps(mechanism, len(included), len(present), gradients), num_steps):
         yield mean.numpy() * back
 

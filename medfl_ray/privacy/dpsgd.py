@@ -65,7 +65,7 @@ class PatientGradientSum:
         noised = self._total() + torch.from_numpy(self._noise.draw(self._num_parameters, std))
         # The same sum under a second noise would be a second release that nobody has paid for.
         self._sum = None
-        return noised / (mechanism.sample_rate * mechanism.num_patients)
+        return noised / (mechanism.sample_rate * mechanism.num_records)
 
     def _total(self) -> torch.Tensor:
         """Return the sum so far; not there before the first gradient is, beside whose pass it would take memory."""

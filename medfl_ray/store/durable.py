@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from medfl_ray.errors import CheckpointError
+from medfl_ray.errors import StorageError
 
 
 def sync_folder(folder: Path) -> None:
@@ -25,7 +25,7 @@ def write_synced(path: Path, content: bytes, private: bool = False) -> None:
       private: its owner alone may read it, whatever the umask.
 
     Raises:
-      CheckpointError: the disk is full or the folder cannot be written.
+      StorageError: the disk is full or the folder cannot be written.
     """
     try:
         with path.open("wb") as stream:
@@ -36,7 +36,7 @@ def write_synced(path: Path, content: bytes, private: bool = False) -> None:
             os.fsync(stream.fileno())
     except OSError as error:
         path.unlink(missing_ok=True)
-        raise CheckpointError(
+        raise StorageError(
             f"cannot write {path.name!r}: {error.strerror or type(error).__name__}. Free space or choose another "
             "output.directory; what was written before is intact, continue with medfl-ray run --resume."
         ) from None
@@ -46,7 +46,7 @@ def replace_file(path: Path, content: bytes, private: bool = False) -> None:
     """Replace a file's content in one step; with `private` its owner alone may read it.
 
     Raises:
-      CheckpointError: the disk is full or the folder cannot be written.
+      StorageError: the disk is full or the folder cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     write_synced(temporary, content, private)
@@ -59,7 +59,7 @@ def append_line(path: Path, line: str) -> None:
     written, is removed first.
 
     Raises:
-      CheckpointError: the disk is full or the file cannot be written.
+      StorageError: the disk is full or the file cannot be written.
     """
     try:
         with path.open("ab+") as stream:
@@ -72,7 +72,7 @@ def append_line(path: Path, line: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise CheckpointError(
+        raise StorageError(
             f"cannot append to {path.name!r}: {error.strerror or type(error).__name__}. Free space; the run continues "
             "from its last checkpoint with medfl-ray run --resume."
         ) from None

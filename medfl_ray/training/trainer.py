@@ -24,7 +24,7 @@ from medfl_ray.data.cases import PreparedCase
 from medfl_ray.errors import LabelError, ModelError, NotFitForDP
 from medfl_ray.messages import Mechanism
 from medfl_ray.models.catalogue import build_network
-from medfl_ray.models.channels_last import quick_twin
+from medfl_ray.models.channels_last import channels_last_copy
 from medfl_ray.params import FlatWeights, Layout, Vector, flatten, is_finite, layout_of, tensors_of
 from medfl_ray.privacy.dpsgd import private_steps
 from medfl_ray.training.batches import drawn_batches
@@ -77,11 +77,9 @@ class Trainer:
         self._at_once: int | None = None
         self._build = (model, spatial_dims, in_channels, out_channels, False, patch_size)
         self.network = build_network(model, spatial_dims, in_channels, out_channels, for_dp, patch_size).to(self.device)
-        self._space = freeze_the_rest(
-            self.network, training.trainable, training.low_rank, self.make_up_patient()[0][:1]
-        )
+        self._space = freeze_the_rest(self.network, training.trainable, training.low_rank, self.dummy_patient()[0][:1])
         # Has the network's own parameters; what is not plain training uses the network itself.
-        self._twin = quick_twin(self.network, on_cpu=self.device.type == "cpu", same_bits=exact)
+        self._fast_copy = channels_last_copy(self.network, on_cpu=self.device.type == "cpu", same_bits=exact)
         self._sees_the_batch = any(isinstance(module, _BatchNorm) for module in self.network.modules())
         self.loss = make_loss(training.loss, task)
         self.layout: Layout = layout_of(self.network)
@@ -105,7 +103,7 @@ class Trainer:
         """
         self.refuse_unfit(job)
         self.flat_weights.load(weights)
-        self._be_training(True)
+        self._set_mode(True)
         optimizer = make_optimizer(self.training, self._space.parameters, job.learning_rate)
         nudge = nudge_of(job.pull, weights, self._tensors)
         frozen = [one for name, one in zip(self.layout.names, self._tensors, strict=True) if name in job.frozen]
@@ -219,7 +217,7 @@ class Trainer:
             return loss.item()
         mean = 0.0
         for start in range(0, len(patients), at_once):
-            part = self._patient_losses(self._twin, patients[start : start + at_once]).sum() / len(patients)
+            part = self._patient_losses(self._fast_copy, patients[start : start + at_once]).sum() / len(patients)
             part.backward()  # type: ignore[no-untyped-call]
             mean += part.item()
         return mean
@@ -258,14 +256,14 @@ class Trainer:
                 self.network,
                 self.loss,
                 training.mixed_precision,
-                self.make_up_patient,
+                self.dummy_patient,
                 training.patient_group_size,
             )
             self._engine = engine_of(self._group_size, self.network, self.loss, training.mixed_precision)
-            check_patients_apart(self._engine, self.make_up_patient)
+            check_patients_apart(self._engine, self.dummy_patient)
         return self._engine
 
-    def make_up_patient(self) -> Patient:
+    def dummy_patient(self) -> Patient:
         """Return random patches of the shape that training has, of a patient who does not exist."""
         shape = (self.training.patches_per_patient, self._in_channels, *self._patch_size)
         return make_patient_like(shape, self._out_channels, self._task == "classification", self.device)
@@ -273,8 +271,8 @@ class Trainer:
     def _mean_loss(self, patients: Sequence[Patient]) -> Tensor:
         """Return the mean loss of the patients, from one forward pass of the quick twin over all their patches."""
         if len({len(images) for images, _ in patients}) > 1:
-            return self._patient_losses(self._twin, patients).mean()
-        return mean_loss(self.loss, self._logits(self._twin, patients), self._targets(patients))
+            return self._patient_losses(self._fast_copy, patients).mean()
+        return mean_loss(self.loss, self._logits(self._fast_copy, patients), self._targets(patients))
 
     def _patient_losses(self, network: nn.Module, patients: Sequence[Patient]) -> Tensor:
         """Return the loss of each patient, [N], from one forward pass over all their patches."""
@@ -362,10 +360,10 @@ class Trainer:
 
     def _load_for_inference(self, weights: Vector) -> None:
         self.flat_weights.load(weights)
-        self._be_training(False)
+        self._set_mode(False)
 
-    def _be_training(self, mode: bool) -> None:
-        for network in (self.network, self._twin):
+    def _set_mode(self, mode: bool) -> None:
+        for network in (self.network, self._fast_copy):
             if network.training != mode:
                 network.train(mode)
 

@@ -50,7 +50,7 @@ class JobLimits:
 
 
 @dataclass(frozen=True)
-class Answer:
+class JobResult:
     """A result as it is sent: bytes, what they are, a name for the file, and headers about them."""
 
     body: bytes
@@ -81,7 +81,7 @@ class JobState(BaseModel):
         return told | ({"error": self.error} if self.error else {})
 
 
-Work = Callable[[Path, Callable[[float], None]], Awaitable[Answer]]
+Work = Callable[[Path, Callable[[float], None]], Awaitable[JobResult]]
 
 
 class JobBook:

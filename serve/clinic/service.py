@@ -37,7 +37,7 @@ from medfl_ray.data.volume import Volume
 from medfl_ray.export.description import PackageDescription
 from medfl_ray.export.predictor import Segmentation
 from medfl_ray.store.state_folders import state_root
-from serve.clinic.jobs import Answer, JobBook, JobLimits
+from serve.clinic.jobs import JobBook, JobLimits, JobResult
 from serve.clinic.pools import ANSWERS, DISK, PACS, until_done
 from serve.clinic.scratch import Scratch
 from serve.clinic.sessions import SessionBook
@@ -49,7 +49,7 @@ Output = Literal["nifti", "nrrd", "dicom-seg", "rtstruct", "json", "png"]
 Progress = Callable[[float], None]
 UPLOAD = "upload"
 FILE_FIELDS = ("file", "image", "files")
-MOST_FIELD_BYTES = 64 * 1024
+MAX_FIELD_BYTES = 64 * 1024
 SWEEP_S = 60.0
 log = structlog.get_logger("medfl_ray.serve")
 
@@ -80,7 +80,7 @@ class SegmentBackend(Protocol):
 
 
 @dataclass(frozen=True)
-class Wish:
+class SegmentRequest:
     """What a request asks for."""
 
     model: str
@@ -91,7 +91,7 @@ class Wish:
     store: PacsTarget | None = None
 
 
-class Clinic:
+class SegmentationService:
     """The work behind the routes: a file in, a mask out."""
 
     def __init__(
@@ -141,7 +141,7 @@ class Clinic:
                     log.error("not_swept", error=type(error).__name__)
             await asyncio.sleep(SWEEP_S)
 
-    async def check(self, wish: Wish) -> Wish:
+    async def check(self, wish: SegmentRequest) -> SegmentRequest:
         """Refuse what cannot work before a body is read; return the wish with the version that it is to keep to.
 
         Raises:
@@ -154,7 +154,9 @@ class Clinic:
             raise Refusal(f"a PACS takes DICOM objects; with store= ask for output={' or '.join(DICOM_FORMATS)}")
         return replace(wish, version=summary.version)
 
-    async def segment(self, file: Path, folder: Path, wish: Wish, progress: Progress | None = None) -> Answer:
+    async def segment(
+        self, file: Path, folder: Path, wish: SegmentRequest, progress: Progress | None = None
+    ) -> JobResult:
         """Read a file, run the model, write the result and store it where that is asked for."""
         upload = await self.reader.read(file, folder, wish.series)
         if wish.output in MASK_FORMATS:
@@ -167,7 +169,7 @@ class Clinic:
             answer.headers["X-Stored-In"] = wish.store.name
         return answer
 
-    async def _dicom_object(self, upload: Upload, result: Segmentation, wish: Wish, folder: Path) -> bytes:
+    async def _dicom_object(self, upload: Upload, result: Segmentation, wish: SegmentRequest, folder: Path) -> bytes:
         """Have the process that reads uploads write the mask: no stranger's header is parsed in this one."""
         await DISK.run(np.save, folder / MASK, result.mask)
         file = await self.reader.write(upload, result.labels, cast(MaskFormat, wish.output), _origin_of(result), folder)
@@ -179,8 +181,8 @@ def _origin_of(result: Segmentation) -> MaskOrigin:
 
 
 def _write_answer(
-    upload: Upload, result: Segmentation, wish: Wish, written: bytes | None = None
-) -> tuple[Answer, bytes]:
+    upload: Upload, result: Segmentation, wish: SegmentRequest, written: bytes | None = None
+) -> tuple[JobResult, bytes]:
     """Return the answer, and the file of the mask alone where there is one; it may be written already."""
     headers = {
         "X-Model-Name": result.model, "X-Model-Version": result.version,
@@ -188,13 +190,13 @@ def _write_answer(
     }  # fmt: skip
     name, media_type, raw = _write_output(upload, result, wish.output, written)
     if not wish.bundle:
-        return Answer(raw, media_type, name, headers), raw
+        return JobResult(raw, media_type, name, headers), raw
     files = {name: raw, "volumes.json": _words(upload, result), "overlay.png": _overlay(upload, result)}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for entry, content in files.items():
             archive.writestr(entry, content)
-    return Answer(buffer.getvalue(), "application/zip", "segmentation.zip", headers), raw
+    return JobResult(buffer.getvalue(), "application/zip", "segmentation.zip", headers), raw
 
 
 def _write_output(
@@ -249,7 +251,7 @@ async def receive_form(request: Request, folder: Path, limits: UploadLimits) -> 
     """
     _check_encoding(request)
     try:
-        async with request.form(max_files=1, max_fields=32, max_part_size=MOST_FIELD_BYTES) as form:
+        async with request.form(max_files=1, max_fields=32, max_part_size=MAX_FIELD_BYTES) as form:
             fields = {name: value for name, value in form.items() if isinstance(value, str)}
             for name in FILE_FIELDS:
                 if isinstance(file := form.get(name), UploadFile):

@@ -15,7 +15,7 @@ from serve.refusals import NotServed, TooMany
 
 SESSION_ID = re.compile(r"[A-Za-z0-9_-]{22}")
 STATE, IMAGE = "session.json", "upload"
-MOST_SESSIONS, MOST_PER_OWNER, KEEP_S = 64, 8, 3600.0
+MAX_SESSIONS, MAX_PER_OWNER, KEEP_S = 64, 8, 3600.0
 
 
 class _State(TypedDict):
@@ -39,7 +39,7 @@ class SessionBook:
         """
         self.sweep()
         owners = [state["owner"] for state in map(self._state, self._names()) if state is not None]
-        if len(owners) >= MOST_SESSIONS or owners.count(_digest(owner)) >= MOST_PER_OWNER:
+        if len(owners) >= MAX_SESSIONS or owners.count(_digest(owner)) >= MAX_PER_OWNER:
             raise TooMany(f"there are {len(owners)} sessions; delete some, or wait until they expire")
         name = secrets.token_urlsafe(16)
         folder = self._root / name

@@ -18,8 +18,16 @@ from urllib3 import encode_multipart_formdata
 
 import medfl_ray
 from medfl_ray.export.predictor import label_values
-from serve.clinic.jobs import Answer
-from serve.clinic.service import Clinic, Output, Summary, Wish, owner_of, receive_file, receive_form
+from serve.clinic.jobs import JobResult
+from serve.clinic.service import (
+    Output,
+    SegmentationService,
+    SegmentRequest,
+    Summary,
+    owner_of,
+    receive_file,
+    receive_form,
+)
 from serve.clinic.sessions import KEEP_S, SessionBook
 from serve.refusals import NotServed, Refusal
 
@@ -33,7 +41,7 @@ class NotOffered(Refusal):
     status = 501
 
 
-def monai_label_router(clinic: Clinic) -> APIRouter:
+def monai_label_router(clinic: SegmentationService) -> APIRouter:
     """Return MONAI Label's routes."""
     router = APIRouter(tags=["MONAI Label"])
     sessions = clinic.sessions
@@ -44,7 +52,7 @@ def monai_label_router(clinic: Clinic) -> APIRouter:
     return router
 
 
-def _add_information(router: APIRouter, clinic: Clinic) -> None:
+def _add_information(router: APIRouter, clinic: SegmentationService) -> None:
     @router.get("/info/")
     async def info() -> dict[str, Any]:
         """Say which models there are and what they label."""
@@ -81,7 +89,7 @@ def _model(summary: Summary) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _add_inference(router: APIRouter, clinic: Clinic, sessions: SessionBook) -> None:
+def _add_inference(router: APIRouter, clinic: SegmentationService, sessions: SessionBook) -> None:
     @router.post("/infer/{model}")
     async def infer(
         request: Request,
@@ -96,7 +104,7 @@ def _add_inference(router: APIRouter, clinic: Clinic, sessions: SessionBook) -> 
                 file = sessions.image(session_id, owner_of(request))
             if file is None:
                 raise NotServed(NO_DATASTORE)
-            wish = await clinic.check(Wish(model, None, _output(fields)))
+            wish = await clinic.check(SegmentRequest(model, None, _output(fields)))
             started = time.perf_counter()
             answer = await clinic.segment(file, folder, wish)
         summary = await clinic.backend.summary(model, answer.headers["X-Model-Version"] or None)
@@ -120,7 +128,7 @@ def _output(fields: dict[str, str]) -> Output:
     return EXTENSIONS[extension]
 
 
-def _answer(answer: Answer, params: dict[str, Any], output: str) -> Response:
+def _answer(answer: JobResult, params: dict[str, Any], output: str) -> Response:
     """Return the form of params and image that MONAI Label sends, or one of the two."""
     if output == "json":
         return JSONResponse(params, headers=answer.headers)
@@ -135,7 +143,7 @@ def _answer(answer: Answer, params: dict[str, Any], output: str) -> Response:
     return Response(body, headers=answer.headers, media_type=content_type)
 
 
-def _add_sessions(router: APIRouter, clinic: Clinic, sessions: SessionBook) -> None:
+def _add_sessions(router: APIRouter, clinic: SegmentationService, sessions: SessionBook) -> None:
     @router.put("/session/")
     async def create(request: Request) -> dict[str, Any]:
         """Keep an image for a while."""

@@ -20,12 +20,12 @@ from serve.refusals import Refusal, TooLarge
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 LABELS = "labels"
-MOST_AXES = 8
-MOST_ELEMENTS = 2**31
-MOST_HEADER_BYTES = 1024**2
+MAX_AXES = 8
+MAX_ELEMENTS = 2**31
+MAX_HEADER_BYTES = 1024**2
 
 Array = npt.NDArray[np.float32]
-Answer = npt.NDArray[np.float32] | npt.NDArray[np.uint8]
+InferenceAnswer = npt.NDArray[np.float32] | npt.NDArray[np.uint8]
 
 
 class _Message(BaseModel):
@@ -34,7 +34,7 @@ class _Message(BaseModel):
 
 class _Tensor(_Message):
     name: str = Field(max_length=256)
-    shape: list[int] = Field(max_length=MOST_AXES)
+    shape: list[int] = Field(max_length=MAX_AXES)
     datatype: str = Field(max_length=16)
     parameters: dict[str, Any] = {}
     data: Any = None
@@ -66,7 +66,7 @@ def read_request(
     header_length: str | None,
     description: PackageDescription,
     most_json: int,
-    most_voxels: int = MOST_ELEMENTS,
+    most_voxels: int = MAX_ELEMENTS,
 ) -> InferRequest:
     """Read a request's body from its file; a binary tensor stays on the disk until it is used.
 
@@ -144,8 +144,8 @@ def _check_shape(tensor: _Tensor, description: PackageDescription, most_voxels: 
     shape, expected = tuple(tensor.shape), input_shape(description)
     if len(shape) != len(expected) or any(have < 1 for have in shape):
         raise Refusal(f"the shape of {tensor.name!r} is {list(shape)}; expected {list(expected)}, -1 for any size")
-    if math.prod(shape) > MOST_ELEMENTS:
-        raise TooLarge(f"the shape of {tensor.name!r} is {list(shape)}, more than {MOST_ELEMENTS} values")
+    if math.prod(shape) > MAX_ELEMENTS:
+        raise TooLarge(f"the shape of {tensor.name!r} is {list(shape)}, more than {MAX_ELEMENTS} values")
     if math.prod(shape[1:]) > most_voxels:
         raise TooLarge(
             f"one image of {tensor.name!r} has {math.prod(shape[1:])} values; this service takes {most_voxels}, as the "
@@ -246,7 +246,7 @@ def write_answer(
     Raises:
       TooLarge: the answer would be too much JSON.
     """
-    tensors: dict[str, Answer] = {description.output: logits}
+    tensors: dict[str, InferenceAnswer] = {description.output: logits}
     if LABELS in request.outputs:
         tensors[LABELS] = labels_of(logits)
     # About 12 characters of JSON a number.

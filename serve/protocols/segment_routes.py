@@ -8,16 +8,16 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
-from serve.clinic.jobs import Answer, Work
-from serve.clinic.service import Clinic, Output, Wish, check_may_store, owner_of, receive_file
+from serve.clinic.jobs import JobResult, Work
+from serve.clinic.service import Output, SegmentationService, SegmentRequest, check_may_store, owner_of, receive_file
 from serve.protocols.pacs import choose_pacs
 
 SeriesUid = Annotated[str, Query(pattern=r"^[0-9.]{1,64}$")]
 PacsName = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,32}$")]
-MOST_SERIES = 16
+MAX_SERIES = 16
 
 
-def segment_router(clinic: Clinic) -> APIRouter:
+def segment_router(clinic: SegmentationService) -> APIRouter:
     """Return the routes of segmentation and its jobs."""
     router = APIRouter(prefix="/v2", lifespan=clinic.lifespan)
 
@@ -29,14 +29,14 @@ def segment_router(clinic: Clinic) -> APIRouter:
         version: str | None = None,
         output: Output = "nifti",
         bundle: bool = False,
-        series: Annotated[list[SeriesUid] | None, Query(max_length=MOST_SERIES)] = None,
+        series: Annotated[list[SeriesUid] | None, Query(max_length=MAX_SERIES)] = None,
         store: PacsName = None,
         as_job: Annotated[bool, Query(alias="async")] = False,
     ) -> Response:
         """Segment a NIfTI or NRRD file, a DICOM file or a zipped DICOM series."""
         if store is not None:
             check_may_store(request)
-        wish = Wish(model, version, output, bundle, tuple(series or ()), choose_pacs(store, clinic.pacs))
+        wish = SegmentRequest(model, version, output, bundle, tuple(series or ()), choose_pacs(store, clinic.pacs))
         wish = await clinic.check(wish)
         if as_job:
             return await _start_job(request, clinic, wish)
@@ -72,7 +72,7 @@ def segment_router(clinic: Clinic) -> APIRouter:
     return router
 
 
-async def _start_job(request: Request, clinic: Clinic, wish: Wish) -> Response:
+async def _start_job(request: Request, clinic: SegmentationService, wish: SegmentRequest) -> Response:
     state = clinic.jobs.open(owner_of(request))
     try:
         async with clinic.jobs.beating(state.id):
@@ -84,13 +84,13 @@ async def _start_job(request: Request, clinic: Clinic, wish: Wish) -> Response:
     return JSONResponse(state.public(), 202, {"Location": f"{request.scope.get('root_path', '')}/v2/jobs/{state.id}"})
 
 
-def _work(clinic: Clinic, file: Path, wish: Wish) -> Work:
-    async def work(folder: Path, progress: Any) -> Answer:
+def _work(clinic: SegmentationService, file: Path, wish: SegmentRequest) -> Work:
+    async def work(folder: Path, progress: Any) -> JobResult:
         return await clinic.segment(file, folder, wish, progress)
 
     return work
 
 
-def _response(answer: Answer) -> Response:
+def _response(answer: JobResult) -> Response:
     headers = {**answer.headers, "Content-Disposition": f'attachment; filename="{answer.filename}"'}
     return Response(answer.body, headers=headers, media_type=answer.media_type)

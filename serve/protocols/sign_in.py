@@ -16,7 +16,7 @@ from serve.auth import TokenBook
 from serve.refusals import Refusal, TooLarge, Unauthenticated
 
 SIGN_IN_ROUTES = frozenset({"/auth/", "/auth/token"})
-MOST_BYTES = 4096
+MAX_BYTES = 4096
 
 
 def sign_in_router(tokens: TokenBook) -> APIRouter:
@@ -42,8 +42,8 @@ async def _password(request: Request) -> str:
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MOST_BYTES:
-            raise TooLarge(f"a sign-in has at most {MOST_BYTES} bytes")
+        if len(body) > MAX_BYTES:
+            raise TooLarge(f"a sign-in has at most {MAX_BYTES} bytes")
     try:
         fields = parse_qs(body.decode("ascii"), max_num_fields=16)
     except ValueError:

@@ -11,7 +11,7 @@ from medfl_ray.data.volume import Volume
 from medfl_ray.export.description import ChannelIntensities, Fingerprint
 
 PERCENTILES = (1, 25, 50, 75, 99)
-MOST_VOXELS = 200_000
+MAX_VOXELS = 200_000
 MIN_VOLUMES = 5
 SHOWN_DIGITS = 1
 
@@ -28,7 +28,7 @@ def shift_of(volume: Volume, fingerprint: Fingerprint) -> tuple[float, ...]:
 
 
 def _channel_shift(voxels: np.ndarray[tuple[int], np.dtype[np.float32]], expected: ChannelIntensities) -> float:
-    step = max(1, voxels.size // MOST_VOXELS)
+    step = max(1, voxels.size // MAX_VOXELS)
     found = np.percentile(voxels[::step], PERCENTILES)
     return float(np.abs(found - np.array(expected.percentiles)).mean() / max(expected.std, 1e-6))
 

@@ -20,7 +20,7 @@ from medfl_ray.export.description import PackageDescription
 from serve.backend import ReplicaLost
 from serve.refusals import TimedOut, Unavailable
 from serve.replicas.model_loader import ModelKey
-from serve.replicas.replica import Parcel, SegmentAnswer, TensorAnswer
+from serve.replicas.replica import OneShotVolume, SegmentAnswer, TensorAnswer
 
 LOAD_TIMEOUT_S = 120.0
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class RayReplicas:
     async def segment(self, key: ModelKey, volume: Volume) -> AsyncIterator[float | SegmentAnswer]:
         """Segment a volume."""
         with _our_errors():
-            async for word in self._for(key, stream=True).segment.remote(key.text, Parcel(volume)):
+            async for word in self._for(key, stream=True).segment.remote(key.text, OneShotVolume(volume)):
                 yield word
 
     def _for(self, key: ModelKey, stream: bool = False) -> Any:

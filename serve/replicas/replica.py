@@ -62,7 +62,7 @@ class WindowBatch:
         return math.prod((len(self.windows), *self.windows.shape[2:]))
 
 
-class Parcel:
+class OneShotVolume:
     """A volume on its way to a replica, which takes it out: what called the replica would else hold it to the end."""
 
     def __init__(self, volume: Volume) -> None:
@@ -172,7 +172,7 @@ class ModelReplica:
         description = model.description
         empty = np.zeros((description.num_channels, *description.patch_size), dtype=np.float32)
         if description.task == "segmentation":
-            async for _ in self.segment(model_id, Parcel(Volume(empty, np.eye(4)))):
+            async for _ in self.segment(model_id, OneShotVolume(Volume(empty, np.eye(4)))):
                 continue
         else:
             await self.run_windows(WindowBatch(model, empty[None]))
@@ -191,7 +191,7 @@ class ModelReplica:
         report = WorkReport(time.perf_counter() - started, tuple(sizes))
         return TensorAnswer(model.key, parts[0] if len(parts) == 1 else np.concatenate(parts), report)
 
-    async def segment(self, model_id: str, parcel: Parcel) -> AsyncIterator[float | SegmentAnswer]:
+    async def segment(self, model_id: str, parcel: OneShotVolume) -> AsyncIterator[float | SegmentAnswer]:
         """Yield the fraction that is done, again and again, and at the end the mask."""
         async with self._volumes:
             started = time.perf_counter()
@@ -284,7 +284,7 @@ def _meanwhile(steps: SegmentationSteps, ready: tuple[Sequence[int], Array] | No
     return steps.windows(following)
 
 
-def _begun(model: LoadedModel, parcel: Parcel) -> tuple[SegmentationSteps, tuple[float, ...]]:
+def _begun(model: LoadedModel, parcel: OneShotVolume) -> tuple[SegmentationSteps, tuple[float, ...]]:
     """Prepare a volume and compare its intensities with the training's; nothing keeps its voxels as they came."""
     volume = parcel.take()
     fingerprint = model.description.fingerprint

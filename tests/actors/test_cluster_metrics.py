@@ -12,7 +12,7 @@ from scraping import metrics_address, of_run, scrape, scrape_until
 from small_runs import Interfering, small_run
 
 from actors.cluster_metrics import ClusterMetrics, both
-from actors.names import actor_name, home_name
+from actors.names import actor_name, group_name
 from actors.ray_pool import RayPool
 from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.config.files import parse_run_config
@@ -149,7 +149,7 @@ def test_a_scrape_of_a_run_on_ray_says_what_its_receipts_say_and_its_actors_whos
     run_with_metrics(run, tmp_path, lambda specs, folder: RayPool(specs, "lungs-1", 2), check, look)
     first, second, third = sorted(policy.hospital for policy in list_hospitals(run))
     assert names == {f"medfl:lungs-1:hospital:{first}+{third}", actor_name("lungs-1", "hospital", second)}
-    assert home_name(["a", "b", "c"]) == "a+2"
+    assert group_name(["a", "b", "c"]) == "a+2"
 
 
 def test_following_a_run_takes_less_than_a_hundredth_of_it(ray_cluster, tmp_path):

@@ -14,7 +14,7 @@ from small_runs import small_run
 from actors.flower import hospital as flower_hospital
 from actors.flower.app import GridLink
 from actors.flower.hospital import answer, hospital_of, node_of
-from actors.flower.messages import Request, pack, text_of, unpack
+from actors.flower.messages import HospitalRequest, pack, text_of, unpack
 from actors.flower.pool import FlowerPool
 from actors.flower.run import run_over_flower
 from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
@@ -152,7 +152,7 @@ def test_private_data_are_trained_on_only_where_the_node_itself_names_the_run(tm
     file = tmp_path / "private.yaml"
     file.write_text(yaml.safe_dump({**raw, "data": {"hospitals": [hospital], "declared": "private"}}))
     config_hash = load_run_config(file).config_hash
-    request = text_of(Request(ask="describe", hospital="north", job="j", config_hash=config_hash))
+    request = text_of(HospitalRequest(ask="describe", hospital="north", job="j", config_hash=config_hash))
     found = answer(request, None, {"partition-id": 0}, {"run": str(file)})
     assert "does not say itself what it trains" in found.reason
     found = answer(request, None, {"hospital": "north", "run": str(file)}, {})
@@ -166,7 +166,7 @@ def test_hole_a_run_file_over_private_data_is_carried_out_as_often_as_the_hospit
     config_hash = load_run_config(file).config_hash
 
     def described(job, **node):
-        request = text_of(Request(ask="describe", hospital="a", job=job, config_hash=config_hash))
+        request = text_of(HospitalRequest(ask="describe", hospital="a", job=job, config_hash=config_hash))
         hospital_of.cache_clear()  # a process of its own for every message
         return answer(request, None, {"hospital": "a", "run": str(file), **node}, {})
 
@@ -194,7 +194,7 @@ def test_a_request_for_something_else_is_a_failure_with_the_reason(tmp_path, cha
     run = two(tmp_path)
     node = {"hospital": list_hospitals(run)[0].hospital, "run": str(file_of(run, tmp_path))}
     fields = {"ask": "describe", "hospital": node["hospital"], "job": "job", "config_hash": run.config_hash}
-    found = answer(text_of(Request(**{**fields, **changes})), None, node, {})
+    found = answer(text_of(HospitalRequest(**{**fields, **changes})), None, node, {})
     assert isinstance(found, ClientFailure)
     assert said in found.reason
 
@@ -250,7 +250,9 @@ def test_a_node_that_fails_is_named_and_its_own_words_stay_with_it(tmp_path):
 def test_the_hospital_says_what_is_public_of_it(tmp_path):
     run = two(tmp_path)
     app = {"run": str(file_of(run, tmp_path))}
-    request = Request(ask="describe", hospital=list_hospitals(run)[0].hospital, job="j", config_hash=run.config_hash)
+    request = HospitalRequest(
+        ask="describe", hospital=list_hospitals(run)[0].hospital, job="j", config_hash=run.config_hash
+    )
     found = [answer(text_of(request), None, {"partition-id": 0}, app) for _ in range(2)]
     flower_hospital.hospital_of.cache_clear()
     found.append(answer(text_of(request), None, {"partition-id": 0}, app))

@@ -17,7 +17,7 @@ from medfl_ray.aggregation.strategies import build_strategy
 from medfl_ray.aggregation.updates import Updates
 from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.errors import CheckpointError, ConfigError
+from medfl_ray.errors import ConfigError, StorageError
 from medfl_ray.params import Layout, to_tensors
 from medfl_ray.store.run.folder import RunFolder
 
@@ -112,7 +112,7 @@ def test_the_state_is_what_the_next_round_needs():
     without, _ = aggregation(updates_of(rounds[0]), {}, first)
     assert np.abs(with_memory - without).max() > 1e-3
     damaged = {**state, "robust/flower/state": state["robust/flower/state"][:-3]}
-    with pytest.raises(CheckpointError, match="was the class changed"):
+    with pytest.raises(StorageError, match="was the class changed"):
         aggregation(updates_of(rounds[0]), damaged, first)
 
 

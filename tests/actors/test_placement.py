@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.placement import PIN, gpu_share, place_actors, place_crew
+from actors.placement import PIN, gpu_share, place_actors, plan_simulation_actors
 from medfl_ray.errors import ClusterError, ConfigError
 
 PROCESS = Path(__file__).parent / "two_nodes.py"
@@ -31,14 +31,14 @@ def test_an_actor_is_pinned_to_its_hospitals_node_and_shares_its_gpu():
 
 def test_actors_without_a_node_are_spread_or_packed():
     nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0}]
-    homes = [("a",), ("b",), ("c",)]
-    assert {place.strategy for place in place_actors(homes, nodes).values()} == {"SPREAD"}
-    assert {place.strategy for place in place_actors(homes, nodes, "pack").values()} == {"DEFAULT"}
+    groups = [("a",), ("b",), ("c",)]
+    assert {place.strategy for place in place_actors(groups, nodes).values()} == {"SPREAD"}
+    assert {place.strategy for place in place_actors(groups, nodes, "pack").values()} == {"DEFAULT"}
     # Three actors on two GPUs: two thirds each would leave the third without a GPU that has so much left.
-    assert {place.num_gpus for place in place_actors(homes, nodes).values()} == {0.5}
-    assert place_actors(homes, nodes, gpus_per_actor=0.25)["b",].num_gpus == 0.25
-    assert place_actors(homes, [{"CPU": 4.0}], gpus_per_actor=0.25)["b",].num_gpus == 0.0
-    assert place_actors(homes, nodes)["a",].options()["resources"] is None
+    assert {place.num_gpus for place in place_actors(groups, nodes).values()} == {0.5}
+    assert place_actors(groups, nodes, gpus_per_actor=0.25)["b",].num_gpus == 0.25
+    assert place_actors(groups, [{"CPU": 4.0}], gpus_per_actor=0.25)["b",].num_gpus == 0.0
+    assert place_actors(groups, nodes)["a",].options()["resources"] is None
 
 
 def test_no_actor_needs_parts_of_two_gpus():
@@ -59,12 +59,12 @@ def test_hospitals_of_two_nodes_do_not_share_an_actor():
 )
 def test_all_actors_fit_on_their_nodes_at_once(machines, pins):
     nodes = [{"CPU": float(cpus), "GPU": float(gpus)} for cpus, gpus in machines]
-    homes = []
+    groups = []
     for number, pin in enumerate(pins):
-        homes.append((f"h{number}",))
+        groups.append((f"h{number}",))
         if pin >= 0:
             nodes[pin % len(nodes)][f"hospital:h{number}"] = 1.0
-    places = place_actors(homes, nodes)
+    places = place_actors(groups, nodes)
     for node in nodes:
         here = [place for home, place in places.items() if f"hospital:{home[0]}" in node]
         assert sum(place.num_gpus for place in here) <= node["GPU"]
@@ -74,24 +74,26 @@ def test_all_actors_fit_on_their_nodes_at_once(machines, pins):
 
 
 def test_a_simulations_actors_fit_on_nodes_of_different_size():
-    crew = place_crew([{"CPU": 3.0}, {"CPU": 2.0}], num_hospitals=100)
+    crew = plan_simulation_actors([{"CPU": 3.0}, {"CPU": 2.0}], num_hospitals=100)
     assert (crew.num_actors, crew.num_cpus, crew.num_gpus) == (5, 0.9, 0.0)
     # Four fifths of a processor each would leave the fifth on parts of two nodes.
-    assert place_crew([{"CPU": 2.0}, {"CPU": 2.0}], 100, num_actors=5).num_cpus == pytest.approx(0.9 * 2 / 3)
+    assert plan_simulation_actors([{"CPU": 2.0}, {"CPU": 2.0}], 100, num_actors=5).num_cpus == pytest.approx(
+        0.9 * 2 / 3
+    )
     # The head has no GPU: its processors hold none of the actors, all of which have a share of one.
     nodes = [{"CPU": 8.0}, {"CPU": 4.0, "GPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}]
-    crew = place_crew(nodes, num_hospitals=100)
+    crew = plan_simulation_actors(nodes, num_hospitals=100)
     assert (crew.num_actors, crew.num_cpus, crew.num_gpus) == (6, 0.9, 0.5)
-    assert place_crew(nodes, 100, gpus_per_actor=0.4).num_actors == 6
-    assert place_crew(nodes, num_hospitals=2).num_actors == 2
-    assert place_crew([{"CPU": 16.0, "GPU": 1.0}], 100, gpus_per_actor=0.1).num_actors == 10
+    assert plan_simulation_actors(nodes, 100, gpus_per_actor=0.4).num_actors == 6
+    assert plan_simulation_actors(nodes, num_hospitals=2).num_actors == 2
+    assert plan_simulation_actors([{"CPU": 16.0, "GPU": 1.0}], 100, gpus_per_actor=0.1).num_actors == 10
 
 
 def test_more_shares_of_a_gpu_than_there_are_is_refused():
     # 2 / 0.4 = 5, but the fifth would have parts of two GPUs, and would be waited for without an end.
     with pytest.raises(ConfigError, match=r"5 actors.*gpus_per_hospital=0\.4.*2 have room for 4"):
-        place_crew([{"CPU": 8.0, "GPU": 2.0}], 100, num_actors=5, gpus_per_actor=0.4)
-    assert place_crew([{"CPU": 8.0}], 100, num_actors=5, gpus_per_actor=0.4).num_gpus == 0.0
+        plan_simulation_actors([{"CPU": 8.0, "GPU": 2.0}], 100, num_actors=5, gpus_per_actor=0.4)
+    assert plan_simulation_actors([{"CPU": 8.0}], 100, num_actors=5, gpus_per_actor=0.4).num_gpus == 0.0
 
 
 @given(
@@ -104,7 +106,7 @@ def test_a_simulations_actors_fit_wherever_ray_puts_them(machines, num_actors, a
     free = [(float(cpus), [1.0] * gpus) for cpus, gpus in machines]
     nodes = [{"CPU": cpus, "GPU": float(len(gpus))} for cpus, gpus in free]
     try:
-        crew = place_crew(nodes, 20, num_actors, asked)
+        crew = plan_simulation_actors(nodes, 20, num_actors, asked)
     except ConfigError:
         assert num_actors is not None
         return

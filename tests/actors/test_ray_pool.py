@@ -5,7 +5,7 @@ import threading
 import pytest
 from small_runs import small_run
 
-from actors.ray_pool import RayPool, deal
+from actors.ray_pool import RayPool, assign_to_actors
 from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.store.run.folder import RunFolder
@@ -78,9 +78,9 @@ def test_a_full_object_store_is_one_sentence(monkeypatch):
 
 
 def test_hospitals_are_dealt_to_actors_in_turn():
-    assert deal(["a", "b", "c"], None) == [("a",), ("b",), ("c",)]
-    assert deal(["a", "b", "c"], 2) == [("a", "c"), ("b",)]
-    assert deal(["a"], 5) == [("a",)]
+    assert assign_to_actors(["a", "b", "c"], None) == [("a",), ("b",), ("c",)]
+    assert assign_to_actors(["a", "b", "c"], 2) == [("a", "c"), ("b",)]
+    assert assign_to_actors(["a"], 5) == [("a",)]
 
 
 @pytest.mark.parametrize(("declared", "enable_dp"), [("private", True), ("public", True), ("synthetic", True)])

@@ -8,7 +8,7 @@ from small_runs import balls
 
 from actors.simulation.hospitals import VirtualHospitals
 from actors.simulation.pool import cache_of_each
-from actors.simulation.work import Assignment, Scoring, Turn
+from actors.simulation.work import Assignment, EvaluationJob, HospitalTurn
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import DataError
 from medfl_ray.messages import ClientFailure
@@ -25,7 +25,7 @@ def prepared(run, open_data=None, **options):
 
 def scored(run, **options):
     hospitals, names, weights = prepared(run, **options)
-    return [answer.model_dump(exclude={"pictures"}) for answer in hospitals.evaluate(Scoring(1, names), weights)]
+    return [answer.model_dump(exclude={"pictures"}) for answer in hospitals.evaluate(EvaluationJob(1, names), weights)]
 
 
 def test_hospitals_scored_together_score_as_each_alone():
@@ -48,7 +48,7 @@ def test_a_hospital_that_cannot_be_scored_does_not_take_the_others_with_it():
 
     broken = list_hospitals(balls())[2].hospital
     hospitals, names, weights = prepared(balls(), open_data)
-    answers = hospitals.evaluate(Scoring(1, names), weights)
+    answers = hospitals.evaluate(EvaluationJob(1, names), weights)
     failed = [answer for answer in answers if isinstance(answer, ClientFailure)]
     assert [(one.hospital, one.stage, one.reason) for one in failed] == [
         (broken, "evaluate", "case 1 of 2 cannot be read")
@@ -63,7 +63,7 @@ def test_neither_little_memory_nor_looking_ahead_changes_a_bit(options):
 
 def summed(**options):
     hospitals, names, weights = prepared(balls(), **options)
-    turns = [Turn(name, index, 6, 2) for index, name in enumerate(names)]
+    turns = [HospitalTurn(name, index, 6, 2) for index, name in enumerate(names)]
     groups = tuple(tuple(turns[start : start + 2]) for start in range(0, len(turns), 2))
     finished = hospitals.train(Assignment(1, 1, 0.05, None, True, 2, groups), weights)
     assert not finished.failures

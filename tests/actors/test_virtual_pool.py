@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from small_runs import balls
 
 from actors.simulation.pool import VirtualPool
-from actors.simulation.run import Simulation, open_ledgers, simulate, undisturbed, where_time_went
+from actors.simulation.run import Simulation, gc_frozen, open_ledgers, simulate, where_time_went
 from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals, open_hospital_data
 from medfl_ray.errors import ConfigError, DataError
@@ -290,9 +290,9 @@ def nothing_frozen():
 
 
 def test_a_run_leaves_the_collection_of_garbage_as_it_was(nothing_frozen):
-    with undisturbed():
+    with gc_frozen():
         assert gc.get_freeze_count() > 0
-        with undisturbed():
+        with gc_frozen():
             assert gc.get_freeze_count() > 0
         assert gc.get_freeze_count() > 0, "the inner run has let go of what the outer one counts on"
     assert gc.get_freeze_count() == 0

@@ -10,7 +10,7 @@ from medfl_ray.assembly.hospital import build_hospital, configure_logs
 from medfl_ray.assembly.spec import HospitalSpec
 from medfl_ray.config.files import parse_run_config
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.errors import CheckpointError, ConfigError, DataError, LedgerError, PrivacyConfigError, UnreadableFile
+from medfl_ray.errors import ConfigError, DataError, LedgerError, PrivacyConfigError, StorageError, UnreadableFile
 from medfl_ray.federation.hospital import Hospital
 from medfl_ray.federation.planning import mechanism_for
 from medfl_ray.messages import RoundPlan
@@ -109,7 +109,7 @@ def test_two_processes_do_not_run_one_folder(medfl, tmp_path):
     run = parse_run_config(configuration(output={"directory": str(tmp_path / "runs")}))
     folder = RunFolder.create(run)
     with folder.locked():
-        with pytest.raises(CheckpointError, match="another process is running"), RunFolder.open(folder.path).locked():
+        with pytest.raises(StorageError, match="another process is running"), RunFolder.open(folder.path).locked():
             pass
         answer = medfl("run", "--resume", folder.path)
         assert_one_clear_error(answer, 1, "another process is running", folder.path.name)

@@ -37,7 +37,7 @@ def test_of_private_data_only_the_declaration(tmp_path: Path) -> None:
 
 def test_many_files_count_by_name_and_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_patients(tmp_path / "one")
-    monkeypatch.setattr(fingerprints, "MOST_BYTES", 100)
+    monkeypatch.setattr(fingerprints, "MAX_BYTES", 100)
     before = fingerprint(folder, declared="public")
     assert before[1] == "names and sizes"
     (folder / "1.nii.gz").write_bytes((folder / "1.nii.gz").read_bytes() + b"more")

@@ -45,7 +45,7 @@ def attacked(kind, **options):
 def update_of(hospital, values, weight=1):
     return ClientUpdate(
         hospital=hospital, round=1, attempt=1, delta=np.array(values, dtype=np.float32), layout_checksum="",
-        num_patients=weight, num_steps=1, spent=None, metrics={},
+        aggregation_weight=weight, num_steps=1, spent=None, metrics={},
     )  # fmt: skip
 
 

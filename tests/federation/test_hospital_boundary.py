@@ -15,7 +15,7 @@ from private_hospitals import (
     write_patients,
 )
 
-from medfl_ray.errors import CheckpointError, GeometryError, ModelError, PrivacyConfigError
+from medfl_ray.errors import GeometryError, ModelError, PrivacyConfigError, StorageError
 from medfl_ray.federation.planning import mechanism_for
 from medfl_ray.federation.ports import AlonePlan, AloneResult
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, SiteEvaluation
@@ -209,7 +209,7 @@ ERRORS = [
     RuntimeError("p007"),
     GeometryError("case 4711 has three axes"),
     ModelError("p007 does not fit"),
-    CheckpointError("the memory of 4711 cannot be read"),
+    StorageError("the memory of 4711 cannot be read"),
 ]
 
 
@@ -385,7 +385,7 @@ def test_hole_a_record_that_cannot_be_written_neither_fails_nor_hastens_an_answe
     from medfl_ray.store.run import scoring_record
 
     def full(*given, **named):
-        raise CheckpointError("the disk is full")
+        raise StorageError("the disk is full")
 
     clock = Clock()
     state.mkdir(mode=0o700)

@@ -11,7 +11,7 @@ from small_runs import Interfering, balls
 
 from medfl_ray.assembly.run import hospital_specs, initial_weights, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.errors import CheckpointError
+from medfl_ray.errors import StorageError
 from medfl_ray.federation.local_pool import LocalPool
 from medfl_ray.params import norm
 from medfl_ray.store.run.folder import RunFolder
@@ -125,7 +125,7 @@ def test_a_round_that_is_repeated_starts_from_the_same_memory(failpoint, tmp_pat
     monkeypatch.setenv("MEDFL_FAILPOINT", f"{failpoint}:{'' if ':' in failpoint else '1:'}enospc")
     output = run.output.model_copy(update={"directory": tmp_path})
     folder = RunFolder.create(run.model_copy(update={"output": output}))
-    with pytest.raises((OSError, CheckpointError)):
+    with pytest.raises((OSError, StorageError)):
         started(run, tmp_path, folder=folder)
     assert remembered(folder, "hospital-001", 1)["control"].any()
     monkeypatch.delenv("MEDFL_FAILPOINT")

@@ -43,7 +43,7 @@ def test_the_rate_is_the_batch_over_the_public_number_of_patients(num_patients, 
     site = SitePolicy(hospital="a", data_set="d", num_patients=num_patients, max_epsilon=8.0)
     mechanism = mechanism_for(run, site)
     assert sample_rate(run, site) == mechanism.sample_rate == pytest.approx(rate)
-    assert mechanism.num_patients == num_patients
+    assert mechanism.num_records == num_patients
 
 
 def test_the_rate_of_the_configuration_wins():

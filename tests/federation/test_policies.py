@@ -8,11 +8,11 @@ from medfl_ray.config.federation import FederationConfig
 from medfl_ray.federation.hospital_rules.labels import label_for, labelled
 from medfl_ray.federation.policies import (
     LONGEST_EXCLUSION,
+    FailureHistory,
     Standing,
-    Standings,
     after_round,
-    asked_again,
     can_start,
+    hospitals_to_retry,
     judge_round,
     pause_before,
     why_left_out,
@@ -97,19 +97,21 @@ def test_a_standing_counts_failures_in_a_row(one, failures):
 
 def test_a_failing_hospital_sits_out_longer_each_time_and_returns_with_an_update():
     config = FederationConfig(max_hospital_failures=2, min_clients=1, min_available_clients=1)
-    standings, asked_in = Standings(), []
+    failure_history, asked_in = FailureHistory(), []
     for number in range(1, 45):
-        left_out = standings.left_out(["a", "b"], config)
+        left_out = failure_history.left_out(["a", "b"], config)
         assert "b" not in left_out
         if "a" in left_out:
             assert "failures in a row; the last: it fell" in left_out["a"]
-            standings.add(receipt(failure(stage="select", round=number), asked=("b",), trained=("b",), round=number))
+            failure_history.add(
+                receipt(failure(stage="select", round=number), asked=("b",), trained=("b",), round=number)
+            )
         else:
             asked_in.append(number)
-            standings.add(receipt(failure(round=number), trained=("b",), round=number))
+            failure_history.add(receipt(failure(round=number), trained=("b",), round=number))
     assert asked_in == [1, 2, 4, 7, 12, 21, 38]
-    standings.add(receipt(trained=("a", "b")))
-    assert standings.left_out(["a", "b"], config) == {}
+    failure_history.add(receipt(trained=("a", "b")))
+    assert failure_history.left_out(["a", "b"], config) == {}
     assert why_left_out(Standing(100, "x", LONGEST_EXCLUSION), 2) is None
     assert "1 more round after" in why_left_out(Standing(2, "x"), 2)
     assert "16 more rounds" in why_left_out(Standing(100, "x"), 2)
@@ -117,17 +119,17 @@ def test_a_failing_hospital_sits_out_longer_each_time_and_returns_with_an_update
 
 def test_nobody_sits_out_where_too_few_would_remain():
     config = FederationConfig(max_hospital_failures=1, min_clients=2, min_available_clients=2)
-    standings = Standings([receipt(failure())])
-    assert standings.left_out(["a", "b"], config) == {}
-    assert list(standings.left_out(["a", "b", "c"], config)) == ["a"]
+    failure_history = FailureHistory([receipt(failure())])
+    assert failure_history.left_out(["a", "b"], config) == {}
+    assert list(failure_history.left_out(["a", "b", "c"], config)) == ["a"]
 
 
 def test_only_a_fault_that_may_pass_and_costs_nothing_is_tried_again():
-    harmless = failure("a", "reserve", left_host=False, passing=True)
-    refused = failure("b", "reserve", left_host=False)
-    trained = failure("c", "train", passing=True)
-    assert asked_again([harmless, refused, trained]) == ["a"]
-    assert asked_again([harmless, refused, trained], may_train_again=["c"]) == ["a", "c"]
+    harmless = failure("a", "reserve", may_have_left=False, transient=True)
+    refused = failure("b", "reserve", may_have_left=False)
+    trained = failure("c", "train", transient=True)
+    assert hospitals_to_retry([harmless, refused, trained]) == ["a"]
+    assert hospitals_to_retry([harmless, refused, trained], may_train_again=["c"]) == ["a", "c"]
     assert [pause_before(retry) for retry in (1, 2, 3)] == [0.5, 1.0, 2.0]
 
 

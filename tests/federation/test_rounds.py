@@ -9,7 +9,7 @@ from small_runs import Interfering, small_run
 from medfl_ray import params
 from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.errors import CheckpointError, ConfigError, QuorumLost
+from medfl_ray.errors import ConfigError, QuorumLost, StorageError
 from medfl_ray.messages import ClientFailure, ClientUpdate
 from medfl_ray.store.run.folder import RunFolder
 from medfl_ray.store.run.receipts import read_receipts, verify_receipts
@@ -120,7 +120,7 @@ def test_an_interrupted_round_is_closed_with_a_receipt_and_said(tmp_path, monkey
     monkeypatch.setenv("MEDFL_FAILPOINT", f"{name}:{count or 1}:enospc")
     run = small_run(output={"directory": tmp_path})
     folder = RunFolder.create(run)
-    with pytest.raises((OSError, CheckpointError)):
+    with pytest.raises((OSError, StorageError)):
         start(run, tmp_path, folder=folder)
     monkeypatch.delenv("MEDFL_FAILPOINT")
     outcome, _, events = start(run, tmp_path, folder=folder)
@@ -225,4 +225,4 @@ def test_the_mean_is_weighted_by_public_patients(tmp_path):
     _, folder, _ = start(small_run(federation={"rounds": 1}), tmp_path, watch)
     assert set(folder.results()[0].receipt.update_hashes) == set(seen)
     assert all(params.checksum(u.delta) == folder.results()[0].receipt.update_hashes[h] for h, u in seen.items())
-    assert len({u.num_patients for u in seen.values()}) == 1
+    assert len({u.aggregation_weight for u in seen.values()}) == 1

@@ -37,7 +37,7 @@ def update(**changes):
         "attempt": 2,
         "delta": SOUND,
         "layout_checksum": LAYOUT.checksum,
-        "num_patients": 20,
+        "aggregation_weight": 20,
         "num_steps": 4,
         "spent": None,
     }
@@ -67,9 +67,9 @@ BAD = {
     "huge": ({"delta": with_value(2 * HUGE + 1)}, "norm"),
     "huge beyond float32": ({"delta": np.full(6, 3e38, np.float32)}, "norm"),
     "unknown hospital": ({"hospital": "stranger"}, "not asked"),
-    "more weight": ({"num_patients": 2000}, "weight 2000"),
+    "more weight": ({"aggregation_weight": 2000}, "weight 2000"),
     "other steps": ({"num_steps": 40}, "40 steps"),
-    "duplicate": ({"hospital": "b", "num_patients": 30}, "already delivered"),
+    "duplicate": ({"hospital": "b", "aggregation_weight": 30}, "already delivered"),
 }
 
 
@@ -89,7 +89,7 @@ def test_a_bad_update_is_refused_with_its_reason(kind):
 
 
 def test_under_hospital_level_privacy_nothing_is_said_of_a_zero_update():
-    expected = Expected(PLAN, LAYOUT, EXPECTED.weight, 2.0, may_be_zero=True)
+    expected = Expected(PLAN, LAYOUT, EXPECTED.aggregation_weights, 2.0, may_be_zero=True)
     assert why_rejected(update(delta=np.zeros(6, np.float32)), expected, ()) is None
 
 
@@ -106,7 +106,7 @@ IN_A_ROUND = {
     "zero": (lambda one: {"delta": np.zeros_like(one.delta)}, "zero"),
     "huge": (lambda one: {"delta": np.full_like(one.delta, 1e6)}, "norm"),
     "unknown hospital": (lambda one: {"hospital": "stranger"}, "not asked"),
-    "more weight": (lambda one: {"num_patients": 10**6}, "weight"),
+    "more weight": (lambda one: {"aggregation_weight": 10**6}, "weight"),
     "other steps": (lambda one: {"num_steps": 999}, "999 steps"),
     "altered on its way": (lambda one: {"delta": one.delta * np.float32(1.01)}, "signature"),
     "signed for another round": (lambda one: {"signature": one.signature[::-1]}, "signature"),

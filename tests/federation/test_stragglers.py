@@ -108,7 +108,7 @@ def test_without_dp_a_passing_fault_is_tried_again_in_the_round(tmp_path):
     run = small_run(federation={"rounds": 1})
     expected, _, _ = run_it(run, tmp_path / "whole")
     names = sorted(policy.hospital for policy in list_hospitals(run))
-    change, seen = failing(names[1], {1}, passing=True)
+    change, seen = failing(names[1], {1}, transient=True)
     outcome, folder, _ = run_it(run, tmp_path, lambda pool, _: Interfering(pool, change))
     (receipt,) = folder.receipts()
     assert seen == [1]
@@ -120,7 +120,7 @@ def test_without_dp_a_passing_fault_is_tried_again_in_the_round(tmp_path):
 def test_under_dp_nothing_is_trained_twice_in_a_round(tmp_path):
     run = small_run(federation={"rounds": 1}, privacy={"enable_dp": True, "noise_multiplier": 5.0, "sample_rate": 0.5})
     names = sorted(policy.hospital for policy in list_hospitals(run))
-    change, seen = failing(names[1], {1}, passing=True)
+    change, seen = failing(names[1], {1}, transient=True)
     _, folder, _ = run_it(run, tmp_path, lambda pool, _: Interfering(pool, change))
     (receipt,) = folder.receipts()
     assert seen == [1]

@@ -10,7 +10,7 @@ from medfl_ray.aggregation.fixed_point import add_updates, empty_sum, weighted_m
 from medfl_ray.errors import UpdateRejected
 from medfl_ray.federation.collecting import add_sum, screen_and_add
 from medfl_ray.federation.ports import SummedUpdates, TrainedHospital
-from medfl_ray.federation.round_context import Tally
+from medfl_ray.federation.round_context import RoundProgress
 from medfl_ray.federation.screening import Expected
 from medfl_ray.messages import ClientUpdate, Metric, RoundPlan
 from medfl_ray.params import Layout
@@ -27,7 +27,7 @@ class Journal:
 
 
 def context():
-    return SimpleNamespace(layout=SimpleNamespace(checksum="layout", size=4), keeper=Journal(), secret_cohorts=False)
+    return SimpleNamespace(layout=SimpleNamespace(checksum="layout", size=4), store=Journal(), secret_cohorts=False)
 
 
 PLAN = RoundPlan(
@@ -51,12 +51,12 @@ def sum_of(*names, **changes):
 
 
 def test_sums_of_a_round_become_its_mean():
-    tally, total, round = Tally(), empty_sum(4), context()
+    progress, total, round = RoundProgress(), empty_sum(4), context()
     for part in (sum_of("b", "a"), sum_of("c")):
-        total = add_sum(round, total, part, PLAN, tally)
-    assert tally.trained == {"a", "b", "c"}
-    assert round.keeper.delivered == ["b", "a", "c"]
-    assert tally.metrics["c"]["train_loss"].value == 1.0
+        total = add_sum(round, total, part, PLAN, progress)
+    assert progress.trained == {"a", "b", "c"}
+    assert round.store.delivered == ["b", "a", "c"]
+    assert progress.metrics["c"]["train_loss"].value == 1.0
     assert np.allclose(weighted_mean(total), (np.arange(4) + np.arange(4, 8) + np.arange(4)) / 3)
 
 
@@ -74,26 +74,26 @@ def test_sums_of_a_round_become_its_mean():
     ],
 )
 def test_a_sum_that_does_not_belong_here_is_refused_whole(bad, word):
-    tally, round = Tally(), context()
-    total = add_sum(round, empty_sum(4), sum_of("c"), PLAN, tally)
+    progress, round = RoundProgress(), context()
+    total = add_sum(round, empty_sum(4), sum_of("c"), PLAN, progress)
     before = weighted_mean(total).copy()
     with pytest.raises(UpdateRejected, match=word):
-        add_sum(round, total, bad, PLAN, tally)
-    assert tally.trained == {"c"}
-    assert round.keeper.delivered == ["c"]
-    assert set(tally.metrics) == {"c"}
+        add_sum(round, total, bad, PLAN, progress)
+    assert progress.trained == {"c"}
+    assert round.store.delivered == ["c"]
+    assert set(progress.metrics) == {"c"}
     assert np.array_equal(weighted_mean(total), before)
 
 
 def test_an_update_that_does_not_fit_into_the_sum_is_not_taken_down_as_delivered():
-    tally, round = Tally(), context()
+    progress, round = RoundProgress(), context()
     round.run = SimpleNamespace(attack=None, federation=SimpleNamespace(stragglers="drop"))
-    round.past, round.keys, round.central = SimpleNamespace(owed={}), {}, None
+    round.history, round.keys, round.hospital_dp = SimpleNamespace(late_plans={}), {}, None
     expected = Expected(PLAN, Layout(("w",), ((4,),)), {"a": 2, "b": 2, "c": 2}, 1.0)
     update = ClientUpdate("a", 3, 2, np.ones(4, np.float32), expected.layout.checksum, 2, 1, None, {})
     full = replace(sum_of("c").total, magnitude=2.0**62 - 1)
     with pytest.raises(UpdateRejected, match="too large"):
-        screen_and_add(round, full, update, expected, tally)
-    assert (tally.trained, tally.metrics, round.keeper.delivered) == (set(), {}, [])
-    screen_and_add(round, sum_of("c").total, update, expected, tally)
-    assert (tally.trained, round.keeper.delivered) == ({"a"}, ["a"])
+        screen_and_add(round, full, update, expected, progress)
+    assert (progress.trained, progress.metrics, round.store.delivered) == (set(), {}, [])
+    screen_and_add(round, sum_of("c").total, update, expected, progress)
+    assert (progress.trained, round.store.delivered) == ({"a"}, ["a"])

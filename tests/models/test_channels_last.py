@@ -14,8 +14,8 @@ from medfl_ray.models.channels_last import (
     ORDERS,
     ChannelsLastGroupNorm,
     PointwiseConvolution,
+    channels_last_copy,
     keeps_order,
-    quick_twin,
 )
 from medfl_ray.models.grouped import group
 
@@ -47,7 +47,7 @@ def test_the_twin_computes_what_the_network_does(name, spatial_dims):
     network = make_network(name, spatial_dims)
     images = torch.randn(2, 1, *(32,) * spatial_dims)
     expected, logits = gradients(network, images, list(network.parameters()))
-    twin = quick_twin(network, on_cpu=True)
+    twin = channels_last_copy(network, on_cpu=True)
     own = [value.data_ptr() for value in network.parameters()]
     assert [value.data_ptr() for value in twin.parameters()] == own
     assert [key for key, _ in twin.named_parameters()] == [key for key, _ in network.named_parameters()]
@@ -67,14 +67,14 @@ def test_an_exact_twin_computes_the_same_bits(name, spatial_dims):
     images = torch.randn(2, 1, *(32,) * spatial_dims)
     parameters = list(network.parameters())
     expected, logits = gradients(network, images, parameters)
-    found, twin_logits = gradients(quick_twin(network, on_cpu=True, same_bits=True), images, parameters)
+    found, twin_logits = gradients(channels_last_copy(network, on_cpu=True, same_bits=True), images, parameters)
     assert torch.equal(twin_logits, logits)
     assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_convolutional_networks_have_their_channels_side_by_side(spatial_dims):
-    twin = quick_twin(make_network("basic_unet", spatial_dims), on_cpu=True)
+    twin = channels_last_copy(make_network("basic_unet", spatial_dims), on_cpu=True)
     norms = [module for module in twin.modules() if "GroupNorm" in type(module).__name__]
     assert norms
     assert {type(norm) for norm in norms} == {ChannelsLastGroupNorm}
@@ -90,7 +90,7 @@ def test_convolutional_networks_have_their_channels_side_by_side(spatial_dims):
 
 def test_members_of_a_group_have_their_weights_in_plain_order_all_the_same():
     network = make_network("basic_unet", 2)
-    quick_twin(network, on_cpu=True)
+    channels_last_copy(network, on_cpu=True)
     assert any(not weight.is_contiguous() for weight in network.parameters())
     assert all(weight.is_contiguous() for weight in group(network, 3).parameters())
 
@@ -102,13 +102,13 @@ def test_members_of_a_group_have_their_weights_in_plain_order_all_the_same():
 def test_other_networks_keep_their_order(name, spatial_dims, norm):
     network = make_network(name, spatial_dims, norm)
     assert not keeps_order(network)
-    twin = quick_twin(network, on_cpu=True)
+    twin = channels_last_copy(network, on_cpu=True)
     assert not any(isinstance(module, ChannelsLastGroupNorm) for module in twin.modules())
 
 
 def test_on_a_gpu_the_network_is_its_own_twin():
     network = make_network("basic_unet")
-    assert quick_twin(network, on_cpu=False) is network
+    assert channels_last_copy(network, on_cpu=False) is network
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 48, 48, 48), (3, 8, 96, 80), (1, 6, 20, 20, 20)])
@@ -139,7 +139,7 @@ def test_group_norm_over_many_voxels_is_as_exact_as_float32(shape, mean):
 def test_a_convolution_of_single_voxels_is_a_product_of_matrices_without_a_copy(spatial_dims, bias):
     kind = (torch.nn.Conv2d, torch.nn.Conv3d)[spatial_dims - 2]
     network = torch.nn.Sequential(kind(1, 6, 3, padding=1), kind(6, 3, 1, bias=bias))
-    twin = quick_twin(network, on_cpu=True)
+    twin = channels_last_copy(network, on_cpu=True)
     assert type(twin[1]) is PointwiseConvolution
     images = torch.randn(2, 1, *(12,) * spatial_dims)
     parameters = list(network.parameters())
@@ -156,7 +156,7 @@ def test_a_convolution_of_single_voxels_is_a_product_of_matrices_without_a_copy(
 )
 def test_other_convolutions_stay_pytorchs(other):
     layer = torch.nn.Conv2d(4, 6, **({"kernel_size": 1} | other))
-    twin = quick_twin(torch.nn.Sequential(layer), on_cpu=True)
+    twin = channels_last_copy(torch.nn.Sequential(layer), on_cpu=True)
     assert type(twin[0]) is torch.nn.Conv2d
     images = torch.randn(2, 4, 9, 9)
     np.testing.assert_allclose(twin(images).detach(), layer(images).detach(), rtol=1e-5, atol=1e-5)

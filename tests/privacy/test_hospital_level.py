@@ -16,7 +16,7 @@ from small_runs import small_run
 from medfl_ray.assembly.run import RunExtras, hospital_specs, local_pool, run_in_process
 from medfl_ray.data.sources import list_hospitals
 from medfl_ray.errors import ConfigError, LedgerError, PrivacyConfigError
-from medfl_ray.federation.hospital_level import FEDERATION, federation_budget, plan_central
+from medfl_ray.federation.hospital_level import FEDERATION, federation_budget, plan_hospital_level
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.accountant import RENYI_ORDERS
 from medfl_ray.privacy.hospital_level import (
@@ -189,7 +189,7 @@ def test_a_hospital_that_demands_patient_level_refuses(tmp_path) -> None:  # typ
     run = central_run(tmp_path)
     policies = [policy.model_copy(update={"require_dp": True}) for policy in list_hospitals(run)]
     with pytest.raises(PrivacyConfigError, match="patient-level"):
-        plan_central(run, policies)
+        plan_hospital_level(run, policies)
 
 
 @pytest.mark.parametrize(

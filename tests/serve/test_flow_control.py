@@ -41,7 +41,7 @@ async def endless():
 
 
 def test_the_proxy_stops_reading_while_much_is_waiting_and_goes_on_when_it_is_fetched(monkeypatch):
-    monkeypatch.setattr(flow_control, "MOST_WAITING_BYTES", 10_000)
+    monkeypatch.setattr(flow_control, "MAX_WAITING_BYTES", 10_000)
 
     async def work():
         proxy = Proxy()
@@ -58,7 +58,7 @@ def test_the_proxy_stops_reading_while_much_is_waiting_and_goes_on_when_it_is_fe
 
 
 def test_a_client_who_is_held_back_is_not_taken_for_one_who_stopped(monkeypatch):
-    monkeypatch.setattr(flow_control, "MOST_WAITING_BYTES", 100)
+    monkeypatch.setattr(flow_control, "MAX_WAITING_BYTES", 100)
     monkeypatch.setattr(flow_control, "SAY_HELD_BACK_S", 0.05)
     last = {"type": "http.request", "body": b"y", "more_body": False}
     gone = {"type": "http.disconnect"}
@@ -90,7 +90,7 @@ def test_a_client_who_is_held_back_is_not_taken_for_one_who_stopped(monkeypatch)
 
 
 def test_the_ingress_stops_fetching_while_enough_is_waiting(monkeypatch):
-    monkeypatch.setattr(flow_control, "MOST_WAITING_PARTS", 8)
+    monkeypatch.setattr(flow_control, "MAX_WAITING_PARTS", 8)
     fetches = []
 
     async def fetch(metadata):

@@ -9,12 +9,12 @@ import time
 import pytest
 
 from serve.clinic import jobs
-from serve.clinic.jobs import Answer, JobBook, JobLimits
+from serve.clinic.jobs import JobBook, JobLimits, JobResult
 from serve.clinic.pools import ANSWERS
 from serve.clinic.sessions import SessionBook
 from serve.refusals import NotServed
 
-ANSWER = Answer(b"mask", "application/octet-stream", "mask", {})
+ANSWER = JobResult(b"mask", "application/octet-stream", "mask", {})
 
 
 async def ended(book, job):

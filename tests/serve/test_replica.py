@@ -13,7 +13,7 @@ from medfl_ray.export.onnx_session import OnnxModel
 from medfl_ray.export.predictor import Predictor
 from serve.refusals import NotServed
 from serve.replicas.model_loader import ModelKey
-from serve.replicas.replica import ModelReplica, Parcel, SegmentAnswer, WindowBatch, own_answer
+from serve.replicas.replica import ModelReplica, OneShotVolume, SegmentAnswer, WindowBatch, own_answer
 from serve.replicas.sources import FolderSource
 from serve.settings import ServeSettings
 
@@ -24,7 +24,7 @@ def replica(models):
 
 
 async def segment(replica, key, volume):
-    words = [word async for word in replica.segment(key, Parcel(volume))]
+    words = [word async for word in replica.segment(key, OneShotVolume(volume))]
     *progress, answer = words
     assert isinstance(answer, SegmentAnswer)
     return progress, answer

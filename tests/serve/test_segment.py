@@ -23,7 +23,7 @@ from medfl_ray.data.uploads.limits import UploadLimits
 from medfl_ray.data.volume import Volume
 from serve.auth import add_token, revoke_token
 from serve.clinic.jobs import JobBook, JobLimits, JobState
-from serve.clinic.service import Clinic, Wish
+from serve.clinic.service import SegmentationService, SegmentRequest
 from serve.refusals import NotServed, TooMany
 
 SEGMENT = "/v2/models/bright/segment"
@@ -194,8 +194,8 @@ def test_a_token_for_storing_may_name_a_pacs(client, service):
 
 def test_a_request_keeps_to_the_version_it_came_in_with(tmp_path):
     """A promotion while a body arrives changes nothing for its request."""
-    clinic = Clinic(_Promoted(), root=tmp_path)
-    assert asyncio.run(clinic.check(Wish("bright", None))).version == "3"
+    clinic = SegmentationService(_Promoted(), root=tmp_path)
+    assert asyncio.run(clinic.check(SegmentRequest("bright", None))).version == "3"
 
 
 class _Promoted:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from medfl_ray.errors import CheckpointError
+from medfl_ray.errors import StorageError
 from medfl_ray.messages import ClientFailure, Metric, Receipt, RoundResult
 from medfl_ray.store import durable
 from medfl_ray.store.run.checkpoints import Checkpoint, last_good_checkpoint, load_checkpoint, save_checkpoint
@@ -59,7 +59,9 @@ def test_a_process_that_goes_on_reads_the_scores_that_it_does_not_know(tmp_path)
 
 
 def test_a_score_of_fewer_hospitals_is_not_the_best(tmp_path):
-    absent = ClientFailure(hospital="b", round=2, attempt=1, stage="evaluate", reason="not in time", left_host=False)
+    absent = ClientFailure(
+        hospital="b", round=2, attempt=1, stage="evaluate", reason="not in time", may_have_left=False
+    )
     save_checkpoint(tmp_path, checkpoint(1, 0.7), keep=1)
     partly = checkpoint(2, 0.9)
     receipt = partly.result.receipt.model_copy(update={"failures": (absent,)})
@@ -80,7 +82,7 @@ def test_a_round_trained_again_replaces_its_damaged_checkpoint(tmp_path):
 def test_a_disk_that_fills_at_any_step_leaves_a_whole_checkpoint(tmp_path, monkeypatch, step):
     save_checkpoint(tmp_path, checkpoint(1), keep=1)
     monkeypatch.setenv("MEDFL_FAILPOINT", f"checkpoint.{step}:1:enospc")
-    with pytest.raises(CheckpointError, match=r"round 2.*No space left on device.*--resume"):
+    with pytest.raises(StorageError, match=r"round 2.*No space left on device.*--resume"):
         save_checkpoint(tmp_path, checkpoint(2), keep=1)
     monkeypatch.delenv("MEDFL_FAILPOINT")
     found, problems = last_good_checkpoint(tmp_path)
@@ -104,7 +106,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(tmp_path, name, damage):
     else:
         content[len(content) // 2] ^= 1
         victim.write_bytes(content)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(StorageError):
         load_checkpoint(tmp_path / "round-00002")
     found, problems = last_good_checkpoint(tmp_path)
     assert found is not None
@@ -119,7 +121,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(durable.os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with pytest.raises(StorageError, match="No space left on device"):
         save_checkpoint(tmp_path, checkpoint(2), keep=3)
     monkeypatch.undo()
     found, problems = last_good_checkpoint(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medfl_ray.errors import CheckpointError
+from medfl_ray.errors import StorageError
 from medfl_ray.store.run.hospital_memory import HospitalMemory
 
 
@@ -73,7 +73,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path):
     memory = HospitalMemory(tmp_path, "job", keep=3)
     memory.save(2, knows(1))
     (memory._folder / "round-00002.safetensors").write_bytes(b"torn")
-    with pytest.raises(CheckpointError, match="memory of round 2 cannot be read") as caught:
+    with pytest.raises(StorageError, match="memory of round 2 cannot be read") as caught:
         memory.before(3)
     assert str(tmp_path) not in str(caught.value)
 
@@ -86,6 +86,6 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="cannot write"):
+    with pytest.raises(StorageError, match="cannot write"):
         memory.save(2, knows(2))
     assert value_before(memory, 3) == 1

@@ -107,7 +107,7 @@ def test_a_settled_charge_cannot_be_given_back(tmp_path: Path) -> None:
     "change",
     [
         {"noise_multiplier": 3.9}, {"sample_rate": 0.99}, {"num_steps": 5}, {"max_grad_norm": 2.0},
-        {"num_patients": 41}, {"delta": 1e-6}, {"unit": "hospital"}, {"adjacency": "zero_out"},
+        {"num_records": 41}, {"delta": 1e-6}, {"unit": "hospital"}, {"adjacency": "zero_out"},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
@@ -115,7 +115,8 @@ def test_hole_nothing_is_settled_but_the_mechanism_that_was_charged(tmp_path: Pa
     ledger, charged = opened(tmp_path), mechanism()
     reservation = ledger.reserve("job", 1, 0, charged, None)
     other = charged.model_copy(update=change)
-    with pytest.raises(LedgerError, match=rf"would train with {next(iter(change))} .* was charged \(row 1\)"):
+    column = next(iter(change)).replace("num_records", "num_patients")  # as the ledger's rows call it
+    with pytest.raises(LedgerError, match=rf"would train with {column} .* was charged \(row 1\)"):
         ledger.settle(reservation, mechanism=other)
     assert [event.kind for event in ledger.events()] == ["reserve"]
     ledger.settle(reservation, mechanism=charged)

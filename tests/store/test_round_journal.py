@@ -2,7 +2,7 @@
 
 import pytest
 
-from medfl_ray.errors import CheckpointError
+from medfl_ray.errors import StorageError
 from medfl_ray.messages import RoundPlan
 from medfl_ray.store.run.journal import RoundJournal
 
@@ -49,17 +49,17 @@ def test_no_state_is_skipped_or_gone_back_to(tmp_path, passed, wanted):
     journal.open(plan())
     for state in passed:
         journal.move(plan(), state)
-    with pytest.raises(CheckpointError, match=f"cannot become {wanted}"):
+    with pytest.raises(StorageError, match=f"cannot become {wanted}"):
         journal.move(plan(), wanted)
 
 
 def test_an_attempt_and_a_delivery_are_there_once(tmp_path):
     journal = RoundJournal(tmp_path)
     journal.open(plan())
-    with pytest.raises(CheckpointError, match="nothing is applied twice"):
+    with pytest.raises(StorageError, match="nothing is applied twice"):
         journal.open(plan())
     journal.deliver(plan(), ["b"])
-    with pytest.raises(CheckpointError, match="nothing is applied twice"):
+    with pytest.raises(StorageError, match="nothing is applied twice"):
         journal.deliver(plan(), ["a", "b"])
     assert RoundJournal(tmp_path).unfinished()[0].delivered == ("b",)
     journal.open(plan(attempt=2))
@@ -71,5 +71,5 @@ def test_a_damaged_journal_is_one_sentence(tmp_path):
     RoundJournal(tmp_path).open(plan())
     for path in tmp_path.iterdir():
         path.write_bytes(b"x" * 4096)
-    with pytest.raises(CheckpointError, match=r"rounds\.sqlite cannot be used: .*backup"):
+    with pytest.raises(StorageError, match=r"rounds\.sqlite cannot be used: .*backup"):
         RoundJournal(tmp_path).unfinished()

@@ -12,7 +12,7 @@ from medfl_ray.config.model import ModelConfig
 from medfl_ray.config.training import TrainingConfig
 from medfl_ray.training.grouped import hospital_groups
 from medfl_ray.training.grouped.group_forming import (
-    MOST_GROUPS,
+    MAX_GROUPS,
     PIECES_PER_ACTOR,
     STEP_COST,
     cut_into_pieces,
@@ -148,7 +148,7 @@ def test_pieces_hold_every_group_once_and_the_last_ones_are_small(count, num_act
     costs = sorted(np.random.default_rng(count).uniform(1, 4, count), reverse=True)
     pieces = cut_into_pieces(costs, num_actors, evenly=False)
     assert [group for start, end in pieces for group in range(start, end)] == list(range(count))
-    assert all(0 < end - start <= MOST_GROUPS for start, end in pieces)
+    assert all(0 < end - start <= MAX_GROUPS for start, end in pieces)
     if num_actors > 1 and count > num_actors:
         assert [end - start for start, end in pieces[-num_actors:]] == [1] * num_actors
         assert sum(costs[slice(*pieces[0])]) <= max(costs[0], sum(costs) * 2 / (3 * num_actors))

@@ -11,7 +11,7 @@ from medfl_ray.config.model import ModelConfig
 from medfl_ray.config.training import TrainingConfig
 from medfl_ray.errors import ModelError
 from medfl_ray.params import layout_of
-from medfl_ray.training.rules.kept_parameters import Kept, kept_parameters
+from medfl_ray.training.rules.kept_parameters import KeptParameters, kept_parameters
 from medfl_ray.training.trainer import Trainer
 
 EDGE = 16
@@ -23,9 +23,9 @@ def make_trainer(name: str = "unet2d", norm: str = "group", **training: object) 
     return Trainer(model, settings, "segmentation", 2, 1, 2, (EDGE, EDGE), False)
 
 
-def kept(trainer: Trainer, strategy: str, *patterns: str) -> Kept:
+def kept(trainer: Trainer, strategy: str, *patterns: str) -> KeptParameters:
     AggregationConfig(strategy=strategy, local_parameters=patterns)
-    return kept_parameters(trainer.network, trainer.layout, strategy, patterns, trainer.make_up_patient()[0][:1])
+    return kept_parameters(trainer.network, trainer.layout, strategy, patterns, trainer.dummy_patient()[0][:1])
 
 
 def of_type(network: nn.Module, kind: type[nn.Module]) -> set[str]:
@@ -84,7 +84,7 @@ class Normalised(nn.Sequential):
 
 
 def test_silobn_keeps_statistics_alone_and_says_so_where_there_are_none() -> None:
-    network, probe = Normalised(), make_trainer().make_up_patient()[0][:1]
+    network, probe = Normalised(), make_trainer().dummy_patient()[0][:1]
     layout = layout_of(network)
     found = kept_parameters(network, layout, "silobn", (), probe)
     assert found.names == {"1.running_mean", "1.running_var"}

@@ -14,20 +14,20 @@ from medfl_ray.errors import ModelError
 from medfl_ray.messages import Mechanism
 from medfl_ray.params import Vector
 from medfl_ray.training.rules.client_rules import (
-    Done,
-    Given,
     Memory,
-    Pass,
+    RuleInput,
+    RuleResult,
+    TrainingPass,
     accumulated_steps,
+    client_rule,
     evaluated_weights,
-    rule_of,
 )
-from medfl_ray.training.rules.kept_parameters import Kept
+from medfl_ray.training.rules.kept_parameters import KeptParameters
 from medfl_ray.training.rules.local_job import LocalJob, LocalOutcome
 from medfl_ray.training.rules.passes import advance, attempt, first_pass
 
 RATE = 0.1
-HEAD = Kept(frozenset({"head"}), frozenset({"body"}), np.array([False, True]))
+HEAD = KeptParameters(frozenset({"head"}), frozenset({"body"}), np.array([False, True]))
 
 
 def vector(*values: float) -> Vector:
@@ -40,7 +40,7 @@ class Parabola:
     def __init__(self, curvature: float, *optimum: float, steps: int = 1, momentum: float = 0.0) -> None:
         self.curvature, self.optimum, self.steps, self.momentum = curvature, vector(*optimum), steps, momentum
         self.memory: Memory = {}
-        self.passes: list[Pass] = []
+        self.passes: list[TrainingPass] = []
 
     def gradient(self, weights: Vector) -> Vector:
         return np.float32(self.curvature) * (weights - self.optimum)
@@ -48,7 +48,7 @@ class Parabola:
     def loss(self, weights: Vector) -> float:
         return float(self.curvature / 2 * np.square(weights - self.optimum).sum())
 
-    def train(self, one: Pass) -> LocalOutcome:
+    def train(self, one: TrainingPass) -> LocalOutcome:
         self.passes.append(one)
         weights, velocity = one.start.astype(np.float64), np.zeros(len(one.start))
         for _ in range(one.job.num_steps):
@@ -61,16 +61,18 @@ class Parabola:
             weights = weights - one.job.learning_rate * velocity
         return LocalOutcome((weights - one.start).astype(np.float32), one.job.num_steps, self.loss(weights))
 
-    def round(self, strategy: str, sent: Vector, index: int = 0, mechanism: Mechanism | None = None, **fields) -> Done:
+    def round(
+        self, strategy: str, sent: Vector, index: int = 0, mechanism: Mechanism | None = None, **fields
+    ) -> RuleResult:
         config = AggregationConfig.model_validate({"strategy": strategy, **fields})
         training = TrainingConfig(learning_rate=RATE, momentum=self.momentum)
         job = LocalJob(self.steps, RATE, mechanism, (1, 2, index))
         kept = HEAD if strategy in ("fedbn", "fedper", "fedrep") else None
         size = len(self.optimum)
-        given = Given(sent, size, self.memory, config, training, job, index, self.loss, kept)
-        passes = rule_of(config)(given)
-        following: Pass | Done = first_pass(passes)
-        while isinstance(following, Pass):
+        given = RuleInput(sent, size, self.memory, config, training, job, index, self.loss, kept)
+        passes = client_rule(config)(given)
+        following: TrainingPass | RuleResult = first_pass(passes)
+        while isinstance(following, TrainingPass):
             following = advance(passes, self.train(following))
         self.memory = following.memory
         return following

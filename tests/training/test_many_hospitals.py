@@ -14,7 +14,7 @@ from medfl_ray.config.training import TrainingConfig
 from medfl_ray.data.cases import PreparedCase
 from medfl_ray.errors import LabelError
 from medfl_ray.params import norm
-from medfl_ray.training.grouped.trainer import HospitalTask, ManyHospitals
+from medfl_ray.training.grouped.trainer import GroupedTrainer, HospitalTask
 from medfl_ray.training.losses import EACH, LOSSES
 from medfl_ray.training.rules.local_job import LocalJob, LocalOutcome, Pull
 from medfl_ray.training.trainer import Trainer
@@ -85,7 +85,7 @@ def test_every_network_gives_what_each_hospital_gets_alone(name: str, dims: int,
     trainer = make_trainer(name, dims, features, momentum=0.0)
     weights = trainer.initial_weights(0)
     todo = tasks((2, 1, 2, 1), (4, 2, 3, 5), dims)
-    many = ManyHospitals(trainer, 3)
+    many = GroupedTrainer(trainer, 3)
     assert (many.group_size == 1) == (name in ("unetr", "swin_unetr"))
     assert bool(many.why_in_turn) == (many.group_size == 1)
     assert_same(dict(many.train(weights, todo)), alone(trainer, weights, todo))
@@ -105,7 +105,7 @@ def test_a_classifier_gives_what_each_hospital_gets_alone() -> None:
     trainer = Trainer(model, settings, "classification", 2, 1, 2, (EDGE, EDGE), False)
     weights = trainer.initial_weights(0)
     todo = [HospitalTask(ClassifiedPatients(i, n), LocalJob(2, 0.05, None, (0, 1, i))) for i, n in enumerate((4, 2, 3))]
-    many = ManyHospitals(trainer, 3)
+    many = GroupedTrainer(trainer, 3)
     assert not many.why_in_turn
     assert_same(dict(many.train(weights, todo)), alone(trainer, weights, todo))
 
@@ -125,14 +125,14 @@ def test_optimizer_loss_and_order_are_each_hospitals_own(training: dict[str, obj
     trainer = make_trainer(**training)
     weights = trainer.initial_weights(0)
     todo = tasks((4, 2, 3, 3, 1), (7, 1, 4, 3, 2))
-    assert_same(dict(ManyHospitals(trainer, 4).train(weights, todo)), alone(trainer, weights, todo))
+    assert_same(dict(GroupedTrainer(trainer, 4).train(weights, todo)), alone(trainer, weights, todo))
 
 
 def test_the_group_size_does_not_change_a_hospital() -> None:
     trainer = make_trainer()
     weights = trainer.initial_weights(0)
     todo = tasks((2,) * 6, (3,) * 6)
-    pairs, all_six = (dict(ManyHospitals(trainer, size).train(weights, todo)) for size in (2, 6))
+    pairs, all_six = (dict(GroupedTrainer(trainer, size).train(weights, todo)) for size in (2, 6))
     assert_same(pairs, [all_six[i] for i in range(6)])
 
 
@@ -140,8 +140,8 @@ def test_a_pull_acts_on_each_hospital() -> None:
     trainer = make_trainer(momentum=0.0)
     weights = trainer.initial_weights(0)
     todo = tasks((3, 3), (3, 3))
-    free = dict(ManyHospitals(trainer, 2).train(weights, todo))
-    held = dict(ManyHospitals(trainer, 2).train(weights, changed(todo, pull=Pull(15.0))))
+    free = dict(GroupedTrainer(trainer, 2).train(weights, todo))
+    held = dict(GroupedTrainer(trainer, 2).train(weights, changed(todo, pull=Pull(15.0))))
     for i in range(2):
         assert 0 < norm(held[i].delta) < 0.8 * norm(free[i].delta)
 
@@ -151,7 +151,7 @@ def test_a_proximal_step_is_the_hand_computed_one(group_size: int) -> None:
     trainer, mu, rate = make_trainer(momentum=0.0), 2.0, 0.05
     weights = trainer.initial_weights(0)
     todo = tasks((2,), (2,))
-    many = ManyHospitals(trainer, group_size)
+    many = GroupedTrainer(trainer, group_size)
     (_, first), *_ = many.train(weights, tasks((1,), (2,)))
     moved = weights + first.delta
     # The second step alone, from where the first one led, on what the hospital draws second.
@@ -167,7 +167,7 @@ def test_an_offset_moves_a_step_by_the_learning_rate_times_it(group_size: int) -
     todo = tasks((1, 1, 1), (2, 2, 2))
     offsets = [np.full_like(weights, 0.1 * (i + 1)) for i in range(3)]
     pulled = [changed([task], pull=Pull(offset=own))[0] for task, own in zip(todo, offsets, strict=True)]
-    found = dict(ManyHospitals(trainer, group_size).train(weights, pulled))
+    found = dict(GroupedTrainer(trainer, group_size).train(weights, pulled))
     for i, one in enumerate(alone(trainer, weights, todo)):
         np.testing.assert_allclose(found[i].delta, one.delta - rate * offsets[i], atol=2e-6)
 
@@ -183,7 +183,7 @@ def test_hospitals_with_starts_pulls_and_frozen_tensors_of_their_own_learn_as_al
         pull = (None, Pull(0.5, centre), Pull(0.2, centre, offset - weights))[i]
         todo += changed([task], None if i == 0 else start, pull=pull, frozen=frozen)
     expected = alone(trainer, weights, todo)
-    assert_same(dict(ManyHospitals(trainer, 3).train(weights, todo)), expected)
+    assert_same(dict(GroupedTrainer(trainer, 3).train(weights, todo)), expected)
     size = sum(parameter.numel() for parameter in list(trainer.network.parameters())[:3])
     for one in expected:
         assert not one.delta[:size].any()
@@ -199,7 +199,7 @@ def test_a_label_beyond_the_network_is_refused() -> None:
     trainer = make_trainer()
     with pytest.raises(LabelError):
         list(
-            ManyHospitals(trainer, 2).train(
+            GroupedTrainer(trainer, 2).train(
                 trainer.initial_weights(0), [HospitalTask(Wrong(0, 2), LocalJob(1, 0.1, None, (0,)))]
             )
         )
@@ -208,7 +208,7 @@ def test_a_label_beyond_the_network_is_refused() -> None:
 def test_dropout_is_drawn_by_each_hospital_alone() -> None:
     model = ModelConfig(type="unet2d", features=(4, 8), dropout=0.2)
     trainer = Trainer(model, TrainingConfig(device="cpu"), "segmentation", 2, 1, 2, (EDGE, EDGE), False)
-    assert "drops units out" in ManyHospitals(trainer, 4).why_in_turn
+    assert "drops units out" in GroupedTrainer(trainer, 4).why_in_turn
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))

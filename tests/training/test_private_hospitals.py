@@ -18,7 +18,7 @@ from medfl_ray.params import norm
 from medfl_ray.privacy.noise import GaussianNoise
 from medfl_ray.privacy.sampler import PoissonSampler
 from medfl_ray.training.grouped import trainer as many_hospitals
-from medfl_ray.training.grouped.trainer import HospitalTask, ManyHospitals
+from medfl_ray.training.grouped.trainer import GroupedTrainer, HospitalTask
 from medfl_ray.training.trainer import LocalJob, Trainer
 
 EDGE = 16
@@ -78,7 +78,7 @@ def test_without_noise_a_group_learns_what_each_hospital_learns_alone(training: 
     weights = trainer.initial_weights(0)
     # The clip norms lie on both sides of what gradients have; numbers of steps and of patients differ.
     tasks = [private_task(i, n, s, clip=c) for i, (n, s, c) in enumerate([(3, 2, 0.2), (1, 3, 50.0), (5, 1, 0.5)])]
-    many = ManyHospitals(trainer, 4)
+    many = GroupedTrainer(trainer, 4)
     assert not many.why_in_turn
     for position, found in many.train(weights, tasks):
         alone = trainer.train(weights, tasks[position].data, tasks[position].job)
@@ -96,7 +96,7 @@ def test_one_patient_moves_its_hospital_by_the_bound_and_no_other_hospital() -> 
         tasks = [private_task(0, 2 + extra, 1, clip=clip), private_task(1, 3, 1, clip=clip)]
         same = mechanism(2, 1, clip=clip)  # the public number of patients is that of either case
         tasks[0] = HospitalTask(tasks[0].data, LocalJob(1, RATE, same, (0,)))
-        return {i: outcome.delta for i, outcome in ManyHospitals(trainer, 3).train(weights, tasks)}
+        return {i: outcome.delta for i, outcome in GroupedTrainer(trainer, 3).train(weights, tasks)}
 
     without, with_one = deltas(0), deltas(1)
     assert norm(with_one[0] - without[0]) == pytest.approx(RATE * clip / 2, rel=1e-3)
@@ -108,7 +108,7 @@ def test_every_hospital_has_noise_of_its_own_and_of_the_right_deviation(monkeypa
     trainer = make_trainer()
     weights = trainer.initial_weights(0)
     tasks = [private_task(i, 4, 1, noise=2.0, clip=30.0, q=0.5) for i in range(2)]
-    first, second = (outcome.delta for _, outcome in ManyHospitals(trainer, 2).train(weights, tasks))
+    first, second = (outcome.delta for _, outcome in GroupedTrainer(trainer, 2).train(weights, tasks))
     expected = RATE * 2.0 * 30.0 / (0.5 * 4)
     size = len(first)
     for delta in (first, second):
@@ -119,7 +119,7 @@ def test_every_hospital_has_noise_of_its_own_and_of_the_right_deviation(monkeypa
 def test_a_step_that_draws_nobody_is_noised_and_has_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PoissonSampler, "draw", lambda self, num_patients: np.arange(0))
     trainer = make_trainer()
-    outcomes = dict(ManyHospitals(trainer, 2).train(trainer.initial_weights(0), [private_task(0, 2, 2)] * 2))
+    outcomes = dict(GroupedTrainer(trainer, 2).train(trainer.initial_weights(0), [private_task(0, 2, 2)] * 2))
     assert all(np.isnan(outcome.mean_loss) and norm(outcome.delta) > 0 for outcome in outcomes.values())
 
 
@@ -133,7 +133,7 @@ def test_each_hospital_draws_its_own_sample_in_every_step(monkeypatch: pytest.Mo
     monkeypatch.setattr(PoissonSampler, "draw", draw)
     trainer = make_trainer()
     tasks = [private_task(0, 2, 1), private_task(1, 3, 3)]
-    list(ManyHospitals(trainer, 4).train(trainer.initial_weights(0), tasks))
+    list(GroupedTrainer(trainer, 4).train(trainer.initial_weights(0), tasks))
     assert sorted(asked) == [2, 3, 3, 3]  # once per step and none after a hospital's last one
 
 
@@ -148,21 +148,21 @@ def test_no_group_has_more_members_than_were_asked_for(monkeypatch: pytest.Monke
     monkeypatch.setattr(many_hospitals.PrivateHospitals, "_add", add)
     trainer = make_trainer()
     tasks = [private_task(0, 5, 1), private_task(1, 4, 1)]
-    list(ManyHospitals(trainer, 4).train(trainer.initial_weights(0), tasks))
+    list(GroupedTrainer(trainer, 4).train(trainer.initial_weights(0), tasks))
     assert seen == [4, 4, 1]
 
 
 def test_patient_by_patient_is_what_a_configuration_gets_that_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ManyHospitals, "_train_group", None)
+    monkeypatch.setattr(GroupedTrainer, "_train_group", None)
     trainer = make_trainer(patient_gradients="single")
-    found = dict(ManyHospitals(trainer, 4).train(trainer.initial_weights(0), [private_task(0, 2, 1)] * 2))
+    found = dict(GroupedTrainer(trainer, 4).train(trainer.initial_weights(0), [private_task(0, 2, 1)] * 2))
     assert len(found) == 2
 
 
 def test_a_trainer_without_the_dp_checks_is_refused() -> None:
     trainer = make_trainer(for_dp=False)
     with pytest.raises(NotFitForDP, match="for_dp"):
-        list(ManyHospitals(trainer, 4).train(trainer.initial_weights(0), [private_task(0, 2, 1)]))
+        list(GroupedTrainer(trainer, 4).train(trainer.initial_weights(0), [private_task(0, 2, 1)]))
 
 
 def test_patients_are_proven_apart_before_the_first_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,4 +172,4 @@ def test_patients_are_proven_apart_before_the_first_group(monkeypatch: pytest.Mo
     monkeypatch.setattr("medfl_ray.training.trainer.check_patients_apart", refuse)
     trainer = make_trainer()
     with pytest.raises(NotFitForDP, match="mixed"):
-        list(ManyHospitals(trainer, 4).train(trainer.initial_weights(0), [private_task(0, 2, 1)]))
+        list(GroupedTrainer(trainer, 4).train(trainer.initial_weights(0), [private_task(0, 2, 1)]))

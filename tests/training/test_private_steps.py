@@ -101,7 +101,7 @@ def test_weights_move_by_the_charged_noise(trainer: Trainer, changes: dict[str, 
     outcome = trainer.train(
         trainer.initial_weights(0), Register(num_patients=0), LocalJob(1, 1.0, mechanism, (0, 0, 0))
     )
-    std = mechanism.noise_multiplier * mechanism.max_grad_norm / (RATE * mechanism.num_patients)
+    std = mechanism.noise_multiplier * mechanism.max_grad_norm / (RATE * mechanism.num_records)
     size = outcome.delta.size
     assert stats.chi2.sf((outcome.delta.astype(float) ** 2).sum() / std**2, size) > 1e-6
     assert stats.chi2.cdf((outcome.delta.astype(float) ** 2).sum() / std**2, size) > 1e-6

@@ -4,7 +4,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from search_cases import search_of
 
-from medfl_ray.errors import CheckpointError
+from medfl_ray.errors import StorageError
 from tune.journal import JOURNAL, Journal, Result, Trial
 from tune.searcher import FrontMedian, JournaledSearch, build_scheduler, known_study
 
@@ -61,7 +61,7 @@ def test_a_torn_last_line_is_passed_over_and_damage_in_the_middle_is_not(tmp_pat
     journal.append(Trial(number=1, state="started", parameters={"noise_multiplier": 3.0}))
     assert [trial.number for trial in journal.trials()] == [0, 1]
     (tmp_path / JOURNAL).write_text("no line\n" + (tmp_path / JOURNAL).read_text())
-    with pytest.raises(CheckpointError, match="line 1"):
+    with pytest.raises(StorageError, match="line 1"):
         journal.trials()
 
 

@@ -19,7 +19,7 @@ from medfl_ray.errors import GeometryError, LayoutError, UnreadableFile
 
 PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 UNEVEN = 0.1  # Share of the slice spacing by which gaps may differ.
-MOST_TILED_PIXELS = 64 * 1024 * 1024
+MAX_TILED_PIXELS = 64 * 1024 * 1024
 
 
 def read_dicom(path: Path, series_uid: str = "") -> Volume:
@@ -244,9 +244,9 @@ def _tiled(dataset: FileDataset, notes: tuple[str, ...]) -> Volume:
     import highdicom
 
     num_pixels = int(dataset.TotalPixelMatrixRows) * int(dataset.TotalPixelMatrixColumns)
-    if num_pixels > MOST_TILED_PIXELS:
+    if num_pixels > MAX_TILED_PIXELS:
         raise GeometryError(
-            f"the slide has {num_pixels} pixels; at most {MOST_TILED_PIXELS} are read at once. Cut it into tiles"
+            f"the slide has {num_pixels} pixels; at most {MAX_TILED_PIXELS} are read at once. Cut it into tiles"
         )
     try:
         matrix = highdicom.Image.from_dataset(dataset, copy=False).get_total_pixel_matrix(apply_icc_profile=False)

@@ -17,7 +17,7 @@ from nibabel.wrapstruct import WrapStructError
 from medfl_ray.data.volume import Volume
 from medfl_ray.errors import DataError, GeometryError, UnreadableFile
 
-LEAST_PLANE = 4096
+MIN_PLANE = 4096
 NIFTI2_STARTS = ((540).to_bytes(4, "little"), (540).to_bytes(4, "big"))
 
 
@@ -73,7 +73,7 @@ def _channels_first(values: np.ndarray) -> np.ndarray:
         raise GeometryError(f"the NIfTI file has {values.ndim} axes; expected 2, 3, or 4 with channels last")
     source = np.moveaxis(values, 3, 0)
     first = np.empty(source.shape, dtype=np.float32)
-    if source.shape[1] * source.shape[3] < LEAST_PLANE:  # a stranger's header may have a million planes of one voxel
+    if source.shape[1] * source.shape[3] < MIN_PLANE:  # a stranger's header may have a million planes of one voxel
         first[...] = source
         return first
     for row in range(source.shape[2]):  # x is the fastest axis there and the slowest here: plane by plane

@@ -19,7 +19,7 @@ NO_PATIENTS = (
 
 UNDECODED = re.compile("[\ud800-\udfff]")
 UNREADABLE = "\udcff"
-MOST_DIGITS = 400
+MAX_DIGITS = 400
 """No whole number of a list has more; Python reads those of up to 4300 digits."""
 OWN = "./"
 """Starts a patient's name that is made from a path; a given name that starts so gets it once more."""
@@ -169,7 +169,7 @@ def holds_unreadable(value: Any) -> bool:
 
 
 def _whole(digits: str) -> int | str:
-    return int(digits) if len(digits) <= MOST_DIGITS else UNREADABLE
+    return int(digits) if len(digits) <= MAX_DIGITS else UNREADABLE
 
 
 def channel_names(raw: Mapping[str, Any]) -> tuple[str, ...]:

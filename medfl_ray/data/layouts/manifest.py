@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medfl_ray.data.cases import Case, CaseIndex, unusable
-from medfl_ray.data.layouts.decathlon import MOST_DIGITS, label_names, parse_json, stem_of
+from medfl_ray.data.layouts.decathlon import MAX_DIGITS, label_names, parse_json, stem_of
 from medfl_ray.errors import LayoutError
 
 SPLITS: dict[str, Literal["train", "holdout"] | None] = {
@@ -136,7 +136,7 @@ def _label(folder: Path, row: Mapping[str, Any]) -> Path | int | None:
     if label is None or str(label).strip() == "":
         return None
     if re.fullmatch(r"-?\d+", str(label).strip()):
-        if len(str(label).strip()) > MOST_DIGITS:
+        if len(str(label).strip()) > MAX_DIGITS:
             raise LayoutError("a row of the manifest has a class of too many digits; correct its label")
         return int(label)
     return folder / str(label)

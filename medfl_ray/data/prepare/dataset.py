@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from medfl_ray.config.base import Declared
+from medfl_ray.config.base import DataKind
 from medfl_ray.config.data import DataConfig
 from medfl_ray.config.training import TrainingConfig
 from medfl_ray.data.cases import PreparedCase
@@ -37,7 +37,7 @@ class HospitalCases:
     """
 
     hospital_id: str
-    declared: Declared
+    declared: DataKind
     channels: tuple[str, ...]
     labels: dict[int, str]
     preprocessing: Preprocessing
@@ -106,7 +106,7 @@ class HospitalData:
         return tuple(hospital.hospital_id for hospital in self._hospitals)
 
     @property
-    def declared(self) -> Declared:
+    def declared(self) -> DataKind:
         """The strictest declaration among the hospitals."""
         order: tuple[Literal["private", "public", "synthetic"], ...] = ("private", "public", "synthetic")
         return min((hospital.declared for hospital in self._hospitals), key=order.index)

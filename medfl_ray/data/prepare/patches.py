@@ -12,14 +12,14 @@ from medfl_ray.data.cases import PreparedCase
 from medfl_ray.data.volume import Array
 
 V = TypeVar("V", bound=np.generic)
-MOST_VOXELS_KEPT = 20_000  # Per class; enough centres, and bounded memory for whole-body volumes.
+MAX_VOXELS_KEPT = 20_000  # Per class; enough centres, and bounded memory for whole-body volumes.
 
 
 def foreground_voxels(label: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64], ...]:
     """Return flat positions of the voxels of each class that is present, background apart, thinned evenly."""
     present = [value for value in np.unique(label) if value > 0]
     voxels = [np.flatnonzero(label == value) for value in present]
-    return tuple(v[:: max(1, len(v) // MOST_VOXELS_KEPT)] for v in voxels)
+    return tuple(v[:: max(1, len(v) // MAX_VOXELS_KEPT)] for v in voxels)
 
 
 def draw_patch(

@@ -19,7 +19,7 @@ from medfl_ray.data.uploads.limits import Grant, UploadLimits, check_ratio, chec
 from medfl_ray.data.volume import Volume
 from medfl_ray.errors import UnreadableFile
 
-MOST_HEADER_BYTES = 64 * 1024
+MAX_HEADER_BYTES = 64 * 1024
 BYTES_PER_VOXEL = 12
 PACKED = ("gzip", "gz")
 SKIPS = ("line skip", "byte skip", "lineskip", "byteskip")
@@ -61,7 +61,7 @@ def read_nrrd_upload(path: Path, workspace: Path, limits: UploadLimits, grant: G
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """Parse the header, which ends with an empty line, and say where the voxels start."""
     with path.open("rb") as stream:
-        text = stream.read(MOST_HEADER_BYTES)
+        text = stream.read(MAX_HEADER_BYTES)
     ends = [place + len(mark) for mark in (b"\n\n", b"\r\n\r\n") if (place := text.find(mark)) >= 0]
     if not ends:
         raise UnreadableFile("the NRRD header has no end within 64 KiB; it is damaged")

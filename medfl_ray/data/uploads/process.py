@@ -41,8 +41,8 @@ VOXELS, MASK, RESULT = "volume.npy", "mask.npy", "result"
 START_SECONDS = 60.0
 SECONDS_PER_PLANE = 0.05  # and label, of a result
 MASK_BYTES_PER_VOXEL = 8  # and label: stacked, packed, encoded
-MOST_AT_ONCE = 4
-MOST_PATH_CHARACTERS = 90
+MAX_AT_ONCE = 4
+MAX_PATH_CHARACTERS = 90
 ADDRESS_SPACE = Path("/proc/self/statm")
 NICE_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -53,7 +53,7 @@ class UploadReader:
     def __init__(self, limits: UploadLimits) -> None:
         self.limits = limits
         self._lock = threading.Lock()
-        self._places = asyncio.Semaphore(MOST_AT_ONCE)
+        self._places = asyncio.Semaphore(MAX_AT_ONCE)
         self._helper: subprocess.Popen[bytes] | None = None
         self._folder = ""
 
@@ -186,7 +186,7 @@ async def _end_fork(writer: asyncio.StreamWriter, ending: asyncio.Future[bytes])
 def _private_folder() -> str:
     """A folder whose socket's path is short enough for the system."""
     folder = tempfile.mkdtemp(prefix="medfl-reader-")
-    if len(folder) <= MOST_PATH_CHARACTERS:
+    if len(folder) <= MAX_PATH_CHARACTERS:
         return folder
     Path(folder).rmdir()
     return tempfile.mkdtemp(prefix="medfl-reader-", dir="/tmp")

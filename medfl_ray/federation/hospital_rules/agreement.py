@@ -103,7 +103,7 @@ class Agreement:
         """
         run, policy = self._run, self._policy
         mechanism = plan.mechanisms.get(policy.hospital)
-        if run.privacy.central and plan.clip_norm is None:
+        if run.privacy.hospital_dp and plan.clip_norm is None:
             raise PrivacyConfigError(f"the plan of round {plan.round} has no clip norm, which privacy.unit asks for")
         if mechanism is not None and not run.privacy.patient_level:
             raise PrivacyConfigError(
@@ -144,9 +144,9 @@ class Agreement:
                 "number"
             ) from None
         policy, given = self._policy, self._run.privacy.noise_multiplier
-        if mechanism.num_patients != policy.num_patients:
+        if mechanism.num_records != policy.num_patients:
             raise PrivacyConfigError(
-                f"the plan assumes {mechanism.num_patients} patients at {policy.hospital!r}; "
+                f"the plan assumes {mechanism.num_records} patients at {policy.hospital!r}; "
                 f"its policy declares {policy.num_patients}"
             )
         if mechanism.num_steps != plan.num_steps[policy.hospital]:

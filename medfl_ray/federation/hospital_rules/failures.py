@@ -16,14 +16,16 @@ def start_failure(hospital: str, problem: str | MedflError, round: int = 0, atte
         attempt=attempt,
         stage="start",
         reason=str(problem),
-        left_host=False,
+        may_have_left=False,
         config_fault=isinstance(problem, CONFIG_FAULTS),
     )
 
 
 def evaluation_failure(hospital: str, round: int, reason: str) -> ClientFailure:
     """Say why a hospital did not score the weights."""
-    return ClientFailure(hospital=hospital, round=round, attempt=0, stage="evaluate", reason=reason, left_host=False)
+    return ClientFailure(
+        hospital=hospital, round=round, attempt=0, stage="evaluate", reason=reason, may_have_left=False
+    )
 
 
 def deadline_failure(hospital: str, plan: RoundPlan) -> ClientFailure:
@@ -39,4 +41,4 @@ def deadline_failure(hospital: str, plan: RoundPlan) -> ClientFailure:
 
 def in_constant_words(failure: ClientFailure) -> ClientFailure:
     """Return why a hospital did not score: what its process was busy with would tell that it was asked to train."""
-    return failure.model_copy(update={"reason": "it did not score the weights", "passing": False})
+    return failure.model_copy(update={"reason": "it did not score the weights", "transient": False})

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from medfl_ray.config.base import Declared
+from medfl_ray.config.base import DataKind
 from medfl_ray.messages import Label, Metric
 
 
-def label_for(declared: Declared, enable_dp: bool) -> Label:
+def label_for(declared: DataKind, enable_dp: bool) -> Label:
     """Return the label of an uncharged figure that was computed from a hospital's data.
 
     A Dice score on private patients is itself a release. Under DP it is suppressed, for showing it
@@ -20,7 +20,7 @@ def label_for(declared: Declared, enable_dp: bool) -> Label:
     return "suppressed" if enable_dp else "unprotected"
 
 
-def labelled(values: Mapping[str, float], declared: Declared, enable_dp: bool) -> dict[str, Metric]:
+def labelled(values: Mapping[str, float], declared: DataKind, enable_dp: bool) -> dict[str, Metric]:
     """Wrap figures in metrics; a suppressed figure loses its value here, inside the hospital.
 
     Figures that are not finite (the loss of a round in which no patient was drawn) are left out, except

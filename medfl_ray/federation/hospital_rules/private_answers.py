@@ -15,7 +15,7 @@ from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import MedflError, PrivacyError
 from medfl_ray.federation.hospital_rules.labels import label_for
-from medfl_ray.messages import Metric, SiteEvaluation, Stage
+from medfl_ray.messages import FailureStage, Metric, SiteEvaluation
 from medfl_ray.training.scoring.evaluation import headline_of_shared, metric_names
 
 log = structlog.get_logger()
@@ -36,7 +36,7 @@ def is_confidential(policy: SitePolicy) -> bool:
     return policy.declared == "private"
 
 
-def shown_reason(policy: SitePolicy, error: Exception, stage: Stage, round: int = 0) -> str:
+def shown_reason(policy: SitePolicy, error: Exception, stage: FailureStage, round: int = 0) -> str:
     """Return why something failed, in the words that may leave the hospital; the rest goes to its own log.
 
     Of private data, one constant sentence: which error it was, or of which case, would tell of a patient. Errors of

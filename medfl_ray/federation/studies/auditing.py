@@ -14,8 +14,8 @@ from medfl_ray.messages import Mechanism, RoundResult
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
 from medfl_ray.privacy.audit_record import AuditedEpsilon, MechanismAudit
 
-FEWEST_CANARIES, USUAL_CANARIES, MOST_CANARIES = 1_000, 10_000, 60_000
-MOST_DRAWS = 1_100_000
+FEWEST_CANARIES, USUAL_CANARIES, MAX_CANARIES = 1_000, 10_000, 60_000
+MAX_DRAWS = 1_100_000
 """Canary gradients that one audit clips by default: less than a minute on one core."""
 ROOM = 8.0
 """Canaries per e^epsilon, so that flawless guesses would refute the claim."""
@@ -69,8 +69,8 @@ def audit_subject(run: RunConfig, policies: Sequence[SitePolicy], results: Seque
 def enough_canaries(subject: AuditSubject) -> int:
     """Return how many canaries an audit takes by default: enough to refute the claim, within a minute."""
     wanted = ROOM * math.exp(min(20.0, subject.claims[-1][1]))
-    affordable = 2 * MOST_DRAWS / (subject.num_steps * subject.mechanism.sample_rate)
-    return int(max(FEWEST_CANARIES, min(max(wanted, USUAL_CANARIES), affordable, MOST_CANARIES)))
+    affordable = 2 * MAX_DRAWS / (subject.num_steps * subject.mechanism.sample_rate)
+    return int(max(FEWEST_CANARIES, min(max(wanted, USUAL_CANARIES), affordable, MAX_CANARIES)))
 
 
 def audit_mechanism(subject: AuditSubject, num_canaries: int, confidence: float) -> MechanismAudit:

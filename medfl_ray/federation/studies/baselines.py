@@ -23,7 +23,7 @@ from medfl_ray.federation.planning import (
     steps_of_run,
     steps_per_round,
 )
-from medfl_ray.federation.ports import AlonePlan, AloneResult, PieceKeeper
+from medfl_ray.federation.ports import AlonePlan, AloneResult, StudyStore
 from medfl_ray.federation.round_context import RoundContext, foreign_rows
 from medfl_ray.federation.studies.checks import check_studies
 from medfl_ray.messages import (
@@ -37,7 +37,7 @@ from medfl_ray.messages import (
 )
 from medfl_ray.params import Vector
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
-from medfl_ray.study_records import Piece
+from medfl_ray.study_records import SavedResult
 from medfl_ray.training.schedules import learning_rate
 
 CENTRAL = "central"
@@ -161,7 +161,7 @@ def run_baselines(
     policies: Sequence[SitePolicy],
     initial: Vector,
     emit: Callable[[Event], None],
-    pieces: PieceKeeper,
+    saved: StudyStore,
 ) -> Baselines:
     """Train the baselines that the run names, all at the same time where the pool can, and evaluate them.
 
@@ -170,7 +170,7 @@ def run_baselines(
     """
     plans = plan_baselines(run, context, policies)
     emit(PhaseStarted(name="baselines", total_rounds=len(plans)))
-    results = {name: kept for name, plan in plans.items() if (kept := kept_result(pieces, name, plan)) is not None}
+    results = {name: kept for name, plan in plans.items() if (kept := kept_result(saved, name, plan)) is not None}
     failures: list[ClientFailure] = []
     missing = {name: plan for name, plan in plans.items() if name not in results}
     for answer in context.pool.train_alone(missing, initial) if missing else ():
@@ -178,7 +178,7 @@ def run_baselines(
             failures.append(answer)
         else:
             results[answer.hospital] = _mirrored(context, answer)
-            pieces.save(piece_name(answer.hospital), as_piece(results[answer.hospital]))
+            saved.save(result_name(answer.hospital), as_saved_result(results[answer.hospital]))
         done = len(results) + len(failures)
         emit(BaselineProgress(baseline=answer.hospital, done=done, total=len(plans)))
     central = results.pop(CENTRAL, None)
@@ -212,12 +212,12 @@ def plan_baselines(run: RunConfig, context: RoundContext, policies: Sequence[Sit
     return plans
 
 
-def piece_name(baseline: str) -> str:
+def result_name(baseline: str) -> str:
     """Return the name under which a finished baseline is kept."""
     return "central" if baseline == CENTRAL else f"local-{baseline}"
 
 
-def as_piece(result: AloneResult) -> Piece:
+def as_saved_result(result: AloneResult) -> SavedResult:
     """Return a finished baseline as it is kept."""
     document = {
         "hospital": result.hospital,
@@ -229,12 +229,12 @@ def as_piece(result: AloneResult) -> Piece:
             for number, table in result.curve.items()
         },
     }
-    return Piece(document, result.weights)
+    return SavedResult(document, result.weights)
 
 
-def kept_result(pieces: PieceKeeper, baseline: str, plan: AlonePlan) -> AloneResult | None:
+def kept_result(saved: StudyStore, baseline: str, plan: AlonePlan) -> AloneResult | None:
     """Return a baseline that an earlier attempt finished; None where it lacks the weights that are needed now."""
-    piece = pieces.load(piece_name(baseline))
+    piece = saved.load(result_name(baseline))
     if piece is None or (plan.returns_weights and piece.weights is None):
         return None
     raw = piece.document

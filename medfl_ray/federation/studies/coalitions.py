@@ -13,9 +13,9 @@ from functools import partial
 from medfl_ray.aggregation.strategies import released_weights
 from medfl_ray.config.run import RunConfig
 from medfl_ray.errors import FederationError
-from medfl_ray.federation.policies import Standings
+from medfl_ray.federation.policies import FailureHistory
 from medfl_ray.federation.ports import FederationState
-from medfl_ray.federation.round_context import Past, RoundContext
+from medfl_ray.federation.round_context import RoundContext, RunHistory
 from medfl_ray.federation.rounds import run_round
 from medfl_ray.federation.selection import select_of_run
 from medfl_ray.messages import LedgerRows, RoundPlan, RoundResult, SiteEvaluation
@@ -91,13 +91,13 @@ def train_coalition(context: RoundContext, initial: Vector, hospitals: Sequence[
         context,
         run=run,
         job=f"{context.job}/{coalition_key(hospitals, rounds)}",
-        keeper=NoKeeper(),
+        store=NoKeeper(),
         available=tuple(sorted(hospitals)),
-        weight={hospital: context.weight[hospital] for hospital in hospitals},
+        aggregation_weights={hospital: context.aggregation_weights[hospital] for hospital in hospitals},
         evaluated=(),
         emit=lambda event: None,
         select=partial(select_of_run, run),
-        past=Past(Standings()),
+        history=RunHistory(FailureHistory()),
     )
     state = FederationState(0, initial, context.strategy.init(context.layout.size))
     while state.round < rounds:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from medfl_ray.errors import FederationError
 from medfl_ray.federation.events import BaselineProgress, Event, PhaseStarted
-from medfl_ray.federation.ports import PieceKeeper
+from medfl_ray.federation.ports import StudyStore
 from medfl_ray.federation.round_context import RoundContext
 from medfl_ray.federation.studies.coalitions import (
     TrainCoalitions,
@@ -22,14 +22,14 @@ from medfl_ray.federation.studies.coalitions import (
 from medfl_ray.federation.studies.shapley import Coalition, shapley_values
 from medfl_ray.messages import HEADLINES, Metric
 from medfl_ray.params import Vector
-from medfl_ray.study_records import CoalitionRecord, ContributionRecord, Piece, StudiesRecord
+from medfl_ray.study_records import CoalitionRecord, ContributionRecord, SavedResult, StudiesRecord
 
 
 def run_studies(
     context: RoundContext,
     initial: Vector,
     local_weights: Mapping[str, Vector],
-    pieces: PieceKeeper,
+    saved: StudyStore,
     emit: Callable[[Event], None],
     train: TrainCoalitions | None = None,
 ) -> StudiesRecord:
@@ -41,7 +41,7 @@ def run_studies(
     """
     evaluation = context.run.evaluation
     emit(PhaseStarted(name="studies"))
-    coalitions = Coalitions(context, initial, pieces, train or train_in_turn, emit)
+    coalitions = Coalitions(context, initial, saved, train or train_in_turn, emit)
     problems: list[str] = []
     record = StudiesRecord()
 
@@ -53,7 +53,7 @@ def run_studies(
             problems.append(str(error))
 
     if evaluation.cross_site:
-        attempt(lambda: {"cross_site": cross_site(context, local_weights, pieces)})
+        attempt(lambda: {"cross_site": cross_site(context, local_weights, saved)})
     if evaluation.leave_one_out:
         attempt(lambda: {"leave_one_out": leave_one_out(context.available, coalitions)})
     if evaluation.contributions is not None:
@@ -62,7 +62,7 @@ def run_studies(
 
 
 def cross_site(
-    context: RoundContext, local_weights: Mapping[str, Vector], pieces: PieceKeeper
+    context: RoundContext, local_weights: Mapping[str, Vector], saved: StudyStore
 ) -> dict[str, dict[str, Metric]]:
     """Return the score of each hospital's own model at every hospital; what a hospital suppresses has no value.
 
@@ -75,10 +75,10 @@ def cross_site(
     matrix = {}
     for owner, weights in sorted(local_weights.items()):
         name = f"cross-site-{owner}"
-        kept = pieces.load(name)
+        kept = saved.load(name)
         if kept is None:
-            kept = Piece({"scores": _headlines(context, owner, weights)})
-            pieces.save(name, kept)
+            kept = SavedResult({"scores": _headlines(context, owner, weights)})
+            saved.save(name, kept)
         matrix[owner] = {hospital: Metric.model_validate(raw) for hospital, raw in kept.document["scores"].items()}
     return matrix
 
@@ -101,7 +101,7 @@ class Coalitions:
 
     context: RoundContext
     initial: Vector
-    pieces: PieceKeeper
+    saved: StudyStore
     train: TrainCoalitions
     emit: Callable[[Event], None]
     done: dict[Coalition, CoalitionRecord] = field(default_factory=dict)
@@ -115,14 +115,14 @@ class Coalitions:
         """Return the records of coalitions; those that no earlier attempt has kept are trained now."""
         missing = []
         for coalition in dict.fromkeys(wanted):
-            kept = None if coalition in self.done else self.pieces.load(self._key(coalition))
+            kept = None if coalition in self.done else self.saved.load(self._key(coalition))
             if kept is not None:
                 self.done[coalition] = CoalitionRecord.model_validate(kept.document)
             elif coalition not in self.done:
                 missing.append(tuple(sorted(coalition)))
         for place, record in enumerate(self.train(self.context, self.initial, missing) if missing else (), start=1):
             coalition = frozenset(record.hospitals)
-            self.pieces.save(self._key(coalition), Piece(record.model_dump(mode="json")))
+            self.saved.save(self._key(coalition), SavedResult(record.model_dump(mode="json")))
             self.done[coalition] = record
             name = ", ".join(record.hospitals) or "no hospital"
             self.emit(BaselineProgress(baseline=f"federation of {name}", done=place, total=len(missing)))

@@ -17,10 +17,10 @@ from sqlalchemy import Connection
 
 from medfl_ray.errors import LedgerError
 from medfl_ray.failpoints import failpoint
-from medfl_ray.messages import LedgerRows, Mechanism, PrivacySpent, Unit
+from medfl_ray.messages import LedgerRows, Mechanism, PrivacySpent, PrivacyUnit
 from medfl_ray.privacy.accountant import check_charge, epsilon_spent
 from medfl_ray.round_times import Clock, exact_now, stamp
-from medfl_ray.store.ledger.budgets import AccountTerms, Request, check_budgets, check_charged, check_request
+from medfl_ray.store.ledger.budgets import AccountTerms, ChargeRequest, check_budgets, check_charged, check_request
 from medfl_ray.store.ledger.events import (
     CHARGE_FIELDS,
     CHARGED_AGAIN,
@@ -61,7 +61,7 @@ class PrivacyLedger:
         expected_heads: Sequence[LedgerHead] = (),
         one_run: bool = False,
         max_steps: int | None = None,
-        unit: Unit = "patient",
+        unit: PrivacyUnit = "patient",
         allow_unprotected: bool = False,
         clock: Clock = exact_now,
     ) -> PrivacyLedger:
@@ -107,7 +107,7 @@ class PrivacyLedger:
           BudgetExceeded: the job's or the data set's epsilon would pass its budget, or is infinite; nothing is charged.
           LedgerError: this job, round and attempt is charged already, or the ledger cannot be written.
         """
-        wanted = Request(job=job, round=round, attempt=attempt, mechanism=mechanism, budget=budget)
+        wanted = ChargeRequest(job=job, round=round, attempt=attempt, mechanism=mechanism, budget=budget)
         check_charge(wanted.segment)
         # Accounted once outside the lock, so that under it the answer is usually known already.
         check_budgets(self._terms, self._account, self._rows, wanted)

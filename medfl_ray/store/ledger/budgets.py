@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from medfl_ray.errors import BudgetExceeded, LedgerError, PrivacyConfigError
-from medfl_ray.messages import Mechanism, Unit
+from medfl_ray.messages import Mechanism, PrivacyUnit
 from medfl_ray.privacy.accountant import Charge, check_delta, epsilon_spent
 from medfl_ray.store.ledger.events import (
     LedgerEvent,
@@ -34,7 +34,7 @@ class AccountTerms:
     max_epsilon: float | None = None
     one_run: bool = False
     max_steps: int | None = None
-    unit: Unit = "patient"
+    unit: PrivacyUnit = "patient"
     allow_unprotected: bool = False
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class AccountTerms:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class ChargeRequest:
     """One charge that somebody wants to reserve; `budget` is the job's, as epsilon at the mechanism's delta."""
 
     job: str
@@ -60,7 +60,7 @@ class Request:
         return charge_of(of.adjacency, of.noise_multiplier, of.sample_rate, of.num_steps)
 
 
-def check_request(terms: AccountTerms, account: Account, rows: Sequence[LedgerEvent], wanted: Request) -> None:
+def check_request(terms: AccountTerms, account: Account, rows: Sequence[LedgerEvent], wanted: ChargeRequest) -> None:
     """Refuse a charge of another unit, one that was made before, and one that a budget does not allow.
 
     Raises:
@@ -74,7 +74,7 @@ def check_request(terms: AccountTerms, account: Account, rows: Sequence[LedgerEv
     check_budgets(terms, account, rows, wanted)
 
 
-def check_budgets(terms: AccountTerms, account: Account, rows: Sequence[LedgerEvent], wanted: Request) -> None:
+def check_budgets(terms: AccountTerms, account: Account, rows: Sequence[LedgerEvent], wanted: ChargeRequest) -> None:
     """Refuse a charge that the data set's lifetime budget, or the job's, does not allow.
 
     Raises:
@@ -176,7 +176,7 @@ def _refuse_other_unit(
         )
 
 
-def _refuse_twice(rows: Sequence[LedgerEvent], wanted: Request) -> None:
+def _refuse_twice(rows: Sequence[LedgerEvent], wanted: ChargeRequest) -> None:
     for row in charges(rows):
         if (row.job, row.round, row.attempt) == (wanted.job, wanted.round, wanted.attempt):
             raise LedgerError(

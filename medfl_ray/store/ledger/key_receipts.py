@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from medfl_ray.errors import CheckpointError, LedgerError
+from medfl_ray.errors import LedgerError, StorageError
 from medfl_ray.store.durable import append_line
 from medfl_ray.store.hash_chain import digest_of, link_problem
 from medfl_ray.store.private_files import make_private
@@ -68,7 +68,7 @@ def append_receipt(
     try:
         make_private(path)
         append_line(path, json.dumps(vars(receipt)))
-    except (CheckpointError, OSError) as error:
+    except (StorageError, OSError) as error:
         raise LedgerError(f"the receipt of the accepted key cannot be written: {error}. No key was accepted") from None
     return receipt
 

@@ -49,7 +49,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Kept:
+class MirroredRows:
     """What became of a batch of rows: per hospital the newest row kept, or the reason why its rows were refused."""
 
     heads: dict[str, LedgerHead]
@@ -96,7 +96,7 @@ class LedgerMirror:
             raise LedgerError(problem)
         return head
 
-    def keep_rows(self, batch: Iterable[LedgerRows]) -> Kept:
+    def keep_rows(self, batch: Iterable[LedgerRows]) -> MirroredRows:
         """Add new rows of any number of accounts, durable when this returns; rows that are known already are passed.
 
         An account without a pinned key has that of its first rows pinned.
@@ -105,7 +105,7 @@ class LedgerMirror:
           LedgerError: the mirror was altered, or cannot be written.
         """
         batch = [rows for rows in batch if rows.events]
-        kept = Kept({}, {})
+        kept = MirroredRows({}, {})
         if not batch:
             return kept
         try:

@@ -19,7 +19,7 @@ from medfl_ray.store.signing_key import SigningKey, signature_is_valid
 VERSION_LABEL = "medfl-ray model version v1"
 STATE_LABEL = "medfl-ray model stages v1"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-Stage = Literal["candidate", "champion", "retired"]
+ModelStage = Literal["candidate", "champion", "retired"]
 
 
 class _Record(BaseModel):
@@ -62,7 +62,7 @@ class ModelState(_Record):
     withdrawn: tuple[int, ...] = ()
     audit: str = ""
 
-    def stage(self, version: int) -> Stage:
+    def stage(self, version: int) -> ModelStage:
         """Return a version's stage."""
         if version == self.champion:
             return "champion"
@@ -130,7 +130,7 @@ class ModelVersion:
     """A checked version with its stage at the time it was read; `withdrawn` if it was retired by a decision."""
 
     record: VersionRecord
-    stage: Stage
+    stage: ModelStage
     seal: Sealed
     public_key: str
     withdrawn: bool = False

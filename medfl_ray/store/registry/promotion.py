@@ -10,8 +10,8 @@ from medfl_ray.messages import HEADLINES
 from medfl_ray.privacy.account import INFINITE
 from medfl_ray.store.registry.lineage import Figure, Lineage, is_better
 
-LEAST_AGREEMENT = 0.999
-LEAST_PARITY_DICE = 0.99
+MIN_AGREEMENT = 0.999
+MIN_PARITY_DICE = 0.99
 SHOWN_NAMES = 6
 OVERRIDE = "Promote another version, or this one with a reason that is kept for good (--override)"
 Outcome = Literal["passed", "failed", "unknown"]
@@ -44,7 +44,7 @@ class Check(BaseModel):
     text: str
 
 
-class Decision(BaseModel):
+class PromotionDecision(BaseModel):
     """Whether a version may become champion, and what was found."""
 
     model_config = ConfigDict(frozen=True)
@@ -75,7 +75,7 @@ class Decision(BaseModel):
         return {"gate": gate.model_dump(), "checks": [check.model_dump() for check in self.checks]}
 
 
-def decide(candidate: Lineage, champion: Lineage | None, gate: Gate, withdrawn: bool = False) -> Decision:
+def decide(candidate: Lineage, champion: Lineage | None, gate: Gate, withdrawn: bool = False) -> PromotionDecision:
     """Judge a version against thresholds, today's champion, its parity check and its privacy statement.
 
     A privacy statement with a gap and a parity check that was not passed are failures; only a figure can be unknown.
@@ -92,7 +92,7 @@ def decide(candidate: Lineage, champion: Lineage | None, gate: Gate, withdrawn: 
         checks = (*checks, Check(name="stage", outcome="failed", text="the version was retired"))
     refused = ("failed", "unknown") if gate.when_unknown == "refuse" else ("failed",)
     allowed = all(check.outcome not in refused for check in checks)
-    return Decision(allowed=allowed, checks=checks, when_unknown=gate.when_unknown)
+    return PromotionDecision(allowed=allowed, checks=checks, when_unknown=gate.when_unknown)
 
 
 def default_metric(lineage: Lineage) -> str:
@@ -161,10 +161,10 @@ def _parity(candidate: Lineage) -> Check:
         return Check(name="parity", outcome="failed", text=text)
     found = f"{parity.agreement:.3%} of the labels agree and Dice is {parity.dice:.4f} on {parity.images}"
     # An image without foreground gives Dice 1, and a model that finds nothing agrees: patches must have been compared.
-    passed = parity.num_patches > 0 and parity.agreement >= LEAST_AGREEMENT and parity.dice >= LEAST_PARITY_DICE
+    passed = parity.num_patches > 0 and parity.agreement >= MIN_AGREEMENT and parity.dice >= MIN_PARITY_DICE
     if passed:
         return Check(name="parity", outcome="passed", text=found)
-    text = f"{found}; expected {LEAST_AGREEMENT:.1%} and {LEAST_PARITY_DICE:g} on one patch at least"
+    text = f"{found}; expected {MIN_AGREEMENT:.1%} and {MIN_PARITY_DICE:g} on one patch at least"
     return Check(name="parity", outcome="failed", text=text)
 
 

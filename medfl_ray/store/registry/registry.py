@@ -31,7 +31,7 @@ from medfl_ray.store.registry.model_records import (
     checked_name,
 )
 from medfl_ray.store.registry.package_files import fetch_into, keep_package
-from medfl_ray.store.registry.promotion import Decision, Gate, decide
+from medfl_ray.store.registry.promotion import Gate, PromotionDecision, decide
 from medfl_ray.store.registry.rows import Alias, ReadRows, WriteRows
 from medfl_ray.store.state_folders import state_root
 
@@ -147,7 +147,7 @@ class Registry:
         actor: str | None = None,
         gate: Gate | None = None,
         override: str | None = None,
-    ) -> Decision:
+    ) -> PromotionDecision:
         """Make a version champion if the gate lets it, judged against the champion of that very moment.
 
         Args:
@@ -163,7 +163,7 @@ class Registry:
         chosen = self.get(name, version)
         self.check_files(chosen)
 
-        def change(rows: WriteRows) -> Decision:
+        def change(rows: WriteRows) -> PromotionDecision:
             now, state = rows.get(name, chosen.version)
             if now.stage == "champion":
                 raise RegistryError(f"{now} is champion already")

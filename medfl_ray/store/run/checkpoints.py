@@ -14,7 +14,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from medfl_ray.errors import CheckpointError
+from medfl_ray.errors import StorageError
 from medfl_ray.failpoints import failpoint
 from medfl_ray.messages import HEADLINES, RoundResult
 from medfl_ray.params import Vector
@@ -43,7 +43,7 @@ def save_checkpoint(
       scores: what earlier calls found, so that a checkpoint of a thousand hospitals is not read again in every round.
 
     Raises:
-      CheckpointError: the disk is full or the folder cannot be written; the checkpoints before it are intact.
+      StorageError: the disk is full or the folder cannot be written; the checkpoints before it are intact.
     """
     final = folder / f"round-{checkpoint.round:05d}"
     temporary = folder / f".{final.name}.tmp"
@@ -72,7 +72,7 @@ def save_checkpoint(
         _forget_all_but(folder, keep, known)
         failpoint("checkpoint.pruned")
     except OSError as error:
-        raise CheckpointError(
+        raise StorageError(
             f"cannot write the checkpoint of round {checkpoint.round}: {error.strerror or type(error).__name__}. "
             "Free space; the run continues from the checkpoint before with medfl-ray run --resume."
         ) from None
@@ -132,21 +132,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint and check every file against the manifest.
 
     Raises:
-      CheckpointError: a file is missing or does not match its checksum.
+      StorageError: a file is missing or does not match its checksum.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         contents = {name: (path / name).read_bytes() for name in ("weights.safetensors", "state.json")}
         damaged = [name for name, content in contents.items() if manifest.get(name) != sha256(content)]
         if damaged:
-            raise CheckpointError(f"checkpoint {path.name!r}: {damaged[0]} does not match its checksum")
+            raise StorageError(f"checkpoint {path.name!r}: {damaged[0]} does not match its checksum")
         tensors = load(contents["weights.safetensors"])
         state = json.loads(contents["state.json"])
         result = RoundResult.model_validate(state["result"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, StorageError):
             raise
-        raise CheckpointError(f"checkpoint {path.name!r} cannot be read: {type(error).__name__}") from None
+        raise StorageError(f"checkpoint {path.name!r} cannot be read: {type(error).__name__}") from None
     server = {name.removeprefix(_SERVER): value for name, value in tensors.items() if name.startswith(_SERVER)}
     return Checkpoint(int(state["round"]), tensors["weights"], server, result)
 
@@ -157,7 +157,7 @@ def last_good_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     for path in sorted(folder.glob("round-*"), reverse=True):
         try:
             return load_checkpoint(path), problems
-        except CheckpointError as error:
+        except StorageError as error:
             problems.append(str(error))
     return None, problems
 
@@ -168,7 +168,7 @@ def best_checkpoint(folder: Path) -> Checkpoint | None:
     for path in sorted(folder.glob("round-*")):
         try:
             found = load_checkpoint(path)
-        except CheckpointError:
+        except StorageError:
             continue
         score = mean_score(found.result)
         if score > (mean_score(best.result) if best is not None else -math.inf):

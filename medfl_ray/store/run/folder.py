@@ -19,7 +19,7 @@ from medfl_ray.config.evaluation import EvaluationConfig
 from medfl_ray.config.files import dump_yaml, load_run_config
 from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import budget_hash
-from medfl_ray.errors import CheckpointError, ConfigError
+from medfl_ray.errors import ConfigError, StorageError
 from medfl_ray.failpoints import failpoint
 from medfl_ray.messages import (
     ClientFailure,
@@ -36,8 +36,8 @@ from medfl_ray.round_times import clock_of, has_secret_cohorts, round_file_times
 from medfl_ray.store.durable import append_line, replace_file
 from medfl_ray.store.run.checkpoints import Checkpoint, best_checkpoint, last_good_checkpoint, save_checkpoint
 from medfl_ray.store.run.journal import OpenAttempt, RoundJournal
-from medfl_ray.store.run.pieces import Pieces
 from medfl_ray.store.run.receipts import FIRST, read_receipts, receipt_hash, sign_receipt, verify_receipts
+from medfl_ray.store.run.saved_studies import SavedStudies
 from medfl_ray.store.signing_key import SigningKey, create_key, load_key
 from medfl_ray.store.state_folders import FEDERATION_FOLDER
 
@@ -64,7 +64,7 @@ class RunFolder:
         """Make runs/<time>-<name>/ with the resolved configuration in it.
 
         Raises:
-          CheckpointError: the folder cannot be made or written.
+          StorageError: the folder cannot be made or written.
         """
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         directory = run.output.directory.expanduser()
@@ -76,7 +76,7 @@ class RunFolder:
             except FileExistsError:
                 path = directory / f"{stamp}-{run.name}-{number}"
             except OSError as error:
-                raise CheckpointError(
+                raise StorageError(
                     f"cannot make a folder under output.directory {run.output.directory.name!r}: {error.strerror}. "
                     "Choose a folder that you may write to."
                 ) from None
@@ -100,13 +100,13 @@ class RunFolder:
         """Hold the run for this process; the system lets go of it when the process ends, however it ends.
 
         Raises:
-          CheckpointError: another process is running it.
+          StorageError: another process is running it.
         """
         with (self.path / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise CheckpointError(
+                raise StorageError(
                     f"another process is running {self.path.name!r}; two at once would overwrite each other's "
                     "checkpoints. Wait until it ends, or end it"
                 ) from None
@@ -135,7 +135,7 @@ class RunFolder:
         try:
             number = int(path.read_text()) + 1 if path.is_file() else 1
         except ValueError:
-            raise CheckpointError(
+            raise StorageError(
                 f"the file 'attempt' of {self.path.name!r} holds no number, so that this attempt could be taken for an "
                 "earlier one; write a number above that of any line of receipts.jsonl into it"
             ) from None
@@ -146,7 +146,7 @@ class RunFolder:
         """Return the last good checkpoint; what a crash left half-written is completed, and `problems` say what."""
         checkpoint, damaged = last_good_checkpoint(self.path / "checkpoints")
         if checkpoint is None and damaged:
-            raise CheckpointError(
+            raise StorageError(
                 f"none of the {len(damaged)} checkpoints of {self.path.name!r} can be read ({damaged[0]}). "
                 "Restore one from a backup, or start a new run from its config.yaml"
             )
@@ -208,9 +208,9 @@ class RunFolder:
         return results
 
     @property
-    def pieces(self) -> Pieces:
+    def saved(self) -> SavedStudies:
         """Finished baselines and studies."""
-        return Pieces(self.path / "pieces")
+        return SavedStudies(self.path / "pieces")
 
     def best(self) -> Checkpoint | None:
         """Return the checkpoint with the best mean score over hospitals; None where none may show one."""

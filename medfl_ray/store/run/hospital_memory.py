@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from medfl_ray.errors import CheckpointError
+from medfl_ray.errors import StorageError
 from medfl_ray.params import Vector
 from medfl_ray.store.durable import replace_file
 
@@ -35,7 +35,7 @@ class HospitalMemory:
         """Return what the hospital knew before a round; nothing before its first.
 
         Raises:
-          CheckpointError: the file cannot be read.
+          StorageError: the file cannot be read.
         """
         earlier = [number for number in self._rounds() if number < round]
         if not earlier:
@@ -44,7 +44,7 @@ class HospitalMemory:
         try:
             return load(path.read_bytes())
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CheckpointError(
+            raise StorageError(
                 f"the hospital's memory of round {max(earlier)} cannot be read ({type(error).__name__}); restore "
                 f"{path.name!r} in its state folder from a backup, or remove it to go on from the round before"
             ) from None
@@ -53,12 +53,12 @@ class HospitalMemory:
         """Keep what the hospital knows after a round; what no checkpoint can lead back to is forgotten.
 
         Raises:
-          CheckpointError: the disk is full or the folder cannot be written.
+          StorageError: the disk is full or the folder cannot be written.
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            raise CheckpointError(
+            raise StorageError(
                 f"cannot make the folder of the hospital's memory: {error.strerror or type(error).__name__}"
             ) from None
         replace_file(self._path(round), save(dict(memory)), private=True)

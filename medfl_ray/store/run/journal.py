@@ -18,7 +18,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, bindparam, create_engine, event, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from medfl_ray.errors import CheckpointError
+from medfl_ray.errors import StorageError
 from medfl_ray.messages import Receipt, RoundPlan
 from medfl_ray.round_times import clock_of, stamp
 from medfl_ray.store.tables import round_attempts, round_deliveries, rounds_metadata
@@ -75,7 +75,7 @@ class RoundJournal:
         """Note a round before anything is reserved for it.
 
         Raises:
-          CheckpointError: this attempt at the round was opened before, or the disk is full.
+          StorageError: this attempt at the round was opened before, or the disk is full.
         """
         if not self._made:
             with self._writing() as connection:
@@ -90,13 +90,13 @@ class RoundJournal:
         """Take an attempt to its next state.
 
         Raises:
-          CheckpointError: the attempt is in a state that this one does not follow, or the disk is full.
+          StorageError: the attempt is in a state that this one does not follow, or the disk is full.
         """
         before = [name for name, following in NEXT.items() if state in following]
         with self._writing() as connection:
             moved = connection.execute(_MOVE, _moved(plan, before, state) | {"weights_after": weights_after}).rowcount
         if moved != 1:
-            raise CheckpointError(
+            raise StorageError(
                 f"round {plan.round}, attempt {plan.attempt} cannot become {state}: it is not {' or '.join(before)}. "
                 "Another process may have run this folder; continue with medfl-ray run --resume"
             )
@@ -108,7 +108,7 @@ class RoundJournal:
         a simulation would else wait for the disk. The attempt's next state brings them to the disk with it.
 
         Raises:
-          CheckpointError: one of them had delivered before, or the disk is full.
+          StorageError: one of them had delivered before, or the disk is full.
         """
         rows = [(*_key(plan).values(), name) for name in hospitals]
         if rows:
@@ -119,7 +119,7 @@ class RoundJournal:
         """Take the attempt of a receipt to its end; nothing happens where it was never opened or is closed.
 
         Raises:
-          CheckpointError: the disk is full.
+          StorageError: the disk is full.
         """
         if not self._path.exists():
             return
@@ -144,14 +144,14 @@ class RoundJournal:
                 connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if flushed else 'NORMAL'}")
                 yield connection
         except IntegrityError:
-            raise CheckpointError(
+            raise StorageError(
                 f"{JOURNAL_NAME} holds this attempt at the round already, or this hospital's update in it; nothing is "
                 "applied twice. Continue with medfl-ray run --resume"
             ) from None
         except DBAPIError as error:
             text = str(error.orig)
             why = os.strerror(errno.ENOSPC) if "full" in text else f"SQLite says {text}"
-            raise CheckpointError(
+            raise StorageError(
                 f"{JOURNAL_NAME} cannot be used: {why}. Free space, or restore the file from a backup; the run "
                 "continues from its last checkpoint with medfl-ray run --resume."
             ) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from medfl_ray.errors import CheckpointError
+from medfl_ray.errors import StorageError
 from medfl_ray.store.durable import replace_file
 
 FILE, STEPS_FILE = "scored_models.json", "answer_steps.json"
@@ -40,7 +40,7 @@ class ScoredModels:
           False where another model was scored for the purpose, or this one to the end.
 
         Raises:
-          CheckpointError: the record cannot be read or written.
+          StorageError: the record cannot be read or written.
         """
         earlier = self._read().get(self._job, {}).get(purpose)
         if earlier is not None:
@@ -52,7 +52,7 @@ class ScoredModels:
         """Note that the model was scored to the end; before that, a crash leaves it to be scored again.
 
         Raises:
-          CheckpointError: the record cannot be read or written.
+          StorageError: the record cannot be read or written.
         """
         self._write(purpose, checksum, done=True)
 
@@ -68,7 +68,7 @@ class ScoredModels:
             record: Record = json.loads(self._file.read_text(encoding="utf-8"))
             return {job: dict(scored) for job, scored in record.items()}
         except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(
+            raise StorageError(
                 f"{FILE!r} in the hospital's state folder cannot be read ({type(error).__name__}); remove it, and the "
                 "models of each run may be scored once more"
             ) from None
@@ -112,5 +112,5 @@ class AnswerSteps(MutableMapping[str, int]):
     def _write(self) -> None:
         try:
             replace_file(self._file, json.dumps(self._known).encode(), private=True)
-        except (CheckpointError, OSError) as error:
+        except (StorageError, OSError) as error:
             log.error("answer_steps_cannot_be_written", problem=str(error))

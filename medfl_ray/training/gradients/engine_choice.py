@@ -21,7 +21,7 @@ GROUP_SIZES = (2, 4, 8)
 # Above this the memory of several patients at once costs more than the calls that a group saves.
 SLOW_PATIENT_S = 1.0
 # A larger group has to be this much faster, for it takes more memory; and no new size is tried after this time.
-LEAST_GAIN = 0.95
+MIN_GAIN = 0.95
 MEASURING_S = 3.0
 REPEATS = 2
 TOLERANCE = 1e-4
@@ -115,7 +115,7 @@ def _fastest(
         best, best_s = 1, _seconds(single, patients[: GROUP_SIZES[0]]) / GROUP_SIZES[0]
     for size in GROUP_SIZES:
         seconds = _seconds(engine_of(size, network, loss, mixed_precision), patients[:size]) / size
-        if seconds < LEAST_GAIN * best_s:
+        if seconds < MIN_GAIN * best_s:
             best, best_s = size, seconds
         elif best > 1:
             break

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 GROUP_SIZES = (1, 2, 4, 8, 12, 16)
 PIECES_PER_ACTOR = 16
-MOST_GROUPS = 16
+MAX_GROUPS = 16
 """In one piece of work, so that a round of ten thousand hospitals is heard of while it lasts."""
 STEP_COST = 8
 """Calls of one step take about as long as this many samples of 32 x 32 voxels; larger samples leave less to gain."""
@@ -59,7 +59,7 @@ def cut_into_pieces(costs: Sequence[float], num_actors: int, evenly: bool) -> li
     while start < len(costs):
         taken, end = costs[start], start + 1
         most = left if num_actors == 1 else left * 2 / (3 * num_actors)
-        while end < min(start + MOST_GROUPS, len(costs)) and taken + costs[end] <= most:
+        while end < min(start + MAX_GROUPS, len(costs)) and taken + costs[end] <= most:
             taken += costs[end]
             end += 1
         pieces.append((start, end))

@@ -16,15 +16,15 @@ from medfl_ray.data.cases import PreparedCase
 from medfl_ray.params import flatten
 from medfl_ray.training.gradients.malloc_trim import LARGE_PATIENT_VOXELS
 from medfl_ray.training.gradients.patient_gradients import is_large
-from medfl_ray.training.grouped.trainer import HospitalTask, ManyHospitals, why_not_together
+from medfl_ray.training.grouped.trainer import GroupedTrainer, HospitalTask, why_not_together
 from medfl_ray.training.rules.local_job import LocalJob
 from medfl_ray.training.trainer import Trainer
 
 CANDIDATES = (4, 8, 12, 16)
 MEASURING_S = 4.0
 # A group takes more memory than a hospital alone, and a larger one more than a smaller one.
-LEAST_GAIN = 0.95
-LEAST_GAIN_OF_MORE = 0.97
+MIN_GAIN = 0.95
+MIN_GAIN_OF_MORE = 0.97
 TURNS = 3
 STEPS = 2
 
@@ -55,7 +55,7 @@ def explain_hospitals_per_group(trainer: Trainer) -> GroupChoice:
     configured = trainer.training.hospitals_per_group
     if configured is not None:
         return GroupChoice(configured, f"Hospitals are trained in groups of {configured}, as configured.")
-    patient = trainer.make_up_patient()
+    patient = trainer.dummy_patient()
     if is_large(patient):
         return GroupChoice(
             1,
@@ -85,7 +85,7 @@ def _measure(trainer: Trainer) -> GroupChoice:
     alone = shortest.pop(1)
     best, best_s = 1, alone
     for size, seconds in shortest.items():
-        if seconds < (LEAST_GAIN if best == 1 else LEAST_GAIN_OF_MORE) * best_s:
+        if seconds < (MIN_GAIN if best == 1 else MIN_GAIN_OF_MORE) * best_s:
             best, best_s = size, seconds
     if best == 1:
         return GroupChoice(1, "Hospitals are trained one after the other: no group was 5 % faster on this machine.")
@@ -98,7 +98,7 @@ def _timing(trainer: Trainer) -> Callable[[int], float]:
     clock = time.process_time if trainer.device.type == "cpu" else time.perf_counter
     weights = flatten(trainer.network)
     data = MadeUpHospital(trainer)
-    by_size = {size: ManyHospitals(trainer, size) for size in (1, *CANDIDATES)}
+    by_size = {size: GroupedTrainer(trainer, size) for size in (1, *CANDIDATES)}
 
     def seconds_each(size: int) -> float:
         tasks = [HospitalTask(data, LocalJob(STEPS, 1e-6, None, (0, 0, i))) for i in range(size)]
@@ -118,7 +118,7 @@ class MadeUpHospital:
 
     def __init__(self, trainer: Trainer) -> None:
         """Make up one patient of the shape that training has, who stands for all."""
-        images, targets = trainer.make_up_patient()
+        images, targets = trainer.dummy_patient()
         self._patient = images.cpu(), targets.cpu()
         self.num_train_patients = trainer.training.batch_size
 

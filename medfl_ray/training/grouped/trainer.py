@@ -49,7 +49,7 @@ class HospitalTask:
         return self.job.mechanism is not None, self.job.learning_rate, sorted(self.job.frozen)
 
 
-class ManyHospitals:
+class GroupedTrainer:
     """Trains hospitals in groups of one trainer's network, or one after the other where that cannot be grouped."""
 
     def __init__(self, trainer: Trainer, group_size: int) -> None:

@@ -1,7 +1,7 @@
 """What a hospital does in a round of each strategy: what it trains from what the server sent, sends and remembers.
 
-A rule is a generator. It yields one `Pass` of training after another, is sent the outcome of each, and returns what
-it sends and remembers. Whoever drives it trains one hospital after the other or many at once: see local_passes.py.
+A rule is a generator. It yields one `TrainingPass` after another, is sent the outcome of each, and returns what the
+hospital sends and remembers. One driver trains a single hospital (passes.py), another many hospitals at once.
 What the server does is in medfl_ray/aggregation. Shapes: P values of the weights, N hospitals of the run.
 """
 
@@ -16,7 +16,7 @@ from medfl_ray.config.aggregation import AggregationConfig
 from medfl_ray.config.training import TrainingConfig
 from medfl_ray.errors import UpdateRejected
 from medfl_ray.params import Vector, is_finite, norm
-from medfl_ray.training.rules.kept_parameters import Kept
+from medfl_ray.training.rules.kept_parameters import KeptParameters
 from medfl_ray.training.rules.local_job import LocalJob, LocalOutcome, Pull
 
 Memory = Mapping[str, Vector]
@@ -25,7 +25,7 @@ SMALLEST_LOSS = 1e-10
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
+class RuleInput:
     """What a rule works with in one round.
 
     Args:
@@ -45,7 +45,7 @@ class Given:
     job: LocalJob
     index: int
     loss_of: Callable[[Vector], float]
-    kept: Kept | None = None
+    kept: KeptParameters | None = None
 
     @property
     def weights(self) -> Vector:
@@ -78,7 +78,7 @@ def shortened(change: Vector, limit: float | None) -> Vector:
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
+class TrainingPass:
     """One training: where it starts, [P], and what is done.
 
     With `silent`, neither its result nor its failure may show outside of the hospital: it trains without noise
@@ -91,31 +91,31 @@ class Pass:
 
 
 @dataclass(frozen=True, eq=False)
-class Done:
+class RuleResult:
     """What a round came to: the update with whatever the strategy adds behind its P values, and the new memory."""
 
     outcome: LocalOutcome
     memory: Memory
 
 
-Passes = Generator[Pass, LocalOutcome, Done]
-Rule = Callable[[Given], Passes]
+RuleSteps = Generator[TrainingPass, LocalOutcome, RuleResult]
+Rule = Callable[[RuleInput], RuleSteps]
 
 
-def average(given: Given) -> Passes:
+def average(given: RuleInput) -> RuleSteps:
     """Train from the round's weights, with FedProx's pull where there is one (Li et al. 2020, arXiv:1812.06127)."""
     outcome = yield _shared_pass(given, given.weights)
     return _sent(given, outcome, outcome.delta, {})
 
 
-def normalised(given: Given) -> Passes:
+def fednova(given: RuleInput) -> RuleSteps:
     """FedNova: send the change over the accumulated steps, and these (Wang et al. 2020, arXiv:2007.07481)."""
     outcome = yield _shared_pass(given, given.weights)
     steps = accumulated_steps(given.job, given.training.momentum, given.config.mu)
     return _sent(given, outcome, outcome.delta / np.float32(steps), {}, [steps])
 
 
-def loss_weighted(given: Given) -> Passes:
+def qfedavg(given: RuleInput) -> RuleSteps:
     """q-FedAvg: weigh the change by the loss to the power q (Li et al. 2020, arXiv:1905.10497, algorithm 2).
 
     Sent is (F^q change, F^q + q F^(q-1) L |change|^2) with L = 1 / learning rate: the paper's two sums over L.
@@ -129,7 +129,7 @@ def loss_weighted(given: Given) -> Passes:
     return _sent(given, outcome, np.float32(loss**q) * change, {}, [scale])
 
 
-def agnostic(given: Given) -> Passes:
+def afl(given: RuleInput) -> RuleSteps:
     """AFL: send N lambda_i times the change, and the loss of the round's weights (Mohri et al. 2019,
     arXiv:1902.00146)."""
     shares = given.beside
@@ -140,7 +140,7 @@ def agnostic(given: Given) -> Passes:
     return _sent(given, outcome, change, {}, losses)
 
 
-def controlled(given: Given) -> Passes:
+def scaffold(given: RuleInput) -> RuleSteps:
     """SCAFFOLD: correct every step by the server's control less the own one (Karimireddy et al. 2020,
     arXiv:1910.06378, option II).
 
@@ -148,28 +148,28 @@ def controlled(given: Given) -> Passes:
     is divided by the accumulated steps instead of their number, and the mean is a weighted one.
     """
     control, own = given.beside, given.remembered("control")
-    outcome = yield Pass(given.weights, replace(given.job, pull=Pull(offset=control - own)))
+    outcome = yield TrainingPass(given.weights, replace(given.job, pull=Pull(offset=control - own)))
     steps = accumulated_steps(given.job, given.training.momentum)
     change = -control - outcome.delta / np.float32(given.job.learning_rate * steps)
     return _sent(given, outcome, outcome.delta, {"control": own + change}, change)
 
 
-def dynamic(given: Given) -> Passes:
+def feddyn(given: RuleInput) -> RuleSteps:
     """FedDyn: a regulariser that remembers the gradient at the local optimum (Acar et al. 2021, arXiv:2111.04263)."""
     alpha, own = given.config.dynamic_alpha, given.remembered("gradient")
-    outcome = yield Pass(given.weights, replace(given.job, pull=Pull(alpha, given.weights, -own)))
+    outcome = yield TrainingPass(given.weights, replace(given.job, pull=Pull(alpha, given.weights, -own)))
     change = given.shortened(outcome.delta)
     return _sent(given, outcome, change, {"gradient": own - np.float32(alpha) * change})
 
 
-def partial(given: Given) -> Passes:
+def partially_shared(given: RuleInput) -> RuleSteps:
     """FedBN, SiloBN, FedPer: train everything, send the shared part, keep the rest; see kept_parameters.py."""
     start = _overlaid(given)
     outcome = yield _shared_pass(given, start)
     return _sent_in_part(given, outcome, start, outcome.delta)
 
 
-def head_then_body(given: Given) -> Passes:
+def fedrep(given: RuleInput) -> RuleSteps:
     """FedRep: first the own part with the shared one frozen, then the other way (Collins et al. 2021,
     arXiv:2102.07078)."""
     assert given.kept is not None
@@ -178,15 +178,15 @@ def head_then_body(given: Given) -> Passes:
     head = LocalOutcome(np.zeros_like(start), 0, 0.0)
     if num_head:
         job = replace(given.job, num_steps=num_head, frozen=given.kept.shared)
-        head = yield Pass(start, replace(job, pull=given.proximal))
+        head = yield TrainingPass(start, replace(job, pull=given.proximal))
     rest = replace(given.job, num_steps=total - num_head, frozen=given.kept.names, pull=given.proximal)
-    body = yield _again(Pass(start + head.delta, rest))
+    body = yield _again(TrainingPass(start + head.delta, rest))
     losses = np.array([head.mean_loss, body.mean_loss])
     mean_loss = float(np.average(losses, weights=[num_head, total - num_head]))
     return _sent_in_part(given, LocalOutcome(body.delta, total, mean_loss), start, head.delta + body.delta)
 
 
-def ditto(given: Given) -> Passes:
+def ditto(given: RuleInput) -> RuleSteps:
     """Ditto: beside the shared model, one's own that is pulled to it (Li et al. 2021, arXiv:2012.04221)."""
     shared = yield _shared_pass(given, given.weights)
     start = given.memory.get("personal", given.weights)
@@ -194,7 +194,7 @@ def ditto(given: Given) -> Passes:
     return _sent(given, shared, shared.delta, {"personal": start + own.delta})
 
 
-def mixture(given: Given) -> Passes:
+def apfl(given: RuleInput) -> RuleSteps:
     """APFL: a mixture of one's own model and the shared one is trained (Deng et al. 2020, arXiv:2003.13461).
 
     The paper steps on both models in turn; here the shared one takes the round's steps first and is held while the
@@ -214,27 +214,29 @@ def mixture(given: Given) -> Passes:
 
 
 RULES: dict[str, Rule] = {
-    "fednova": normalised,
-    "qfedavg": loss_weighted,
-    "afl": agnostic,
-    "scaffold": controlled,
-    "feddyn": dynamic,
-    "fedbn": partial,
-    "silobn": partial,
-    "fedper": partial,
-    "fedrep": head_then_body,
+    "fednova": fednova,
+    "qfedavg": qfedavg,
+    "afl": afl,
+    "scaffold": scaffold,
+    "feddyn": feddyn,
+    "fedbn": partially_shared,
+    "silobn": partially_shared,
+    "fedper": partially_shared,
+    "fedrep": fedrep,
     "ditto": ditto,
-    "apfl": mixture,
+    "apfl": apfl,
 }
 """What is not here is `average` in the hospital; in what it differs, the server does."""
 
 
-def rule_of(config: AggregationConfig) -> Rule:
+def client_rule(config: AggregationConfig) -> Rule:
     """Return what a hospital does in a round of a run's strategy."""
     return RULES.get(config.strategy, average)
 
 
-def evaluated_weights(config: AggregationConfig, kept: Kept | None, memory: Memory, weights: Vector) -> Vector:
+def evaluated_weights(
+    config: AggregationConfig, kept: KeptParameters | None, memory: Memory, weights: Vector
+) -> Vector:
     """Return what a hospital would use of given weights [P]: with its own part, its own model, or the mixture."""
     if kept is not None and "kept" in memory:
         overlaid = weights.copy()
@@ -262,36 +264,36 @@ def accumulated_steps(job: LocalJob, momentum: float, mu: float = 0.0) -> float:
     return total
 
 
-def _shared_pass(given: Given, start: Vector) -> Pass:
-    return Pass(start, replace(given.job, pull=given.proximal))
+def _shared_pass(given: RuleInput, start: Vector) -> TrainingPass:
+    return TrainingPass(start, replace(given.job, pull=given.proximal))
 
 
-def _personal_pass(given: Given, start: Vector, pull: Pull | None, rate: float | None = None) -> Pass:
+def _personal_pass(given: RuleInput, start: Vector, pull: Pull | None, rate: float | None = None) -> TrainingPass:
     """Train a model that never leaves, so that it needs no noise; beside a private training its failure is silent."""
     job = replace(given.job, mechanism=None, pull=pull, learning_rate=rate or given.job.learning_rate)
-    return replace(_again(Pass(start, job)), silent=given.job.mechanism is not None)
+    return replace(_again(TrainingPass(start, job)), silent=given.job.mechanism is not None)
 
 
-def _again(one: Pass) -> Pass:
+def _again(one: TrainingPass) -> TrainingPass:
     """Let a second pass draw other patients and patches than the first."""
     return replace(one, job=replace(one.job, seed_key=(*one.job.seed_key, 1)))
 
 
-def _overlaid(given: Given) -> Vector:
+def _overlaid(given: RuleInput) -> Vector:
     return evaluated_weights(given.config, given.kept, given.memory, given.weights)
 
 
-def _sent_in_part(given: Given, outcome: LocalOutcome, start: Vector, change: Vector) -> Done:
+def _sent_in_part(given: RuleInput, outcome: LocalOutcome, start: Vector, change: Vector) -> RuleResult:
     assert given.kept is not None
     own = (start + change)[given.kept.mask]
     return _sent(given, outcome, np.where(given.kept.mask, np.float32(0), change), {"kept": own})
 
 
-def _sent(given: Given, outcome: LocalOutcome, change: Vector, memory: Memory, extra: object = ()) -> Done:
+def _sent(given: RuleInput, outcome: LocalOutcome, change: Vector, memory: Memory, extra: object = ()) -> RuleResult:
     """Put together what is sent: the change [P], shortened to the longest that is allowed, and what goes behind it."""
     update, behind = given.shortened(change).astype(np.float32, copy=False), np.asarray(extra, dtype=np.float32)
     if behind.size:
         update = np.concatenate([update, behind])
     if update is not outcome.delta and not is_finite(update):  # what training returns was looked at there
         raise UpdateRejected("the update holds values that are not finite; lower training.learning_rate")
-    return Done(replace(outcome, delta=update), memory)
+    return RuleResult(replace(outcome, delta=update), memory)

@@ -21,7 +21,7 @@ from medfl_ray.training.trained_space import NORMS, names_of_last_layer
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class KeptParameters:
     """Names of the tensors that stay in the hospital, of those that are shared, and the mask [P] of the former."""
 
     names: frozenset[str]
@@ -29,7 +29,9 @@ class Kept:
     mask: npt.NDArray[np.bool_]
 
 
-def kept_parameters(network: nn.Module, layout: Layout, strategy: str, patterns: Sequence[str], probe: Tensor) -> Kept:
+def kept_parameters(
+    network: nn.Module, layout: Layout, strategy: str, patterns: Sequence[str], probe: Tensor
+) -> KeptParameters:
     """Return what stays in the hospital: what the patterns match, or without any what the strategy is known for.
 
     fedbn: scale, shift and statistics of normalisation layers (Li et al. 2021, arXiv:2102.07623). silobn: their
@@ -51,7 +53,7 @@ def kept_parameters(network: nn.Module, layout: Layout, strategy: str, patterns:
             "be shared; narrow aggregation.local_parameters, or widen training.trainable"
         )
     sizes = [math.prod(shape) for shape in layout.shapes]
-    return Kept(frozenset(names), frozenset(layout.names) - names, np.repeat(kept, sizes))
+    return KeptParameters(frozenset(names), frozenset(layout.names) - names, np.repeat(kept, sizes))
 
 
 def _matching(layout: Layout, patterns: Sequence[str]) -> set[str]:

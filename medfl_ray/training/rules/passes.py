@@ -10,14 +10,14 @@ from medfl_ray.errors import UpdateRejected
 from medfl_ray.params import Vector
 from medfl_ray.training.local_data import LocalData
 from medfl_ray.training.rules.client_rules import (
-    Done,
-    Given,
     Memory,
-    Pass,
-    Passes,
+    RuleInput,
+    RuleResult,
+    RuleSteps,
+    TrainingPass,
     average,
+    client_rule,
     evaluated_weights,
-    rule_of,
 )
 from medfl_ray.training.rules.kept_parameters import kept_parameters
 from medfl_ray.training.rules.local_job import LocalJob, LocalOutcome
@@ -44,7 +44,7 @@ class LocalRules:
                 trainer.layout,
                 config.strategy,
                 config.local_parameters,
-                trainer.make_up_patient()[0][:1],
+                trainer.dummy_patient()[0][:1],
             )
             if config.strategy in PARTIAL
             else None
@@ -52,7 +52,7 @@ class LocalRules:
 
     def begin(
         self, sent: Vector, memory: Memory, data: LocalData, job: LocalJob, index: int, plainly: bool = False
-    ) -> Passes:
+    ) -> RuleSteps:
         """Return the passes of one hospital's round, from what the server sent; nothing is trained yet.
 
         Args:
@@ -71,41 +71,41 @@ class LocalRules:
             drawn = (data.train_patches(index, count, rng) for index in range(data.num_train_patients))
             return float(np.mean(trainer.losses(weights, drawn)))
 
-        rule = average if plainly else rule_of(self._config)
-        return rule(Given(sent, size, memory, self._config, trainer.training, job, index, loss_of, self._kept))
+        rule = average if plainly else client_rule(self._config)
+        return rule(RuleInput(sent, size, memory, self._config, trainer.training, job, index, loss_of, self._kept))
 
     def evaluated(self, memory: Memory, weights: Vector) -> Vector:
         """Return what the hospital scores and would use: its own model where the strategy gives it one."""
         return evaluated_weights(self._config, self._kept, memory, weights)
 
-    def train(self, sent: Vector, memory: Memory, data: LocalData, job: LocalJob, index: int) -> Done:
+    def train(self, sent: Vector, memory: Memory, data: LocalData, job: LocalJob, index: int) -> RuleResult:
         """Train one hospital's round, pass after pass.
 
         Raises:
           ModelError, LabelError, NotFitForDP, UpdateRejected: what training raises.
         """
         passes = self.begin(sent, memory, data, job, index)
-        following: Pass | Done = first_pass(passes)
-        while isinstance(following, Pass):
+        following: TrainingPass | RuleResult = first_pass(passes)
+        while isinstance(following, TrainingPass):
             following = advance(passes, attempt(self._trainer, following, data))
         return following
 
 
-def first_pass(passes: Passes) -> Pass:
+def first_pass(passes: RuleSteps) -> TrainingPass:
     """Return the first pass of a round; every rule has one."""
     return next(passes)
 
 
-def advance(passes: Passes, outcome: LocalOutcome) -> Pass | Done:
+def advance(passes: RuleSteps, outcome: LocalOutcome) -> TrainingPass | RuleResult:
     """Go on with the outcome of the last pass; return the next one, or what the round gave."""
     try:
         return passes.send(outcome)
     except StopIteration as end:
-        done: Done = end.value
+        done: RuleResult = end.value
         return done
 
 
-def attempt(trainer: Trainer, one: Pass, data: LocalData) -> LocalOutcome:
+def attempt(trainer: Trainer, one: TrainingPass, data: LocalData) -> LocalOutcome:
     """Train a pass; of a silent one that failed nothing comes, for its failure would tell what nobody has paid for."""
     try:
         return trainer.train(one.start, data, one.job)

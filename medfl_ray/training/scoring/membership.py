@@ -16,7 +16,7 @@ from medfl_ray.params import Vector
 from medfl_ray.privacy.audit_record import MembershipAttack
 from medfl_ray.training.trainer import Trainer
 
-MOST_PATIENTS = 200
+MAX_PATIENTS = 200
 """Training patients, and held-out cases, that are scored at most."""
 NUM_PATCHES = 8
 NUM_RESAMPLES = 1000
@@ -70,6 +70,6 @@ def membership_auc(
 
 
 def _choose(indices: Sequence[int], rng: np.random.Generator) -> list[int]:
-    if len(indices) <= MOST_PATIENTS:
+    if len(indices) <= MAX_PATIENTS:
         return list(indices)
-    return sorted(int(i) for i in rng.choice(np.asarray(indices), MOST_PATIENTS, replace=False))
+    return sorted(int(i) for i in rng.choice(np.asarray(indices), MAX_PATIENTS, replace=False))
