@@ -58,7 +58,7 @@ FAULTS = (
         "data",
         "classes: Labels = order[place].astype(np.uint8)",
         "classes: Labels = place.astype(np.uint8)",
-        ("test_classes_change_places",),
+        ("test_classes_follow_the_order_of_the_labels_and_not_of_their_values",),
     ),
     Fault(
         "a label takes the voxel before it instead of the nearest",
@@ -75,11 +75,11 @@ FAULTS = (
         ("test_small_volumes_are_padded_with_zeros_all_round",),
     ),
     Fault(
-        "group norm with groups that do not divide the channels evenly",
+        "group norm with groups of single channels",
         "models",
         "limit = max(1, min(MAX_GROUPS, num_channels // MIN_CHANNELS_PER_GROUP))",
         "limit = max(1, min(MAX_GROUPS, num_channels))",
-        ("test_group_norm_divides_every_width",),
+        ("test_groups_hold_four_channels_at_least",),
     ),
     Fault(
         "the gradient of a maximum goes to the last of equal voxels",
@@ -128,7 +128,7 @@ FAULTS = (
         "aggregation",
         "control = state[CONTROL] + np.float32(share) * control_change",
         "control = state[CONTROL] + control_change",
-        ("test_scaffold_by_hand",),
+        ("test_scaffold_sends_its_control_and_moves_it_by_the_share_that_took_part",),
     ),
     Fault(
         "the mean is divided by the number of updates",

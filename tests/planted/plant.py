@@ -2,7 +2,8 @@
 
     PYTHONPATH=tests python -m planted.plant --json benchmarks/results/planted_faults.json
 
-Each outcome is written as soon as it is known; a second call at the same commit goes on with what is not caught yet.
+Each outcome is written as soon as it is known; a second call goes on with what is not caught
+yet, as long as the packages are those of the same commit.
 """
 
 from __future__ import annotations
@@ -170,14 +171,19 @@ def known_outcomes(path: Path, commit: str) -> dict[str, dict[str, Any]]:
     return dict(record["faults"]) if record["commit"] == commit else {}
 
 
+def last_commit() -> str:
+    """Return the last commit that changed the packages: what was found of them holds until the next one."""
+    command = ["git", "log", "-1", "--format=%H", "--", *PACKAGES]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> int:
     """Plant what was asked for and return 1 where something was not caught."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="where the outcomes are kept")
     parser.add_argument("--only", action="append", metavar="NAME", help="plant this fault, known or not")
     given = parser.parse_args()
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    commit = revision.stdout.strip()
+    commit = last_commit()
     outcomes = known_outcomes(given.json, commit)
     for fault in FAULTS:
         is_known = outcomes.get(fault.name, {}).get("caught", False)

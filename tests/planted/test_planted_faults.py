@@ -24,9 +24,7 @@ def test_a_faults_text_and_its_tests_are_each_in_one_place(fault):
 
 
 def test_a_text_that_is_not_there_once_is_named():
-    gone = Fault(
-        "gone", "data", "this text is nowhere in the code", "x", ("test_a_text_that_is_not_there_once_is_named",)
-    )
+    gone = Fault("gone", "data", "this text is " + "nowhere in the code", "x", ("test_nowhere",))
     with pytest.raises(Misplaced, match="'gone': its text is in no file"):
         file_of(gone, ROOT)
     with pytest.raises(Misplaced, match="the test test_nowhere is in 0 files"):
