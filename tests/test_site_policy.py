@@ -1,6 +1,8 @@
 """hospital_config.yaml becomes the policy that wins over any job."""
 
-from medfl_ray.config.site import SitePolicy, load_site_config
+import pytest
+
+from medfl_ray.config.site import SitePolicy, default_delta, load_site_config
 
 
 def test_every_limit_of_the_file_reaches_the_policy(tmp_path):
@@ -38,3 +40,10 @@ privacy:
         require_dp=True,
     )
     assert not {name for name in SitePolicy.model_fields if getattr(policy, name) is None}
+
+
+@pytest.mark.parametrize(("num_patients", "delta"), [(1, 1e-5), (10_000, 1e-5), (20_000, 5e-6), (1_000_000, 1e-7)])
+def test_the_default_delta_is_a_tenth_of_one_patient(num_patients, delta):
+    assert default_delta(num_patients) == pytest.approx(delta, rel=1e-12)
+    policy = SitePolicy(hospital="north", data_set="gliomas", num_patients=num_patients)
+    assert policy.effective_delta == default_delta(num_patients)

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import structlog
 
+from actors.simulation.open_hospitals import OpenHospitals
 from actors.simulation.shared import Fetched, Shared
 from actors.simulation.work import (
     Assignment,
@@ -37,7 +35,6 @@ from medfl_ray.assembly.run import initial_weights
 from medfl_ray.config.base import DataKind
 from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import SitePolicy
-from medfl_ray.data.prepare.cache import MemoryBudget
 from medfl_ray.errors import MedflError, UpdateRejected
 from medfl_ray.federation.hospital_rules.failures import start_failure
 from medfl_ray.federation.hospital_rules.labels import labelled
@@ -57,7 +54,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = structlog.get_logger()
 NOTHING = Memories()
-OPEN_HOSPITALS = 4096
 SCORED_AT_ONCE = 16
 SCREENED = {"stage": "screen"}
 
@@ -95,12 +91,8 @@ class VirtualHospitals:
         if 0 < gpu_share < 1 and torch.cuda.is_available():
             torch.cuda.set_per_process_memory_fraction(gpu_share)
         self._run = run
-        self._open_data = open_data
         self._declared = declared
-        self._data: OrderedDict[str, Any] = OrderedDict()
-        self._opening = threading.Lock()
-        self._budget = MemoryBudget(cache_bytes)
-        self._ahead = ThreadPoolExecutor(1, "ahead") if looks_ahead else None
+        self._data = OpenHospitals(run, open_data, cache_bytes, looks_ahead)
         self._trainer: Trainer | None = None
         self._rules: LocalRules | None = None
         self._memories = memories
@@ -161,7 +153,7 @@ class VirtualHospitals:
         trained: list[TrainedHospital] = []
         total: PartialSum | None = None
         for group, following in zip(assignment.groups, [*assignment.groups[1:], ()], strict=True):
-            self._look_ahead(following)
+            self._data.prepare_ahead([turn.hospital for turn in following])
             done = self._train_group(assignment, group, weights, failures)
             if assignment.streamed:
                 updates += [self._update(assignment, turn, outcome) for turn, outcome in done]
@@ -318,37 +310,12 @@ class VirtualHospitals:
     def _metrics(self, outcome: LocalOutcome) -> dict[str, Any]:
         return labelled({"train_loss": outcome.mean_loss}, self._declared, self._run.privacy.enable_dp)
 
-    def _opened(self, hospital: str, ahead: bool = False) -> Any:
-        """Return a hospital's data, the last ones used at hand and the others opened again; timed unless ahead."""
+    def _opened(self, hospital: str) -> Any:
+        """Return a hospital's data; the time that opening them takes is counted as that of data."""
         started = time.perf_counter()
-        with self._opening:
-            if hospital in self._data:
-                self._data.move_to_end(hospital)
-            else:
-                self._data[hospital] = self._open(hospital)
-                if len(self._data) > OPEN_HOSPITALS:
-                    self._data.popitem(last=False)
-            data = self._data[hospital]
-        if not ahead:
-            self._seconds["data"] += time.perf_counter() - started
+        data = self._data.opened(hospital)
+        self._seconds["data"] += time.perf_counter() - started
         return data
-
-    def _open(self, hospital: str) -> Any:
-        if self._open_data is not None:
-            return self._open_data(self._run, hospital)
-        from medfl_ray.data.sources import open_hospital_data
-
-        return open_hospital_data(self._run, (hospital,), self._budget)
-
-    def _look_ahead(self, group: Sequence[HospitalTurn]) -> None:
-        """Have a group's images prepared beside the training; what fails here fails again in its hospital's turn."""
-        if self._ahead is not None and self._open_data is None:
-            for turn in group:
-                self._ahead.submit(self._prepare_images, turn.hospital)
-
-    def _prepare_images(self, hospital: str) -> None:
-        with suppress(MedflError):
-            self._opened(hospital, ahead=True).decode_training()
 
     def _trainer_for(self, data: VirtualData) -> Trainer:
         """Return the one trainer of this process; the first hospital's data say how many channels there are."""

@@ -68,7 +68,7 @@ def summed(**options):
     finished = hospitals.train(Assignment(1, 1, 0.05, None, True, 2, groups), weights)
     assert not finished.failures
     if "cache_bytes" in options:
-        assert hospitals._budget.used <= options["cache_bytes"]
+        assert hospitals._data._budget.used <= options["cache_bytes"]
     return np.stack([update.delta for update in finished.updates])
 
 

@@ -94,3 +94,24 @@ def test_one_slice_is_a_picture_in_two_dimensions():
     prepared = Preprocessing(spatial_dims=2, orientation=None).prepare(Volume(VOXELS[..., :1], LPS))
     assert prepared.image.shape == (2, 6, 8)
     assert prepared.spacing_mm == (2.0, 2.0)
+
+
+@pytest.mark.parametrize(("axis", "spacing"), [(0, (3.0, 5.0)), (1, (2.0, 5.0)), (2, (2.0, 3.0))])
+def test_one_slice_keeps_the_spacing_of_each_of_its_axes(axis, spacing):
+    thin = Volume(VOXELS.take([0], axis=axis + 1), np.diag([2.0, 3.0, 5.0, 1.0]))
+    preparation = Preprocessing(spatial_dims=2, orientation=None)
+    assert preparation.prepare(thin).spacing_mm == spacing
+    edges = [length for other, length in enumerate((6, 8, 10)) if other != axis]
+    whole_mm = Preprocessing(spatial_dims=2, orientation=None, spacing_mm=(1.0, 1.0)).prepare(thin)
+    # From the first voxel's middle to the last one's.
+    assert whole_mm.image.shape[1:] == tuple((n - 1) * int(mm) + 1 for n, mm in zip(edges, spacing, strict=True))
+
+
+def test_classes_follow_the_order_of_the_labels_and_not_of_their_values():
+    values = np.zeros((1, 6, 8, 10), np.float32)
+    values[0, 0, 0, :2] = 4, 2
+    preparation = Preprocessing(orientation=None, intensity="none", label_values=(4, 2))
+    image = Volume(VOXELS, np.eye(4))
+    prepared = preparation.prepare(image, Volume(values, np.eye(4)))
+    assert prepared.label[0, 0, :3].tolist() == [1, 2, 0]
+    assert np.array_equal(preparation.restore(prepared.label, prepared.affine, image), values[0])

@@ -10,6 +10,7 @@ from medfl_ray.config.model import ModelConfig
 from medfl_ray.errors import ModelError
 from medfl_ray.models.catalogue import CATALOGUE, build_network, smallest_size
 from medfl_ray.models.fitness import check_fit_for_dp, unused_parameters
+from medfl_ray.models.norms import num_groups_for
 from medfl_ray.params import flatten, layout_of, load_into
 
 SLOW = {("swin_unetr", 3), ("unetr", 3), ("basic_unet", 3)}
@@ -59,6 +60,11 @@ def test_group_norm_divides_every_width() -> None:
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     assert norms
     assert all(module.num_channels % module.num_groups == 0 for module in norms)
+
+
+def test_groups_hold_four_channels_at_least() -> None:
+    widths = {1: 1, 4: 1, 6: 1, 8: 2, 12: 3, 20: 5, 32: 8, 36: 6, 64: 8, 100: 5}
+    assert {width: num_groups_for(width) for width in widths} == widths
 
 
 def test_attention_unet_lost_its_batch_norm() -> None:

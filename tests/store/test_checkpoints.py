@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there; the last good one is always found."""
 
 import errno
+import os
+import stat
 from dataclasses import replace
 
 import numpy as np
@@ -139,3 +141,19 @@ def test_append_removes_a_torn_line_first(tmp_path):
     path.write_bytes(b'{"a": ')
     durable.append_line(path, '{"a": 3}')
     assert path.read_text() == '{"a": 3}\n'
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "state", []
+    path.write_bytes(b"old")
+    flush = os.fsync
+
+    def note(descriptor):
+        flush(descriptor)
+        found = os.fstat(descriptor)
+        synced.append((found.st_ino, None if stat.S_ISDIR(found.st_mode) else found.st_size, path.read_bytes()))
+
+    monkeypatch.setattr(durable.os, "fsync", note)
+    durable.replace_file(path, b"the new one")
+    # All of the new file is flushed while the old one still has the name, and then the folder in which it changed.
+    assert synced == [(path.stat().st_ino, 11, b"old"), (tmp_path.stat().st_ino, None, b"the new one")]
