@@ -18,6 +18,7 @@ from typing import Any
 
 from actors.hospital import HospitalSpec, build_hospital
 from medfl_ray.config import RunConfig
+from medfl_ray.errors import ConfigError
 from medfl_ray.federation.baselines import CENTRAL, central_policy
 from medfl_ray.federation.coalitions import TrainCoalitions
 from medfl_ray.federation.events import Event
@@ -162,7 +163,15 @@ def with_flower(
     """
     if run.aggregation.strategy != "flower":
         return first_weights, None
-    from actors.flower_app import FlowerAggregation
+    try:
+        from actors.flower_app import FlowerAggregation
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "flwr":
+            raise
+        raise ConfigError(
+            "aggregation.strategy 'flower' needs the package flwr, which this Python cannot import; install medfl-ray "
+            "with its dependencies, or choose another strategy"
+        ) from None
 
     aggregation = FlowerAggregation(run, emit)
     return aggregation.checked(first_weights), aggregation
