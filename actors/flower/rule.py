@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from medfl_ray.assembly.run import NO_EXTRAS, RunExtras, initial_weights
 from medfl_ray.config.run import RunConfig
+from medfl_ray.errors import ConfigError
 from medfl_ray.federation.events import Event
 
 
@@ -18,7 +19,15 @@ def with_flower(run: RunConfig, emit: Callable[[Event], None], extras: RunExtras
     """
     if run.aggregation.strategy != "flower":
         return extras
-    from actors.flower.aggregation import FlowerAggregation
+    try:
+        from actors.flower.aggregation import FlowerAggregation
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "flwr":
+            raise
+        raise ConfigError(
+            "aggregation.strategy 'flower' needs the package flwr, which this Python cannot import; install medfl-ray "
+            "with its dependencies, or choose another strategy"
+        ) from None
 
     aggregation = FlowerAggregation(run, emit)
     first_weights = aggregation.checked(extras.first_weights or initial_weights(run))

@@ -34,7 +34,7 @@ def adaptive(config: AggregationConfig) -> Strategy:
 
     By default both moments of FedAdam and FedYogi are corrected for their start at zero, as in Adam itself: a private
     run has few rounds, and without the correction the first of them would hardly move. `bias_correction: none` is the
-    paper's algorithm started from zero, and `flower` what Flower 1.41 computes: FedAdam's step times
+    paper's algorithm started from zero, and `flower` what Flower 1.42 computes: FedAdam's step times
     sqrt(1 - beta2^(t+1)) / (1 - beta1^(t+1)) in round t, FedYogi's uncorrected.
     """
     beta1 = 0.0 if config.strategy == "fedadagrad" else config.server_momentum

@@ -10,12 +10,14 @@ from pydicom import config, dcmread
 from pydicom.dataset import FileDataset
 from pydicom.errors import InvalidDicomError
 
+from medfl_ray.data.formats.jpeg_frames import add_to_pydicom
 from medfl_ray.errors import DataError, UnreadableFile
 
 # Warnings about ill-formed values quote the value, which may be a name; what matters is checked by our readers.
 config.settings.reading_validation_mode = config.IGNORE
 # Results repeat values of the images, ill-formed ones too.
 config.settings.writing_validation_mode = config.IGNORE
+add_to_pydicom()
 
 # Objects that stand beside images and have no voxels of their own, or voxels that are labels.
 LABEL_MODALITIES = {"SEG", "RTSTRUCT"}

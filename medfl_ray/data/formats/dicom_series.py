@@ -1,6 +1,7 @@
 """DICOM images: a series of slices put in order by geometry, multi-frame objects, single pictures.
 
-Decompression is pydicom's with pylibjpeg; geometry of multi-frame objects is highdicom's.
+Decompression is pydicom's, with pylibjpeg, pyjpegls, Pillow and jpeg_frames.py; geometry of multi-frame objects is
+highdicom's.
 """
 
 from __future__ import annotations

@@ -314,7 +314,7 @@ def _address_space() -> int | None:
 def _import_readers() -> None:
     """Import what reading and writing need, so that a fork does not."""
     import highdicom  # noqa: F401
-    import libjpeg  # noqa: F401
+    import jpeg_ls  # noqa: F401
     import nibabel  # noqa: F401
     import nrrd  # noqa: F401
     import openjpeg  # noqa: F401
