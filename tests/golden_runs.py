@@ -27,12 +27,13 @@ import torch
 import yaml
 from safetensors.numpy import load_file
 
-from actors.coordinator import hospital_specs, local_pool, run_in_process
-from medfl_ray.config import RunConfig
-from medfl_ray.config_aggregation import RobustConfig, StrategyName
-from medfl_ray.config_files import parse_run_config
+from actors.flower.rule import with_flower
+from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
+from medfl_ray.config.aggregation import RobustConfig, StrategyName
+from medfl_ray.config.files import parse_run_config
+from medfl_ray.config.run import RunConfig
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden" / "weights.json"
 WRITTEN = ("local", "flower", "simulation")
@@ -173,12 +174,13 @@ def _on_ray(run: RunConfig, folder: Path) -> Any:
 def _through(run: RunConfig, pool_of: Any) -> Any:
     policies, folder = tuple(list_hospitals(run)), RunFolder.create(run)
     pool = pool_of(hospital_specs(run, policies, folder.path), folder.job)
-    outcome = run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event())
+    extras = with_flower(run, lambda event: None)
+    outcome = run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event(), extras)
     return outcome, folder.path
 
 
 def _on_simulation(run: RunConfig, folder: Path) -> Any:
-    from actors.simulate import simulate
+    from actors.simulation.run import simulate
 
     store = RunFolder.create(run)
     return simulate(run, tuple(list_hospitals(run)), store.path, lambda event: None), store.path
@@ -187,11 +189,12 @@ def _on_simulation(run: RunConfig, folder: Path) -> Any:
 def _on_flower(run: RunConfig, folder: Path) -> Any:
     from loop_grid import LoopGrid
 
-    from actors import flower_hospital
-    from actors.flower_app import GridLink, _identify
-    from actors.flower_run import run_over_flower
+    from actors.flower import hospital as flower_hospital
+    from actors.flower.aggregation import identify
+    from actors.flower.app import GridLink
+    from actors.flower.run import run_over_flower
 
-    _identify()
+    identify()
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(run.model_dump(mode="json", exclude_defaults=True)))
     app, num_hospitals = {"run": str(file)}, len(list_hospitals(run))
@@ -214,16 +217,17 @@ def known_entropy() -> Iterator[None]:
     system, seeded, number = os.urandom, np.random.default_rng, 0
 
     def urandom(size: int) -> bytes:
-        caller = str(sys._getframe(1).f_globals.get("__name__"))
-        if not caller.startswith(("medfl_ray.", "actors.")):
+        if not _is_ours(sys._getframe(1)):
             return system(size)
         counts[size] = counts.get(size, 0) + 1
         return hashlib.shake_256(f"{size} {counts[size]}".encode()).digest(size)
 
     def default_rng(seed: Any = None) -> np.random.Generator:
         nonlocal number
-        number += seed is None
-        return seeded(number if seed is None else seed)
+        if seed is not None or not _is_ours(sys._getframe(1)):
+            return seeded(seed)
+        number += 1
+        return seeded(number)
 
     with (
         mock.patch("os.urandom", urandom),
@@ -231,6 +235,10 @@ def known_entropy() -> Iterator[None]:
         mock.patch("numpy.random.default_rng", default_rng),
     ):
         yield
+
+
+def _is_ours(frame: Any) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith(("medfl_ray.", "actors."))
 
 
 def summary_of_file(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from medfl_ray.assembly.ledgers import expected_heads, open_federation_ledger, r
 from medfl_ray.assembly.spec import HospitalSpec
 from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import SitePolicy
+from medfl_ray.errors import ConfigError
 from medfl_ray.federation.events import Event
 from medfl_ray.federation.local_pool import LocalPool
 from medfl_ray.federation.ports import ClientPool
@@ -147,8 +148,14 @@ def run_on_pool(
     """Run a federation against a pool that stays open afterwards; this is the one place that builds `RunParts`.
 
     Raises:
+      ConfigError: the strategy is one of Flower's and `extras` lack its rule.
       MedflError: as of `run_federation`.
     """
+    if run.aggregation.strategy == "flower" and extras.combine is None:
+        raise ConfigError(
+            "aggregation.strategy 'flower' needs its rule, which this process did not bring; start the run with "
+            "medfl-ray run, or pass with_flower(run, emit) of actors/flower/rule.py as extras"
+        )
     root = extras.root or state_root(run)
     with closing(RunFolder(folder, run, federation_folder(policies, folder, root))) as store:
         return run_federation(

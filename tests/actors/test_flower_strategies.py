@@ -230,3 +230,9 @@ def test_virtual_hospitals_and_one_process_give_a_strategy_the_same_updates(ray_
         assert outcome.completed
         checksums.append(outcome.weights_checksum)
     assert len(set(checksums)) == 1
+
+
+def test_a_run_without_its_flower_rule_is_refused_and_not_averaged(tmp_path):
+    run = small_run(aggregation={"strategy": "flower"})
+    with pytest.raises(ConfigError, match="needs its rule"):
+        run_in_process(run, tuple(list_hospitals(run)), tmp_path, local_pool([]), print, threading.Event())

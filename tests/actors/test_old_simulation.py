@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from actors.simulate import simulate
+from actors.simulation.run import simulate
 from medfl_ray.data.sources import list_hospitals
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.run.folder import RunFolder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format_2026_12"
 

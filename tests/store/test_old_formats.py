@@ -10,14 +10,14 @@ from cli_runs import command_line
 from golden_runs import assert_same, probe, summary_of_file
 
 from medfl_ray.analytics.report import write_report
-from medfl_ray.config_files import load_run_config
+from medfl_ray.config.files import load_run_config
+from medfl_ray.config.site import load_site_config
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
-from medfl_ray.site_policy import load_site_config
-from medfl_ray.store.ledger import PrivacyLedger
-from medfl_ray.store.ledger_mirror import LedgerMirror
-from medfl_ray.store.package_files import verify_package
-from medfl_ray.store.registry import Registry
-from medfl_ray.store.run_folder import RunFolder
+from medfl_ray.store.ledger.account import PrivacyLedger
+from medfl_ray.store.ledger.mirror import LedgerMirror
+from medfl_ray.store.registry.package_files import verify_package
+from medfl_ray.store.registry.registry import Registry
+from medfl_ray.store.run.folder import RunFolder
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format_2026_12"
 ABOUT = json.loads((FIXTURES / "about.json").read_text())
