@@ -269,7 +269,7 @@ class Receipt(Message):
     With a secret cohort nothing here says who was asked: amplification by sampling is claimed, and so asked, trained
     and update_hashes are empty and of failures only those are named that do not depend on the draw. `reason` says why
     nothing was published; empty where something was. `late` are hospitals whose update of an earlier round, named,
-    missed its deadline and was counted in this one. `budget_hash` is `site_policy.budget_hash`. `attackers` says who
+    missed its deadline and was counted in this one. `budget_hash` is that of config/site.py. `attackers` says who
     attacks and how in a study of attacks; such weights are of no other use.
     """
 

@@ -28,7 +28,7 @@ Late = Callable[[str], ClientFailure]
 
 
 class Link(Protocol):
-    """The way to the nodes; see GridLink in flower_app.py."""
+    """The way to the nodes; see GridLink in app.py."""
 
     def nodes(self) -> Sequence[int]:
         """Return the nodes that are connected."""

@@ -16,6 +16,7 @@ from actors.flower.app import GridLink
 from actors.flower.hospital import answer, hospital_of, node_of
 from actors.flower.messages import HospitalRequest, pack, text_of, unpack
 from actors.flower.pool import FlowerPool
+from actors.flower.rule import with_flower
 from actors.flower.run import run_over_flower
 from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
 from medfl_ray.config.files import load_run_config
@@ -53,7 +54,9 @@ def file_of(run, tmp_path, name="run.yaml"):
 def alone(run, events=None):
     policies, folder = tuple(list_hospitals(run)), RunFolder.create(run)
     pool = local_pool(hospital_specs(run, policies, folder.path))
-    return run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event())
+    return run_in_process(
+        run, policies, folder.path, pool, lambda event: None, threading.Event(), with_flower(run, print)
+    )
 
 
 def newest(run):
@@ -83,7 +86,8 @@ def test_a_run_is_resumed_where_it_stopped_with_the_strategys_memory_and_the_hos
     expected = alone(run)
     policies, folder = tuple(list_hospitals(run)), RunFolder.create(run)
     pool = FlowerPool(GridLink(LoopGrid(nodes, app)), run, policies, folder.job, {}, 10)
-    first = run_in_process(run, policies, folder.path, pool, lambda e: e.type == "round" and stop.set(), stop)
+    extras = with_flower(run, print)
+    first = run_in_process(run, policies, folder.path, pool, lambda e: e.type == "round" and stop.set(), stop, extras)
     assert (first.rounds_done, first.completed) == (1, False)
     outcome = run_over_flower(GridLink(LoopGrid(nodes, app, forgets=True)), {"resume": str(folder.path)})
     assert outcome.completed

@@ -39,7 +39,7 @@ def released_sum(gradients: list[list[torch.Tensor]], m: Mechanism, size: int = 
     total = PatientGradientSum(size, m, NoNoise())
     for gradient in gradients:
         total.add(gradient)
-    return total.release() * m.sample_rate * m.num_patients
+    return total.release() * m.sample_rate * m.num_records
 
 
 def patient(seed: int, scale: float = 1.0) -> list[torch.Tensor]:
@@ -116,7 +116,7 @@ def test_an_empty_step_is_noised_with_the_right_deviation() -> None:
     size = 100_000
     m = mechanism()
     released = PatientGradientSum(size, m).release()
-    expected = m.noise_multiplier * m.max_grad_norm / (m.sample_rate * m.num_patients)
+    expected = m.noise_multiplier * m.max_grad_norm / (m.sample_rate * m.num_records)
     assert float(released.std()) == pytest.approx(expected, rel=0.01)
     assert float(released.mean()) == pytest.approx(0.0, abs=6 * expected / math.sqrt(size))
 
@@ -128,7 +128,7 @@ def test_noise_of_a_full_step_has_the_same_deviation() -> None:
     noised = PatientGradientSum(size, m)
     for _ in range(10):
         noised.add(gradient)
-    residual = noised.release() * m.sample_rate * m.num_patients - released_sum([gradient] * 10, m, size)
+    residual = noised.release() * m.sample_rate * m.num_records - released_sum([gradient] * 10, m, size)
     assert float(residual.std()) == pytest.approx(m.noise_multiplier * m.max_grad_norm, rel=0.01)
 
 

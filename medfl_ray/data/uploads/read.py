@@ -1,7 +1,7 @@
 """One image from somebody else, in any format that clinicians send, read under limits.
 
 The format is told by the file's first bytes, never by its name. Nothing here trusts a length, a count or a name that
-the upload states; a process of its own around it (`upload_process`) bounds memory and time as well.
+the upload states; a process of its own around it (uploads/process.py) bounds memory and time as well.
 """
 
 from __future__ import annotations
