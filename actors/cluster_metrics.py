@@ -4,7 +4,7 @@ That page asks for no token. So it holds no more than a receipt does: rounds, si
 figures of data only those labelled public or charged. Ray drops a gauge once it was scraped, so that each is said again
 every few seconds as long as the run lasts, and it counts a histogram's values as the middle of their bucket.
 
-Where cohorts are secret, rounds appear by the hour: whoever stores scrapes would else know how long each of them took.
+Where cohorts are secret, rounds appear by the hour: stored scrapes would otherwise show how long each of them took.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the nodes of one Ray cluster share: a token and a certificate authority; and each node's own certificate.
 
-Whoever has this folder can run code on the cluster, as the token alone already allows: one trust domain.
+Anyone who has this folder can run code on the cluster, as the token alone already allows: one trust domain.
 """
 
 from __future__ import annotations

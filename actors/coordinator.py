@@ -35,7 +35,7 @@ class Coordinator:
         gpus_per_actor: float,
         umask: int | None = None,
     ) -> None:
-        """Take what a run needs; `umask` is of whoever started it, for the files of the run's folder."""
+        """Take what a run needs; `umask` is that of the user who started it, for the files of the run's folder."""
         if umask is not None:
             os.umask(umask)
         self._policies, self._folder, self._root = policies, folder, root
@@ -71,7 +71,7 @@ class Coordinator:
             return run_in_process(run, self._policies, self._folder, pool, emit, self._stop, extras)
 
     def events_since(self, position: int) -> list[Any]:
-        """Return the events after the first `position` ones, which are forgotten: whoever asks has them."""
+        """Return the events after the first `position` ones, which the caller has and which are forgotten here."""
         while self._first < position and self._events:
             self._events.popleft()
             self._first += 1

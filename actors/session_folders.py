@@ -121,7 +121,7 @@ def sweep(ray_folder: Path) -> None:
 
 
 def discard(session: Path) -> None:
-    """Remove a session that has ended: its logs stay for a week, for whoever looks for the reason of a failure."""
+    """Remove a session that has ended: its logs stay for a week, for anyone who looks for the reason of a failure."""
     if time.time() - session.stat().st_mtime > KEEP_LOGS_S:
         shutil.rmtree(session, ignore_errors=True)
         return

@@ -1,4 +1,4 @@
-"""Write notebooks/ from the scripts beside it: `# %%` begins a cell, `# %% [markdown]` one of text in comments."""
+"""Write notebooks/ from the scripts next to it: `# %%` begins a cell, `# %% [markdown]` one of text in comments."""
 
 from __future__ import annotations
 

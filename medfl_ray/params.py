@@ -91,7 +91,7 @@ def load_into(network: torch.nn.Module | Sequence[torch.Tensor], vector: Vector)
 
 
 class FlatWeights:
-    """A network's tensors beside one buffer of their size: `load_into` and `flatten` for who does both all the time."""
+    """A network's tensors with one buffer of their size, for callers of `load_into` and `flatten` in every step."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         """Take a network's `tensors_of`, whose memory has to stay where it is."""

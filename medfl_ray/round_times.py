@@ -1,7 +1,7 @@
 """Times as they may be written down: exact, or by the hour where who takes part in a round is secret.
 
 A round of a larger cohort takes longer. The epsilon of such a run counts on a cohort that nobody knows, so that exact
-times would contradict it. Whoever watches the processes while they run sees more; docs/privacy.md says so.
+times would contradict it. Anyone who watches the processes while they run sees more; docs/privacy.md says so.
 """
 
 from __future__ import annotations

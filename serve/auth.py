@@ -59,7 +59,7 @@ def default_tokens_file() -> Path:
 
 
 def tokens_path(given: Path | None) -> Path:
-    """Return the file of tokens: the one that is given, else MEDFL_SERVE_TOKENS, else the default."""
+    """Return the file of tokens: the one that is given, otherwise MEDFL_SERVE_TOKENS, otherwise the default."""
     return given or Path(os.environ.get("MEDFL_SERVE_TOKENS") or default_tokens_file())
 
 

@@ -1,4 +1,4 @@
-"""Back-pressure for uploads: Serve's proxy and its ingress else take a body from the network faster than it is used.
+"""Back-pressure for uploads: without it Serve's proxy and ingress read a body faster than it is used.
 
 Both keep what has arrived in queues without a bound, so that 1.5 GB over loopback was 2.4 GB of memory. Here the proxy
 stops reading from its client while much is waiting, and the ingress stops fetching from the proxy. Both reach into

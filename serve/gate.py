@@ -30,7 +30,7 @@ log = structlog.get_logger("medfl_ray.serve")
 
 
 class Gate:
-    """ASGI middleware around the whole application; there is no way in beside it."""
+    """ASGI middleware around the whole application; every request passes it."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ def refusal_response(refusal: Refusal) -> JSONResponse:
 
 
 def _request_id(given: str | None, make: Callable[[], str] = lambda: secrets.token_hex(16)) -> str:
-    """Return the client's id if it is harmless in a log, else a new one."""
+    """Return the client's id if it is harmless in a log, otherwise a new one."""
     return given if given is not None and REQUEST_ID.fullmatch(given) else make()
 
 

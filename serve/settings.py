@@ -61,7 +61,7 @@ class Scaling(Section):
 
 
 class ServeSettings(Section):
-    """One serving application; a source of models is needed: `models` or `registry`, else the default registry."""
+    """One serving application; a source of models is needed: `models` or `registry`, otherwise the default registry."""
 
     models: Path | None = Field(default=None, description="Folder of model packages, or one package.")
     registry: str | None = Field(default=None, description="Folder or URL of a model registry.")

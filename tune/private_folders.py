@@ -10,7 +10,7 @@ from medfl_ray.errors import PrivacyConfigError
 
 
 def refuse_private_folders(trial: RunConfig, final: RunConfig, score_data: Path | None) -> None:
-    """Refuse a folder that the final run or the trials declare private where something else is claimed of it.
+    """Refuse a folder that the final run or the trials declare private where it is elsewhere declared otherwise.
 
     Scores on `score_data` are shown without a charge, as are those of a hospital that is declared public.
 

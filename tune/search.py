@@ -274,7 +274,7 @@ def resources(search: SearchConfig) -> Any:
 
 
 def recommend(search: SearchConfig, trials: Sequence[Trial]) -> Point | None:
-    """Return the trial to use: the cheapest with the wanted Dice, else the best balance; the best Dice of `select`."""
+    """Return the trial to use: the cheapest with the wanted Dice, or the best balance; the best Dice with `select`."""
     known = points(trials)
     if search.accounting == "select":
         return max(known, key=lambda point: (point.dice, -point.number), default=None)

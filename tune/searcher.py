@@ -122,7 +122,7 @@ class JournaledSearch(Searcher):
 
 
 def ending(folder: Path, trial: Trial, result: dict[str, Any] | None, error: bool, rounds: int) -> Trial:
-    """Return the journal's last line of a trial: what its folder says first, else Ray's last report."""
+    """Return the journal's last line of a trial: what its folder says first, otherwise Ray's last report."""
     place = trial_folder(folder, trial.number)
     kept = read_result(place)
     if kept is not None:

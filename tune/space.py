@@ -1,4 +1,4 @@
-"""The schema of a search: what is varied between which bounds, and how its trials are drawn, stopped and paid for."""
+"""The schema of a search: what varies between which bounds, and how trials are drawn, stopped and accounted for."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def widened(features: tuple[int, ...], width: int) -> tuple[int, ...]:
 
 
 def trial_run(search: SearchConfig, raw: Mapping[str, Any], parameters: Parameters) -> RunConfig:
-    """Return what a trial runs: the final run on the trials' data, with nothing beside the federation.
+    """Return what a trial runs: the final run on the trials' data, without baselines and studies.
 
     Raises:
       ConfigError: parameters and configuration do not fit together.

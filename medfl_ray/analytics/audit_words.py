@@ -1,4 +1,4 @@
-"""An audit in words: what it proved beside what is claimed, and what it cannot say."""
+"""An audit in words: what it proved compared with what is claimed, and what it cannot say."""
 
 from __future__ import annotations
 

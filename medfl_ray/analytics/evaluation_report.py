@@ -119,7 +119,7 @@ def calibration_words(summary: EvaluationSummary) -> str:
 
 
 def target_words(target: Target | None) -> str:
-    """Say when the target was reached, beside central training; empty without a target."""
+    """Say when the run and its central baseline reached the target; empty without a target."""
     if target is None:
         return ""
     federated = (

@@ -23,7 +23,7 @@ class Tile:
 
 
 def headline(summary: RunSummary) -> str:
-    """Return what was trained, how well it does beside local training, and what privacy it cost."""
+    """Return what was trained, how well it does compared with local training, and what privacy it cost."""
     trained = sum(h.rounds_trained > 0 for h in summary.hospitals)
     first = (
         f"{trained} hospital{'s' if trained != 1 else ''} trained one {summary.config.model.type} together over "
@@ -163,7 +163,7 @@ def _score_sentence(summary: RunSummary) -> str:
 
 
 def terms_words(summary: RunSummary) -> str:
-    """Return what stands beside every epsilon of the run: unit, delta, adjacency."""
+    """Return what is shown with every epsilon of the run: unit, delta, adjacency."""
     adjacencies = sorted({account.adjacency.replace("_", "/") for account in summary.own_accounts}) or ["add/remove"]
     parts = [f"{summary.config.privacy.unit}-level", delta_words(summary), " or ".join(adjacencies)]
     return ", ".join(part for part in parts if part)

@@ -12,9 +12,9 @@ from medfl_ray.data.volume import Volume
 
 
 def overlay_png(volume: Volume, mask: npt.NDArray[np.uint8], labels: Mapping[int, str]) -> bytes:
-    """Return a PNG of the image beside the image with the mask on it.
+    """Return a PNG of the image next to the image with the mask on it.
 
-    It shows a patient: it belongs to whoever sent the image.
+    It shows a patient: it belongs to the sender of the image.
     """
     named = {value: name for value, name in labels.items() if value > 0}
     affine = volume.affine if mask.ndim == 3 else None

@@ -1,4 +1,4 @@
-"""A prediction beside the truth, as a picture; drawn at the hospital, for it shows a patient."""
+"""A prediction next to the truth, as a picture; drawn at the hospital, because it shows a patient."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def informative_channel(image: FloatArray, region: LabelArray) -> int:
 
 
 def axial_planes(volumes: Sequence[Plane], region: LabelArray, affine: FloatArray | None) -> tuple[list[Plane], float]:
-    """Cut the axial slice in which the region is largest (else the middle one), radiological sides up.
+    """Cut the axial slice in which the region is largest (otherwise the middle one), radiological sides up.
 
     Returns the planes [rows, columns] with anterior on top and the patient's right on the left, and the
     height of a pixel over its width.

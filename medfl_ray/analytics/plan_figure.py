@@ -23,7 +23,7 @@ SUFFIXES = (".png", ".svg", ".pdf")
 class FinishedRun:
     """One finished run as a point: what its rounds cost a hospital at most, and how well its model does.
 
-    What baselines, studies and other runs cost is left out, for they did not make the model.
+    What baselines, studies and other runs cost is left out, because they did not make the model.
     """
 
     name: str

@@ -141,7 +141,7 @@ def _epsilon_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 
 def parallel_chart(summary: SearchSummary) -> Chart | None:
-    """Draw every finished trial as a line through its parameters and what came of them, coloured by Dice."""
+    """Draw every finished trial as a line through its parameters and the outcome, coloured by Dice."""
     rows = summary.finished
     if len(rows) < 2:
         return None

@@ -83,7 +83,7 @@ class SearchSummary:
 
     @property
     def terms(self) -> str:
-        """What stands beside every epsilon."""
+        """What is shown with every epsilon."""
         return f"unit patient, delta {self.delta:.2g}, adjacency add/remove"
 
 

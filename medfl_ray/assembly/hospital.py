@@ -267,7 +267,7 @@ def training_of(run: RunConfig, hospital: str) -> TrainingConfig:
 
 
 def make_pictures(trainer: Any, weights: Vector, data: Any) -> tuple[bytes, ...]:
-    """Render the first held-out patients' predictions beside the truth, as PNG."""
+    """Render the first held-out patients' predictions next to the truth, as PNG."""
     from medfl_ray.analytics.pictures import prediction_png
 
     pictures = []

@@ -223,7 +223,7 @@ def _strictest(metrics: Iterable[Metric]) -> Label:
 def _public(path: Path) -> tuple[dict[str, Figure], str]:
     """Read the figures of an evaluation on public or synthetic images.
 
-    Which images is told by a hash, so that figures of the same ones are compared; the file's name may be anybody's.
+    Images are identified by a hash, so that figures of the same images are compared; file names prove nothing.
     """
     found = _read(path, PublicEvaluation)
     figures = {}

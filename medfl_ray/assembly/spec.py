@@ -21,7 +21,7 @@ class HospitalSpec:
     `pooled` are the hospitals whose own ledgers are charged instead, where several hospitals' data are pooled.
     `expected_heads` are rows that the ledger must hold, from the coordinator's mirror and the run's last receipt.
     `job` is the run's, under which what the hospital remembers of it is kept.
-    `signing_seed` makes the key under which it signs updates where it keeps no ledger; else the ledger's key signs.
+    `signing_seed` makes the key that signs updates where it keeps no ledger; otherwise the ledger's key signs.
     """
 
     run: RunConfig

@@ -58,7 +58,7 @@ def deploy(
 
 
 def _settings(model: str, registry: str | None, common: dict[str, Any]) -> ServeSettings:
-    """Take the model for a folder if there is one of that name, else for a registered model.
+    """Take the model for a folder if there is one of that name, otherwise for a registered model.
 
     Raises:
       ConfigError: it is neither.

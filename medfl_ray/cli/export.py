@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Precision(StrEnum):
-    """Variants beside float32."""
+    """Variants to write in addition to float32."""
 
     FLOAT16 = "float16"
     INT8 = "int8"

@@ -89,7 +89,7 @@ def list_models(
 
 @app.command()
 def show(name: Name, version: Version = "", registry: Place = None, database: DatabaseUrl = None) -> None:
-    """Print a version's record as JSON: files, lineage, figures and privacy; the champion, else the newest."""
+    """Print a version's record as JSON: files, lineage, figures and privacy; the champion, otherwise the newest."""
     opened = _open(registry, database)
     if not version:
         stages = {found.stage for found in opened.versions(name)}

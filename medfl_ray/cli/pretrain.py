@@ -15,7 +15,7 @@ def pretrain(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
 ) -> None:
-    """Pretrain a network on images made up from public label maps; no patient's image is read."""
+    """Pretrain a network on images synthesised from public label maps; no patient's image is read."""
     from medfl_ray.config.files import apply_override, parse_model, read_yaml
     from medfl_ray.config.pretrain import PretrainConfig
 

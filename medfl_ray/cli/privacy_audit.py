@@ -1,4 +1,4 @@
-"""medfl-ray privacy audit: attack a run's mechanism and say what that proves beside what is claimed."""
+"""medfl-ray privacy audit: attack a run's mechanism and say what that proves compared with what is claimed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _audit(folder: RunFolder, canaries: int | None, confidence: float, membershi
 
 
 def _attack(folder: RunFolder, confidence: float) -> tuple[MembershipAttack | None, str]:
-    """Attack the final model where no patient can be harmed by it; else say why it was not done."""
+    """Attack the final model where no patient can be harmed by it; otherwise say why it was not done."""
     from medfl_ray.data.sources import list_hospitals, open_hospital_data
     from medfl_ray.export.package import read_package
     from medfl_ray.export.weights import load_weights

@@ -204,12 +204,12 @@ def spent_line(export: Mapping[str, Any], account: PrivacyAccount | None) -> str
 
 
 def labels_of(account: PrivacyAccount) -> str:
-    """Return the words that stand beside an account's epsilon."""
+    """Return the words that are shown with an account's epsilon."""
     return labels(account.total.delta, account.unit, account.adjacency)
 
 
 def labels(delta: float, unit: str = "patient", adjacency: str = "add_remove") -> str:
-    """Return the words that stand beside every epsilon."""
+    """Return the words that are shown with every epsilon."""
     return f"unit {unit}, delta {delta:g}, adjacency {adjacency.replace('_', '/')}"
 
 

@@ -24,7 +24,7 @@ def take_bundle_weights(
     """Write a bundle's weights for the run that has its network.
 
     Args:
-      origin: what the training data were; whoever takes the weights answers for that.
+      origin: what the training data were; the caller answers for that.
       source: where the bundle comes from, for the manifest.
 
     Raises:

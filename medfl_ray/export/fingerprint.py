@@ -1,6 +1,6 @@
 """Intensities that a model was trained on, from which serving tells whether its images are of another kind.
 
-Only of public or synthetic images: figures of private patients would be a release that nobody has paid for.
+Only of public or synthetic images: figures of private patients would be a release that no ledger accounts for.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class CardSite(CardPart):
 
 
 class CardAudit(CardPart):
-    """What an empirical attack on the mechanism proved: a lower bound of epsilon, beside the claim."""
+    """What an empirical attack on the mechanism proved: a lower bound of epsilon, next to the claim."""
 
     unit: str
     adjacency: str

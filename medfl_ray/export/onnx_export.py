@@ -84,7 +84,7 @@ def export_onnx(
     variants: Sequence[VariantName] = (),
     calibration: CalibrationFolder | None = None,
 ) -> Exported:
-    """Write model.onnx, the variants asked for and, beside them, model.json with everything that serving needs.
+    """Write model.onnx, the variants asked for and, next to them, model.json with everything that serving needs.
 
     Args:
       weights: [P].
@@ -237,7 +237,7 @@ def _runner(path: Path) -> Callable[[Image], Image]:
 
 @contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
-    """Yield a temporary file beside the path that takes its name only if nothing goes wrong."""
+    """Yield a temporary file next to the path; it replaces the path's file only if nothing goes wrong."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)

@@ -127,7 +127,7 @@ def _options(num_threads: int) -> Any:
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = ERRORS_ONLY
-    # A pattern of one window's memory would be kept beside the arena: a third more at the peak, and no faster.
+    # A pattern of one window's memory would be kept next to the arena: a third more at the peak, and no faster.
     options.enable_mem_pattern = False
     return options
 

@@ -31,7 +31,7 @@ class WeightsManifest(BaseModel):
 
 
 def manifest_path(weights: Path) -> Path:
-    """Return where the manifest of a weights file lies: beside it."""
+    """Return the path of a weights file's manifest, next to the file."""
     return weights.with_suffix(".manifest.json")
 
 

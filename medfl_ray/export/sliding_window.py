@@ -101,7 +101,7 @@ class Blender:
         """Take a receiver of complete planes: called with the first plane's number and their logits [L, n, ...].
 
         Args:
-          normalise: divide the sums by the weights. Labels do not need it, for it does not change their order.
+          normalise: divide the sums by the weights. Labels do not need it, because it does not change their order.
         """
         self._plan, self._on_planes = plan, on_planes
         self._weights = window_weights(plan.window, settings)

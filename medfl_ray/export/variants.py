@@ -88,7 +88,7 @@ class Judge:
 def write_variant(
     name: VariantName, directory: Path, plain: onnx.ModelProto, description: PackageDescription, images: OpenImages
 ) -> Variant:
-    """Write one variant beside model.onnx.
+    """Write one variant next to model.onnx.
 
     Args:
       plain: the float32 graph with its volume convolutions as they were.

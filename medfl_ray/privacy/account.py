@@ -44,8 +44,8 @@ class Spending(Message):
 class PrivacyAccount(Message):
     """What the data set of one hospital has spent, or under hospital-level privacy the federation.
 
-    total: everything ever charged to it, earlier runs included, beside its lifetime budget (max_epsilon). run: of that
-    the federated rounds of one run, beside privacy.epsilon. extra: the baselines and studies of that run, beside
+    total: everything ever charged to it, earlier runs included, against its lifetime budget (max_epsilon). run: of that
+    the federated rounds of one run, against privacy.epsilon. extra: the baselines and studies of that run, against
     privacy.extra_epsilon. Both are None where only a receipt is left, which has the total alone.
     moment: the total is that of the ledger when all of the run had been charged, or of the run's last receipt.
     ledger_head: the last row that is counted.
@@ -68,7 +68,7 @@ class PrivacyAccount(Message):
 
     @property
     def terms(self) -> str:
-        """What stands beside every epsilon: unit, delta, adjacency."""
+        """What is shown with every epsilon: unit, delta, adjacency."""
         return terms(self.unit, self.total.delta, self.adjacency)
 
     def to_json(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class PrivacyAccount(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Budgets:
-    """What bounds an account, each as epsilon: a run's rounds, what is trained beside them, all of a data set's life.
+    """What bounds an account, each as epsilon: a run's rounds, its baselines and studies, a data set's whole life.
 
     None for no limit; all three of `PrivacyAccount.unit`.
     """
@@ -194,7 +194,7 @@ def epsilon_words(epsilon: float, digits: int = 2) -> str:
 
 
 def terms(unit: str, delta: float, adjacency: str) -> str:
-    """Return what stands beside every epsilon: unit, adjacency, delta."""
+    """Return what is shown with every epsilon: unit, adjacency, delta."""
     return f"{unit}-level, {adjacency.replace('_', '/')}, delta {delta:g}"
 
 

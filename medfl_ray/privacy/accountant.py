@@ -75,7 +75,7 @@ def epsilon_spent(history: Iterable[Charge], delta: float) -> float:
 
 
 def tree_epsilon(trees: Iterable[TreeSegment], others: Iterable[Segment], delta: float) -> float:
-    """Return the epsilon of trees, and of sampled steps beside them, under zero-out adjacency.
+    """Return the epsilon of trees together with sampled steps, under zero-out adjacency.
 
     Zero-out: a hospital's update is there, or zeros are in its place; its turn in the tree stays. It is the relation
     for which dp-accounting has its tree event, and Renyi the only accountant that takes it.

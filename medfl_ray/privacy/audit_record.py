@@ -57,7 +57,7 @@ class MechanismAudit(Record):
 
     @property
     def headline(self) -> AuditedEpsilon:
-        """What stands beside the claim: its own delta, or the one at which it was refuted."""
+        """What is shown next to the claim: its own delta, or the one at which it was refuted."""
         return next((epsilon for epsilon in self.at if epsilon.is_exceeded), self.at[0])
 
     @property

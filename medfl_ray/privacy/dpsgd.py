@@ -39,7 +39,7 @@ class PatientGradientSum:
 
         A patient may be added once per step; the sampler sees to it. The tensors are not changed. A gradient
         that holds a NaN or an infinity counts as zero: it has no norm to clip, and zero keeps the patient's
-        influence below C. Nobody is told, since that too would be about the patient.
+        influence below C. This is not reported, since the report too would be about the patient.
 
         Raises:
           PrivacyConfigError: the tensors do not have P elements together.
@@ -63,12 +63,12 @@ class PatientGradientSum:
         mechanism = self._mechanism
         std = mechanism.noise_multiplier * mechanism.max_grad_norm
         noised = self._total() + torch.from_numpy(self._noise.draw(self._num_parameters, std))
-        # The same sum under a second noise would be a second release that nobody has paid for.
+        # The same sum under a second noise would be a second release that no ledger accounts for.
         self._sum = None
         return noised / (mechanism.sample_rate * mechanism.num_records)
 
     def _total(self) -> torch.Tensor:
-        """Return the sum so far; not there before the first gradient is, beside whose pass it would take memory."""
+        """Return the sum so far; allocated after the first gradient, whose pass needs the memory."""
         if self._sum is None:
             self._sum = torch.zeros(self._num_parameters, dtype=torch.float64)
         return self._sum

@@ -21,7 +21,7 @@ SINE_TERMS = tuple((-1) ** k / math.factorial(2 * k + 1) for k in range(8))
 
 
 class GaussianNoise:
-    """A stream of Gaussian noise; takes no seed, because whoever knows the noise can take it off again.
+    """A stream of Gaussian noise; takes no seed, because anyone who knows the noise can take it off again.
 
     Every value is the sum of four independent draws over two: the gaps between the floating-point values
     that one draw can take would give away the exact sum beneath it.
@@ -87,7 +87,7 @@ class GaussianNoise:
         swap, words = self._words
         bits, cosine_bits, sine_bits = (values.view(np.int64) for values in (radius, cosine, sine))
         np.left_shift(words, 1, out=swap)
-        np.right_shift(swap, 63, out=swap)  # all ones where the two are to be swapped, else zeros
+        np.right_shift(swap, 63, out=swap)  # all ones where the two are to be swapped, otherwise zeros
         swap &= cosine_bits ^ sine_bits
         cosine_bits ^= swap
         sine_bits ^= swap

@@ -28,7 +28,7 @@ def worst_case_epsilon(history: Iterable[Charge], trials: Sequence[Segment], num
     """Return an upper bound of epsilon after num_trials more trials, each of which may be any of `trials`.
 
     Where one of them has the least noise, the highest rate and the most steps, that one composed with itself is the
-    worst case, by PLD. Else the bound is the smaller one of such a trial made up of the worst of each, and of the
+    worst case, by PLD. Otherwise the bound is the smaller one of such a trial made up of the worst of each, and of the
     Renyi bound that takes the costliest trial at every order.
 
     Args:

@@ -20,7 +20,7 @@ class Pool:
     async def run(self, work: Callable[..., T], *args: object) -> T:
         """Return what the work returns.
 
-        Cancelled, it ends after the thread does: whoever then removes the work's files does so alone.
+        Cancelled, it ends after the thread does, so that the work's files can then be removed safely.
         """
         handle = self._executor.submit(work, *args)
         ending = asyncio.wrap_future(handle)

@@ -77,7 +77,7 @@ def _client(target: PacsTarget) -> DICOMwebClient:
     elif target.username_env is not None and target.password_env is not None:
         session.auth = (_secret(target, target.username_env), _secret(target, target.password_env))
     client = DICOMwebClient(target.url, session=session)
-    client.set_http_retry_params(retry=False)  # whoever asked is waiting, and may ask again
+    client.set_http_retry_params(retry=False)  # the caller is waiting, and may retry
     return client
 
 

@@ -1,4 +1,4 @@
-"""A volume in, a mask out; at once, or as a job for whoever cannot wait."""
+"""A volume in, a mask out: in one request, or as a job."""
 
 from __future__ import annotations
 

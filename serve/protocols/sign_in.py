@@ -30,7 +30,7 @@ def sign_in_router(tokens: TokenBook) -> APIRouter:
 
     @router.post("/auth/token")
     async def token(request: Request) -> dict[str, str]:
-        """Give a valid token back to whoever has it."""
+        """Return a valid token to the client that presents it."""
         secret = await _password(request)
         tokens.identify(f"Bearer {secret}")
         return {"access_token": secret, "token_type": "bearer"}

@@ -38,7 +38,7 @@ Together = tuple[Array, int]  # logits, and how many windows ran together
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A version in memory; whoever works with it holds it, so that the cache may drop it at any time."""
+    """A version in memory; its users hold a reference, so that the cache may drop it at any time."""
 
     key: ModelKey
     predictor: Predictor
@@ -63,7 +63,7 @@ class WindowBatch:
 
 
 class OneShotVolume:
-    """A volume on its way to a replica, which takes it out: what called the replica would else hold it to the end."""
+    """A volume on its way to a replica, which takes it out, so that the caller does not keep it in memory."""
 
     def __init__(self, volume: Volume) -> None:
         """Pack a volume."""
@@ -118,7 +118,7 @@ class ModelReplica:
           source: opens the models' source, in this process.
         """
         self._source, self._settings = source(), settings
-        # One call at a time: it has all threads of the replica. Preparation of the next volume goes on beside it.
+        # One call at a time: it has all threads of the replica. The next volume is prepared meanwhile.
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="onnxruntime")
         self._volumes = asyncio.Semaphore(settings.scaling.volumes_at_once)
         self._running_since: float | None = None
@@ -166,7 +166,7 @@ class ModelReplica:
     async def describe(self, model_id: str) -> PackageDescription:
         """Load a version, take an empty image through it, and return what its package says of itself.
 
-        The first image through a new process would else wait for libraries to be imported.
+        Otherwise the first image through a new process would wait for imports.
         """
         model = await self.load(model_id)
         description = model.description

@@ -20,7 +20,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 def open_source(settings: ServeSettings) -> ModelSource:
-    """Return the folder that the settings name, else the registry that they name, else the default registry.
+    """Return the folder that the settings name, otherwise the registry that they name, otherwise the default registry.
 
     Raises:
       ConfigError, RegistryError: both are named, or what is named cannot be opened.

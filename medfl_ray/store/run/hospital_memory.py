@@ -1,4 +1,4 @@
-"""What a hospital remembers from round to round of a run, in its own folder; see training/rules/client_rules.py for what.
+"""What a hospital remembers from round to round, in its own folder; training/rules/client_rules.py says what.
 
 A file per round, written whole or not at all. A round starts from the newest file of an earlier round, so that one
 that is interrupted, given up or repeated starts from what it started from the first time.
