@@ -159,7 +159,7 @@ def worker_environment() -> dict[str, str]:
 def simulation_environment() -> dict[str, str]:
     """Return the environment of a simulation's workers, in place before their processes start.
 
-    Freed memory stays with the process; otherwise a large volume's pass would spend its time on page faults (glibc only).
+    Freed memory stays with the process; otherwise a large volume's pass would spend its time on page faults (glibc).
     """
     return {
         **worker_environment(),
