@@ -13,7 +13,6 @@ import json
 import os
 import runpy
 import select
-import signal
 import socket
 import sys
 import threading
@@ -26,7 +25,6 @@ def main(address: str, modules: list[str]) -> None:
     """Import, then fork for every connection until standard input ends with whoever started this."""
     for module in modules:
         importlib.import_module(module)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen(16)
@@ -38,6 +36,9 @@ def main(address: str, modules: list[str]) -> None:
 def serve_one(listening: socket.socket) -> bool:
     """Start what the next connection asks for; return whether there may be another."""
     ready, _, _ = select.select([listening, sys.stdin], [], [])
+    with contextlib.suppress(ChildProcessError):  # there is none left
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
     if listening not in ready:
         return False
     connection, _ = listening.accept()
@@ -50,7 +51,6 @@ def serve_one(listening: socket.socket) -> bool:
 
 def watch(connection: socket.socket) -> None:
     """Fork the child, say its process id and, in the end, how it ended; never returns."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     head, files, _, _ = socket.recv_fds(connection, 2**20, 3)
     wanted = json.loads(head)
     child = os.fork()
