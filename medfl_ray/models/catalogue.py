@@ -113,9 +113,11 @@ def smallest_size(model: ModelConfig, spatial_dims: int, patch_size: tuple[int, 
     """Return the smallest input edges on which the network can be probed, in voxels."""
     if has_fixed_size(model):
         return patch_size
-    # Instance norm needs more than one voxel per channel at the lowest level.
-    edge = size_divisor(model) * (2 if model.norm == "instance" or model.network is not None else 1)
-    return (edge,) * spatial_dims
+    edge = size_divisor(model)
+    if model.network is not None:
+        return (2 * edge,) * spatial_dims
+    # Instance norm needs more than one voxel per channel at the lowest level: two of them do.
+    return (edge * (2 if model.norm == "instance" else 1), *(edge,) * (spatial_dims - 1))
 
 
 def _entry(model: ModelConfig) -> Entry:

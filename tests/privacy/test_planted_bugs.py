@@ -9,18 +9,23 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from warm import WarmParent, warm_parent
 
 pytestmark = [pytest.mark.ci, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("medfl_ray", "actors", "tests", "pyproject.toml")
+LIBRARIES = (
+    "torch", "torch.func", "scipy.stats", "pandas", "sklearn.metrics", "sqlalchemy", "opacus", "nibabel", "pydicom",
+    "highdicom", "dp_accounting.pld.pld_privacy_accountant", "pydantic", "cryptography.x509", "PIL.Image", "typer",
+    "structlog", "yaml", "safetensors.torch", "pytest",
+)  # fmt: skip
+"""What the tests import besides the package itself, so that no bug's process does it again."""
 CAUGHT = re.compile(r"[Aa]ssert|DID NOT RAISE|NotFitForDP")
 
 SUM, SAMPLER, NOISE = "privacy/dpsgd.py", "privacy/sampler.py", "privacy/noise.py"
@@ -390,24 +395,31 @@ def test_planted_bugs_are_of_22_kinds() -> None:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of package and tests without a bug, in which every test that is to catch one passes."""
+def warm() -> Iterator[WarmParent]:
+    """The parent of every process that tests a copy: it has imported libraries, and nothing of the package."""
+    with warm_parent(LIBRARIES, environment(ROOT)) as parent:
+        yield parent
+
+
+@pytest.fixture(scope="module")
+def sound(warm: WarmParent, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of package and tests without a bug, compiled, in which every test that is to catch one passes."""
     folder = tmp_path_factory.mktemp("sound")
     for part in PARTS:
-        copy(ROOT / part, folder / part)
-    failed = run_tests(folder, sorted({test for bug in BUGS.values() for test in bug.caught_by}))
+        copy(ROOT / part, folder / part, shutil.copy2)
+    failed = run_tests(warm, folder, sorted({test for bug in BUGS.values() for test in bug.caught_by}))
     assert failed == {}
     return folder
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_is_caught(sound: Path, tmp_path: Path, name: str) -> None:
+def test_planted_bug_is_caught(warm: WarmParent, sound: Path, tmp_path: Path, name: str) -> None:
     bug = BUGS[name]
     for part in PARTS:
-        copy(sound / part, tmp_path / part)
+        copy(sound / part, tmp_path / part, os.link)
     for file, old, new in bug.edits:
         replace_once(tmp_path / "medfl_ray" / file, old, new)
-    failed = run_tests(tmp_path, bug.caught_by)
+    failed = run_tests(warm, tmp_path, bug.caught_by)
     missed = [
         test for test in bug.caught_by if not any(found.split("[")[0] == test or found == test for found in failed)
     ]
@@ -415,27 +427,36 @@ def test_planted_bug_is_caught(sound: Path, tmp_path: Path, name: str) -> None:
     assert all(CAUGHT.search(why) for why in failed.values()), failed
 
 
-def copy(source: Path, target: Path) -> None:
+def copy(source: Path, target: Path, copy_file: Callable[[Path, Path], object]) -> None:
     if source.is_dir():
-        shutil.copytree(source, target)
+        shutil.copytree(source, target, copy_function=copy_file)
     else:
-        shutil.copy2(source, target)
+        copy_file(source, target)
 
 
 def replace_once(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert text.count(old) == 1, f"{path.name} holds {text.count(old)} times: {old}"
+    path.unlink()  # the file may be a link to the sound one
     path.write_text(text.replace(old, new))
 
 
-def run_tests(folder: Path, tests: Iterable[str]) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
+    """Return what a copy's tests run in; they keep what they compile, so that a bug's copy finds it."""
+    own = {"PYTHONPATH": str(folder), "COLUMNS": "1000", "OMP_NUM_THREADS": "1"}
+    return {
+        **{key: value for key, value in os.environ.items() if key not in ("PYTEST_ADDOPTS", "PYTHONDONTWRITEBYTECODE")},
+        **own,
+    }
+
+
+def run_tests(warm: WarmParent, folder: Path, tests: Iterable[str]) -> dict[str, str]:
     """Return the failed tests with the first line of why; whatever else goes wrong fails the test itself."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "1000", "OMP_NUM_THREADS": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=line", "-m", "", "-p", "no:cacheprovider", *tests]
-    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert ended.returncode in (0, 1), ended.stdout + ended.stderr  # anything else is not a test that failed
-    assert not re.search(r"^ERROR ", ended.stdout, re.MULTILINE), ended.stdout
-    lines = re.findall(r"^FAILED (.*?) - (.*)$", ended.stdout, re.MULTILINE)
-    assert bool(lines) == bool(ended.returncode), ended.stdout
+    command = ["pytest", "-q", "-rfE", "--tb=line", "-m", "", "-p", "no:cacheprovider", *tests]
+    process = warm.start(*command, env=environment(folder), cwd=folder)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode in (0, 1), out + err  # anything else is not a test that failed
+    assert not re.search(r"^ERROR ", out, re.MULTILINE), out
+    lines = re.findall(r"^FAILED (.*?) - (.*)$", out, re.MULTILINE)
+    assert bool(lines) == bool(process.returncode), out
     return dict(lines)

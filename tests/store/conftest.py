@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -11,11 +12,23 @@ from pathlib import Path
 
 import pytest
 from ledger_files import POLICIES, opened, rows_of, train
+from warm import warm_parent
 
 from medfl_ray.store.ledger.mirror import LedgerMirror
 from medfl_ray.store.run.mirror import RunMirror
 
 PASSWORD = "only-for-tests"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def warm():
+    """The parent of processes that use a ledger or a registry, in which everything that they import is imported."""
+    modules = ["model_registry", "medfl_ray.store.registry", "medfl_ray.store.ledger", "sqlalchemy.dialects.sqlite",
+               "dp_accounting.pld.pld_privacy_accountant"]  # fmt: skip
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    with warm_parent(modules, {**os.environ, "PYTHONPATH": path}) as parent:
+        yield parent
 
 
 def postgres_binary(name):
@@ -85,7 +98,7 @@ def postgres():
         yield new_database
         connection.close()
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGINT)  # at SIGTERM it would wait for connections that the tests' pools keep
         server.wait(timeout=30)
         shutil.rmtree(folder)
 

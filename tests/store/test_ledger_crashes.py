@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from ledger_files import as_version_one
+from warm import WarmParent, WarmProcess
 
 from medfl_ray.messages import Mechanism
 from medfl_ray.privacy.accountant import Segment, epsilon_spent
@@ -30,13 +29,14 @@ FAILPOINTS = [
 STEPS_PER_ROUND = 8
 
 
-def start(folder: Path, rounds: int, writer: str = "job", failpoint: str | None = None) -> "subprocess.Popen[str]":
+def start(
+    warm: WarmParent, folder: Path, rounds: int, writer: str = "job", failpoint: str | None = None
+) -> WarmProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("MEDFL_FAILPOINT", None)
     if failpoint is not None:
         environment["MEDFL_FAILPOINT"] = failpoint
-    command = [sys.executable, str(PROGRAM), str(folder), str(rounds), writer]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+    return warm.start(PROGRAM, folder, rounds, writer, env=environment)
 
 
 def charged_steps(folder: Path) -> int:
@@ -49,19 +49,19 @@ def steps_used(lines: list[str]) -> int:
     return STEPS_PER_ROUND * sum(line.startswith("settled") for line in lines)
 
 
-def check_killed_at(folder: Path, failpoint: str) -> None:
-    process = start(folder, 4, failpoint=failpoint)
+def check_killed_at(warm: WarmParent, folder: Path, failpoint: str) -> None:
+    process = start(warm, folder, 4, failpoint=failpoint)
     lines = process.communicate(timeout=120)[0].splitlines()
     assert process.returncode == -signal.SIGKILL
     surplus = charged_steps(folder) - steps_used(lines)
     assert 0 <= surplus <= STEPS_PER_ROUND
-    again = start(folder, 2, writer="resumed").communicate(timeout=120)[0].splitlines()
+    again = start(warm, folder, 2, writer="resumed").communicate(timeout=120)[0].splitlines()
     assert again[-1] == "done"
     assert charged_steps(folder) - steps_used(lines + again) == surplus
 
 
-def test_killed_between_reserve_and_settle_it_stays_charged(tmp_path: Path) -> None:
-    process = start(tmp_path, 4, failpoint="ledger.reserve.committed:2")
+def test_killed_between_reserve_and_settle_it_stays_charged(warm: WarmParent, tmp_path: Path) -> None:
+    process = start(warm, tmp_path, 4, failpoint="ledger.reserve.committed:2")
     lines = process.communicate(timeout=120)[0].splitlines()
     assert process.returncode == -signal.SIGKILL
     assert lines == ["opened", "reserved 1", "settled 1"]
@@ -70,8 +70,8 @@ def test_killed_between_reserve_and_settle_it_stays_charged(tmp_path: Path) -> N
 
 @pytest.mark.ci
 @pytest.mark.parametrize("failpoint", FAILPOINTS)
-def test_killed_anywhere_it_never_undercounts(tmp_path: Path, failpoint: str) -> None:
-    check_killed_at(tmp_path, failpoint)
+def test_killed_anywhere_it_never_undercounts(warm: WarmParent, tmp_path: Path, failpoint: str) -> None:
+    check_killed_at(warm, tmp_path, failpoint)
 
 
 UNPROTECTED_FAILPOINTS = [
@@ -82,25 +82,27 @@ UNPROTECTED_FAILPOINTS = [
 
 @pytest.mark.ci
 @pytest.mark.parametrize("failpoint", UNPROTECTED_FAILPOINTS)
-def test_killed_while_it_marks_an_unprotected_job_the_file_is_whole(tmp_path: Path, failpoint: str) -> None:
+def test_killed_while_it_marks_an_unprotected_job_the_file_is_whole(
+    warm: WarmParent, tmp_path: Path, failpoint: str
+) -> None:
     """Also where a file of the first version is brought up to date in the same transaction: both or neither."""
-    start(tmp_path, 1).communicate(timeout=120)
+    start(warm, tmp_path, 1).communicate(timeout=120)
     as_version_one(tmp_path / "ledger.sqlite")
     charged = charged_steps(tmp_path)
-    process = start(tmp_path, 0, writer="unprotected", failpoint=failpoint)
+    process = start(warm, tmp_path, 0, writer="unprotected", failpoint=failpoint)
     assert process.communicate(timeout=120)[0].splitlines() == ["opened"]
     assert process.returncode == -signal.SIGKILL
     ledger = PrivacyLedger.open(tmp_path / "ledger.sqlite", "north", "scans", 1e-5, 1.0)
     assert ledger.is_unprotected() == failpoint.endswith("committed")
     assert charged_steps(tmp_path) == charged
-    assert start(tmp_path, 0, writer="unprotected").communicate(timeout=120)[0].splitlines()[1] == "marked"
+    assert start(warm, tmp_path, 0, writer="unprotected").communicate(timeout=120)[0].splitlines()[1] == "marked"
     assert len([event for event in ledger.events() if event.kind == "unprotected"]) == 1
 
 
-def test_two_processes_never_pass_the_budget_together(tmp_path: Path) -> None:
+def test_two_processes_never_pass_the_budget_together(warm: WarmParent, tmp_path: Path) -> None:
     mechanism_steps = STEPS_PER_ROUND
     PrivacyLedger.open(tmp_path / "ledger.sqlite", "north", "scans", 1e-5, 1.0)
-    processes = [start(tmp_path, 5, writer=f"writer-{number}") for number in range(2)]
+    processes = [start(warm, tmp_path, 5, writer=f"writer-{number}") for number in range(2)]
     answers = [process.communicate(timeout=200)[0].splitlines() for process in processes]
     assert all(lines[-1] == "done" for lines in answers)
     assert any("refused" in lines for lines in answers)

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,13 +27,12 @@ CHANGE = ["registry.change.audited", "registry.change.between", "registry.change
 FETCH = ["registry.fetch.file", "registry.fetch.file:3", "registry.fetch.complete"]
 
 
-def start(place, package, action, count=1, actor="ada", failpoint=None, database=""):
+def start(warm, place, package, action, count=1, actor="ada", failpoint=None, database=""):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     environment.pop("MEDFL_FAILPOINT", None)
     if failpoint is not None:
         environment["MEDFL_FAILPOINT"] = failpoint
-    command = [sys.executable, str(PROGRAM), str(place), database, str(package), action, str(count), actor]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
+    return warm.start(PROGRAM, place, database, package, action, count, actor, env=environment)
 
 
 def lines_of(process):
@@ -63,10 +60,10 @@ def database(request):
     return request.getfixturevalue("postgres")() if request.param == "postgresql" else ""
 
 
-def test_processes_that_make_a_registry_together_share_one(tmp_path, package, database):
+def test_processes_that_make_a_registry_together_share_one(warm, tmp_path, package, database):
     """From nothing: key, schema, versions and champions, by four processes at the same time."""
     place, rounds, actors = tmp_path / "registry", 3, ["ada", "bea", "cleo", "dee"]
-    processes = [start(place, package, "both", rounds, actor, database=database) for actor in actors]
+    processes = [start(warm, place, package, "both", rounds, actor, database=database) for actor in actors]
     answers = [lines_of(process) for process in processes]
     assert all(lines[-1] == "done" for lines in answers)
     told = sorted(int(line.split()[1]) for lines in answers for line in lines if line.startswith("registered"))
@@ -80,74 +77,74 @@ def test_processes_that_make_a_registry_together_share_one(tmp_path, package, da
     assert sum(event.action in ("model.promote", "model.rollback") for event in log) == done
 
 
-def killed_while_registering(tmp_path, package, failpoint, database=""):
+def killed_while_registering(warm, tmp_path, package, failpoint, database=""):
     place = tmp_path / "registry"
-    killed = start(place, package, "register", failpoint=failpoint, database=database)
+    killed = start(warm, place, package, "register", failpoint=failpoint, database=database)
     told = lines_of(killed)
     assert killed.returncode == -signal.SIGKILL
     assert told == []
     registry = Registry(place, database or None)
     before = len(check_whole(registry))
     assert before == (1 if failpoint == "registry.change.committed" else 0)
-    again = lines_of(start(place, package, "both", actor="bea", database=database))
+    again = lines_of(start(warm, place, package, "both", actor="bea", database=database))
     assert again[0] == f"registered {before + 1}"
     assert len(check_whole(Registry(place, database or None))) == before + 1
 
 
-def killed_while_changing(tmp_path, package, action, failpoint, database=""):
+def killed_while_changing(warm, tmp_path, package, action, failpoint, database=""):
     place = tmp_path / "registry"
     registry = Registry(place, database or None)
     for _ in range(2):
         registry.register("lesions", package, lineage(), "ada")
         registry.promote("lesions", "candidate", "ada")
     registry.register("lesions", package, lineage(), "ada")
-    killed = start(place, package, action, failpoint=failpoint, database=database)
+    killed = start(warm, place, package, action, failpoint=failpoint, database=database)
     lines_of(killed)
     assert killed.returncode == -signal.SIGKILL
     check_whole(registry)
     after = {"promote": 3, "rollback": 1}[action]
     assert registry.get("lesions").version == (after if failpoint == "registry.change.committed" else 2)
-    lines_of(start(place, package, "both", actor="bea", database=database))
+    lines_of(start(warm, place, package, "both", actor="bea", database=database))
     check_whole(Registry(place, database or None))
 
 
-def killed_while_fetching(tmp_path, package, failpoint):
+def killed_while_fetching(warm, tmp_path, package, failpoint):
     place = tmp_path / "registry"
     version = Registry(place).register("lesions", package, lineage(), "ada")
-    killed = start(place, package, "fetch", failpoint=failpoint)
+    killed = start(warm, place, package, "fetch", failpoint=failpoint)
     lines_of(killed)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "fetched").exists()
     Registry(place).fetch(version, tmp_path / "fetched")
 
 
-def test_killed_between_the_rows_of_one_promotion_the_champion_stays(tmp_path, package):
-    killed_while_changing(tmp_path, package, "promote", "registry.change.between")
+def test_killed_between_the_rows_of_one_promotion_the_champion_stays(warm, tmp_path, package):
+    killed_while_changing(warm, tmp_path, package, "promote", "registry.change.between")
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("failpoint", REGISTER)
-def test_killed_anywhere_while_registering(tmp_path, package, failpoint, database):
-    killed_while_registering(tmp_path, package, failpoint, database)
+def test_killed_anywhere_while_registering(warm, tmp_path, package, failpoint, database):
+    killed_while_registering(warm, tmp_path, package, failpoint, database)
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("failpoint", CHANGE)
 @pytest.mark.parametrize("action", ["promote", "rollback"])
-def test_killed_anywhere_while_changing_the_champion(tmp_path, package, action, failpoint, database):
-    killed_while_changing(tmp_path, package, action, failpoint, database)
+def test_killed_anywhere_while_changing_the_champion(warm, tmp_path, package, action, failpoint, database):
+    killed_while_changing(warm, tmp_path, package, action, failpoint, database)
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("failpoint", FETCH)
-def test_killed_anywhere_while_fetching(tmp_path, package, failpoint):
-    killed_while_fetching(tmp_path, package, failpoint)
+def test_killed_anywhere_while_fetching(warm, tmp_path, package, failpoint):
+    killed_while_fetching(warm, tmp_path, package, failpoint)
 
 
-def test_replicas_that_fetch_into_one_folder_share_it(tmp_path, package):
+def test_replicas_that_fetch_into_one_folder_share_it(warm, tmp_path, package):
     place = tmp_path / "registry"
     version = Registry(place).register("lesions", package, lineage(), "ada")
-    processes = [start(place, package, "fetch", count=3) for _ in range(3)]
+    processes = [start(warm, place, package, "fetch", count=3) for _ in range(3)]
     assert [lines_of(process) for process in processes] == [["done"]] * 3
     assert Registry(place).fetch(version, tmp_path / "fetched") == tmp_path / "fetched"
     assert not list(tmp_path.glob(".fetched*"))
