@@ -13,6 +13,13 @@ secure_environment()  # before any test file imports Ray, which reads it once
 import pytest  # noqa: E402
 
 
+def pytest_report_header():
+    """Say which part of the lists that are too long for every day runs."""
+    from sampling import sample_number
+
+    return f"part of the sampled lists: MEDFL_SAMPLE={sample_number()}"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Keep this process at one computing thread; two on a busy machine collapse."""

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant
 from opacus.accountants import RDPAccountant as OpacusRdp
+from sampling import sampled
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -96,6 +97,12 @@ def test_prv_and_renyi_bound_it_from_above(sigma: float, q: float, steps: int) -
 
 
 @pytest.mark.ci
+def test_prv_and_renyi_bound_it_from_above_in_todays_part_of_the_settings() -> None:
+    for sigma, q, steps in sampled(SETTINGS, 4):
+        check_against_the_others(sigma, q, steps)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("sigma", "q", "steps"), SETTINGS)
 def test_prv_and_renyi_bound_it_from_above_everywhere(sigma: float, q: float, steps: int) -> None:
     check_against_the_others(sigma, q, steps)
