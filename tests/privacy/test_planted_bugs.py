@@ -29,8 +29,8 @@ LIBRARIES = (
 CAUGHT = re.compile(r"[Aa]ssert|DID NOT RAISE|NotFitForDP")
 
 SUM, SAMPLER, NOISE = "privacy/dpsgd.py", "privacy/sampler.py", "privacy/noise.py"
-ACCOUNTANT, ENGINES, TRAINER = "privacy/accountant.py", "training/patient_gradients.py", "training/trainer.py"
-EVENTS, LEDGER = "store/ledger_events.py", "store/ledger.py"
+ACCOUNTANT, ENGINES, TRAINER = "privacy/accountant.py", "training/gradients/patient_gradients.py", "training/trainer.py"
+EVENTS, LEDGER = "store/ledger/events.py", "store/ledger/account.py"
 
 IN_SUM, IN_NOISE, IN_SAMPLER = ("tests/privacy/test_" + name for name in ("dpsgd.py::", "noise.py::", "sampler.py::"))
 IN_STEPS, IN_GRADIENTS = "tests/training/test_private_steps.py::", "tests/training/test_patient_gradients.py::"
@@ -38,10 +38,10 @@ IN_ENGINES, IN_COUPLING = "tests/training/test_engine_choice.py::", "tests/train
 IN_ACCOUNTANT, IN_PLANNING = "tests/privacy/test_accountant.py::", "tests/federation/test_planning.py::"
 IN_LEDGER, IN_SCHEDULES = "tests/store/test_ledger.py::", "tests/store/test_ledger_schedules.py::"
 
-ANSWERS, PLANNING = "federation/private_answers.py", "federation/planning.py"
+ANSWERS, PLANNING = "federation/hospital_rules/private_answers.py", "federation/planning.py"
 IN_BOUNDARY, IN_AGREEMENT = (f"tests/federation/test_{name}.py::" for name in ("hospital_boundary", "agreement"))
 IN_MIRRORED = "tests/federation/test_mirrored_runs.py::"
-BUDGETS, MIRROR = "store/ledger_budgets.py", "store/ledger_mirror.py"
+BUDGETS, MIRROR = "store/ledger/budgets.py", "store/ledger/mirror.py"
 IN_KEYS, IN_VERIFICATION = (f"tests/store/test_{name}.py::" for name in ("mirror_keys", "run_verification"))
 
 
@@ -212,8 +212,8 @@ BUGS = {
     "the accountant that understates may be asked for": Bug(
         "GDP accountant",
         (
-            ("config_privacy.py", 'value.lower() in ("gdp", "clt")', "False"),
-            ("config_privacy.py", 'accountant: Literal["pld"]', 'accountant: Literal["pld", "gdp"]'),
+            ("config/privacy.py", 'value.lower() in ("gdp", "clt")', "False"),
+            ("config/privacy.py", 'accountant: Literal["pld"]', 'accountant: Literal["pld", "gdp"]'),
         ),
         ("tests/cli/test_bad_input.py::test_wrong_configuration[an accountant that understates]",),
     ),
@@ -308,8 +308,8 @@ BUGS = {
     "an export is verified under the key that it names itself": Bug(
         "unpinned key",
         (
-            ("store/run_verification.py", "    if not compared:\n", "    if False:\n"),
-            ("store/run_verification.py", "if public_key not in allowed:", "if False:"),
+            ("store/run/verification.py", "    if not compared:\n", "    if False:\n"),
+            ("store/run/verification.py", "if public_key not in allowed:", "if False:"),
         ),
         (
             IN_VERIFICATION + "test_hole_an_added_export_of_a_hospital_that_nobody_knows_fails",
@@ -320,7 +320,7 @@ BUGS = {
         "coupled channels",
         (
             (
-                "data/layouts.py",
+                "data/layouts/catalogue.py",
                 "    if named is None:\n        from medfl_ray.data.layouts.dicom_folder",
                 "    if True:\n        from medfl_ray.data.layouts.dicom_folder",
             ),
@@ -353,7 +353,7 @@ BUGS = {
     ),
     "the journal says when the rounds of a secret cohort began": Bug(
         "timestamps",
-        (("store/round_journal.py", "clock_of(not plan.hospitals)()", "clock_of(False)()"),),
+        (("store/run/journal.py", "clock_of(not plan.hospitals)()", "clock_of(False)()"),),
         (TIMES_OF_SECRETS,),
     ),
     "files say when the rounds of a secret cohort ended": Bug(
