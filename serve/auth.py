@@ -11,7 +11,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -166,11 +166,12 @@ def digest_of(secret: str) -> str:
 class TokenBook:
     """The tokens that are valid now; the file is read again when it changes, so that revoking needs no restart."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        """Read the file; `clock` counts the seconds between two looks at it."""
+        self._path, self._clock = path, clock
         self._seen = self._state()  # before reading: a change between the two is then read again
         self._tokens = read_tokens(path)
-        self._looked_at = time.monotonic()
+        self._looked_at = clock()
 
     @property
     def is_empty(self) -> bool:
@@ -196,7 +197,7 @@ class TokenBook:
         return found[0]
 
     def _reload(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         if now - self._looked_at < RELOAD_S:
             return
         self._looked_at = now

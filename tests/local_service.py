@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import APIRouter
 from starlette.types import ASGIApp
 
-from serve.auth import TokenBook, add_token
+from serve.auth import RELOAD_S, TokenBook, add_token
 from serve.backend import Backend, LocalReplicas
 from serve.clinic.scratch import Scratch
 from serve.http_app import build_http_app
@@ -28,6 +28,16 @@ from serve.settings import ServeSettings
 
 
 @dataclass
+class ManualClock:
+    """A clock that stands still until a test moves it."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
 class LocalService:
     """The application and what a test looks into."""
 
@@ -36,6 +46,11 @@ class LocalService:
     metrics: ServingMetrics
     token: str
     tokens: Path
+    clock: ManualClock
+
+    def look_at_tokens_again(self) -> None:
+        """Let so much time pass for the service that its next request reads a changed file of tokens."""
+        self.clock.now += 1.1 * RELOAD_S
 
 
 def local_service(
@@ -48,9 +63,11 @@ def local_service(
     catalogue = Catalogue(FolderSource(models), replicas.describe, chosen.only, metrics.served)
     backend = Backend(replicas, catalogue, metrics, chosen.limits.inference_timeout_s)
     tokens = folder / "tokens.json"
-    token = add_token(tokens, "test")
-    app = build_http_app(backend, chosen, TokenBook(tokens), metrics, routers, scratch=Scratch(folder / "scratch"))
-    return LocalService(app, backend, metrics, token, tokens)
+    token, clock = add_token(tokens, "test"), ManualClock()
+    app = build_http_app(
+        backend, chosen, TokenBook(tokens, clock), metrics, routers, scratch=Scratch(folder / "scratch")
+    )
+    return LocalService(app, backend, metrics, token, tokens, clock)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import http.client
 import json
 import mimetypes
 import os
-import time
 from urllib.parse import quote_plus
 
 import nibabel as nib
@@ -150,7 +149,7 @@ def test_a_session_belongs_to_its_token(slicer, address, service, image):
     _, content = slicer.form("PUT", "/session/", {}, {"files": image[0]})
     session = json.loads(content)["session_id"]
     stranger = Slicer(address, add_token(service.tokens, "stranger"))
-    time.sleep(1.1)  # the service looks at its file of tokens once a second
+    service.look_at_tokens_again()
     assert stranger.call("GET", "/info/")[0].status == 200
     assert stranger.call("GET", f"/session/{session}")[0].status == 404
     assert stranger.form("POST", f"/infer/bright?session_id={session}", PARAMS, {})[0].status == 404
