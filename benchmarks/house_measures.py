@@ -248,12 +248,17 @@ def _reached_from(start: str, following: Mapping[str, set[str]]) -> set[str]:
 def two_way_pairs(sources: Sequence[Source], imports: Iterable[Import]) -> list[tuple[str, str]]:
     """Return the pairs of rooms that import each other.
 
-    A room is a package at the root or, where such a package holds packages, each of these; the modules beside
-    them are a room of their own under the name of the package at the root.
+    A room is a package at the root or, where such a package holds packages, each of these; the modules next to
+    them are a room of their own under the name of the package at the root. A package and a package inside it are
+    no pair: what they share lies in the outer one.
     """
     rooms = {source.module: _room(source) for source in sources}
     arrows = {(rooms[found.importer], rooms[found.imported]) for found in imports}
-    return sorted((one, other) for one, other in arrows if one < other and (other, one) in arrows)
+    return sorted(
+        (one, other)
+        for one, other in arrows
+        if one < other and (other, one) in arrows and not other.startswith(f"{one}.")
+    )
 
 
 def _room(source: Source) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from fastapi import APIRouter
 
 from medfl_ray.data.uploads.limits import UploadLimits
+from serve.clinic.pacs_target import PacsTarget
 from serve.clinic.service import SegmentationService, SegmentBackend
 from serve.protocols.monai_label import monai_label_router
-from serve.protocols.pacs_target import PacsTarget
 from serve.protocols.segment_routes import segment_router
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from medfl_ray.config.base import Fraction, Positive, PositiveFloat, Section
 from medfl_ray.export.precision import VariantName
-from serve.protocols.pacs_target import PacsTarget
+from serve.clinic.pacs_target import PacsTarget
 
 ENVIRONMENT = {
     "MEDFL_MODELS": "models",

@@ -21,10 +21,10 @@ from medfl_ray.export.description import DESCRIPTION, PackageDescription, Varian
 from serve.auth import Role, TokenBook, add_token
 from serve.backend import Backend, LocalReplicas
 from serve.clinic.jobs import JobLimits
+from serve.clinic.pacs_target import PacsTarget
 from serve.clinic.service import SegmentationService
 from serve.http_app import build_http_app
 from serve.protocols.monai_label import monai_label_router
-from serve.protocols.pacs_target import PacsTarget
 from serve.protocols.segment_routes import segment_router
 from serve.replicas.model_loader import Catalogue
 from serve.replicas.replica import ModelReplica

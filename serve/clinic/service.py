@@ -38,11 +38,11 @@ from medfl_ray.export.description import PackageDescription
 from medfl_ray.export.predictor import Segmentation
 from medfl_ray.store.state_folders import state_root
 from serve.clinic.jobs import JobBook, JobLimits, JobResult
+from serve.clinic.pacs import store_in_pacs
+from serve.clinic.pacs_target import PacsTarget
 from serve.clinic.pools import ANSWERS, DISK, PACS, until_done
 from serve.clinic.scratch import Scratch
 from serve.clinic.sessions import SessionBook
-from serve.protocols.pacs import store_in_pacs
-from serve.protocols.pacs_target import PacsTarget
 from serve.refusals import Forbidden, Refusal, TooLarge, Unavailable
 
 Output = Literal["nifti", "nrrd", "dicom-seg", "rtstruct", "json", "png"]

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from serve.clinic.jobs import JobResult, Work
+from serve.clinic.pacs import choose_pacs
 from serve.clinic.service import Output, SegmentationService, SegmentRequest, check_may_store, owner_of, receive_file
-from serve.protocols.pacs import choose_pacs
 
 SeriesUid = Annotated[str, Query(pattern=r"^[0-9.]{1,64}$")]
 PacsName = Annotated[str | None, Query(pattern=r"^[A-Za-z0-9_-]{1,32}$")]

@@ -24,7 +24,7 @@ from local_service import running
 from pydicom.uid import generate_uid
 
 from medfl_ray.data.volume import LPS_TO_RAS
-from serve.protocols.pacs_target import PacsTarget
+from serve.clinic.pacs_target import PacsTarget
 
 ORTHANC = shutil.which("Orthanc", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 PLUGINS = sorted(Path("/usr/lib/orthanc").glob("libOrthancDicomWeb.so*"))

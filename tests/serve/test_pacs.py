@@ -12,8 +12,8 @@ from dicom_builder import DicomBuilder
 from pydantic import ValidationError
 
 from medfl_ray.errors import ConfigError
-from serve.protocols.pacs import PacsFailed, choose_pacs, store_in_pacs
-from serve.protocols.pacs_target import PacsTarget
+from serve.clinic.pacs import PacsFailed, choose_pacs, store_in_pacs
+from serve.clinic.pacs_target import PacsTarget
 from serve.refusals import NotServed
 
 

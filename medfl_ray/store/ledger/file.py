@@ -124,7 +124,7 @@ class LedgerFile:
         with self.reading() as connection:
             answer = connection.exec_driver_sql("PRAGMA integrity_check").scalar()
         if answer != "ok":
-            raise self._damaged()
+            raise _damaged(self.path.name)
 
     def _prepare(self) -> None:
         key_exists = self.path.with_name(KEY_NAME).exists() and not self._recovering
@@ -179,18 +179,20 @@ class LedgerFile:
         try:
             yield
         except (DBAPIError, sqlite3.Error) as error:
-            raise self._explained(error) from None
+            raise _explained(self.path.name, error) from None
         except (UnicodeDecodeError, OverflowError):  # damaged pages hold text that is none
-            raise self._damaged() from None
+            raise _damaged(self.path.name) from None
 
-    def _explained(self, error: Exception) -> LedgerError:
-        cause = error.orig if isinstance(error, DBAPIError) else error
-        damaged = any(mark in str(cause).lower() for mark in ("not a database", "malformed"))
-        words = DAMAGED if damaged else sqlite_files.in_plain_words(cause or error)
-        return LedgerError(f"the privacy ledger {self.path.name!r} cannot be used: {words}. Nothing was trained.")
 
-    def _damaged(self) -> LedgerError:
-        return self._explained(sqlite3.DatabaseError("malformed"))
+def _explained(name: str, error: Exception) -> LedgerError:
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    damaged = any(mark in str(cause).lower() for mark in ("not a database", "malformed"))
+    words = DAMAGED if damaged else sqlite_files.in_plain_words(cause or error)
+    return LedgerError(f"the privacy ledger {name!r} cannot be used: {words}. Nothing was trained.")
+
+
+def _damaged(name: str) -> LedgerError:
+    return _explained(name, sqlite3.DatabaseError("malformed"))
 
 
 def _create_tables(connection: Connection) -> None:

@@ -12,7 +12,7 @@ import requests
 from dicomweb_client.api import DICOMwebClient
 
 from medfl_ray.errors import ConfigError
-from serve.protocols.pacs_target import PacsTarget
+from serve.clinic.pacs_target import PacsTarget
 from serve.refusals import NotServed, Refusal
 
 
