@@ -24,6 +24,7 @@ from medfl_ray.assembly.spec import HospitalSpec
 from medfl_ray.errors import ClusterError
 from medfl_ray.federation.hospital_rules.failures import deadline_failure, evaluation_failure, start_failure
 from medfl_ray.federation.ports import AlonePlan, AloneResult
+from medfl_ray.federation.round_clock import RoundClock
 from medfl_ray.federation.studies.baselines import CENTRAL
 from medfl_ray.messages import (
     ClientFailure,
@@ -81,7 +82,7 @@ class RayPool:
         self._keeps_late = keeps_late
         self._actors: dict[str, Any] = {}
         self._unfinished: dict[ActorGroup, Unfinished] = {}
-        self._clock: tuple[tuple[int, int], float] = ((0, 0), 0.0)
+        self._clock = RoundClock()
         self._placement: Policy = placement
         check_pinned(ledgers_to_pin(specs), ray.nodes())  # type: ignore[no-untyped-call]
         self._groups = assign_to_actors(sorted(name for name in self._specs if name != CENTRAL), num_actors)
@@ -100,7 +101,7 @@ class RayPool:
             for name in plan.hospitals
         }
         fail = failure_of(plan, "reserve", may_have_left=False)
-        ends = self._ends_of(plan) or self._ends(START_TIMEOUT_S)
+        ends = self._clock.end(plan) or self._ends(START_TIMEOUT_S)
         answers: dict[str, Any] = dict(self._gather(calls, fail, f"reserving for round {plan.round}", ends))
         return {name: answers[name] for name in plan.hospitals}
 
@@ -124,7 +125,7 @@ class RayPool:
         }
         late = lambda name: deadline_failure(name, plan)  # noqa: E731
         doing = f"training for round {plan.round}"
-        answers = self._gather(calls, failure_of(plan, "train"), doing, self._ends_of(plan), late, self._keeps_late)
+        answers = self._gather(calls, failure_of(plan, "train"), doing, self._clock.end(plan), late, self._keeps_late)
         for _, answer in answers:
             yield answer
 
@@ -255,13 +256,6 @@ class RayPool:
             return fail(name, "the hospital's process failed; its own log has the details", False)
         except RayError as error:
             return fail(name, f"Ray lost the hospital's answer ({type(error).__name__})", True)
-
-    def _ends_of(self, plan: RoundPlan) -> float | None:
-        """Return when the round's deadline passes; its clock starts when this pool first hears of the round."""
-        key = (plan.round, plan.attempt)
-        if self._clock[0] != key:
-            self._clock = key, time.monotonic()
-        return None if plan.deadline_s is None else self._clock[1] + plan.deadline_s
 
     def _find_places(self) -> dict[ActorGroup, Place]:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]

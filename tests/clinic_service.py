@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from local_service import LocalService, ManualClock
+from local_service import LocalService
 from onnx import TensorProto, helper, numpy_helper
 
 from medfl_ray.config.model import ModelConfig
@@ -100,7 +100,7 @@ def clinic_service(
     backend = Backend(replicas, catalogue, metrics, chosen.limits.inference_timeout_s)
     clinic = SegmentationService(backend, limits, pacs, folder / "state", jobs)
     tokens = folder / "tokens.json"
-    token, clock = add_token(tokens, "test", roles), ManualClock()
+    token, clock = add_token(tokens, "test", roles)()
     routers = (segment_router(clinic), monai_label_router(clinic))
     app = build_http_app(backend, chosen, TokenBook(tokens, clock), metrics, routers, scratch=clinic.scratch)
     return LocalService(app, backend, metrics, token, tokens, clock)

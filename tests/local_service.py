@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import uvicorn
 from fastapi import APIRouter
+from manual_clock import ManualClock
 from starlette.types import ASGIApp
 
 from serve.auth import RELOAD_S, TokenBook, add_token
@@ -25,16 +26,6 @@ from serve.replicas.replica import ModelReplica
 from serve.replicas.sources import FolderSource
 from serve.serving_metrics import ServingMetrics
 from serve.settings import ServeSettings
-
-
-@dataclass
-class ManualClock:
-    """A clock that stands still until a test moves it."""
-
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @dataclass

@@ -17,6 +17,7 @@ from medfl_ray.config.site import SitePolicy
 from medfl_ray.errors import ConfigError, FederationError
 from medfl_ray.federation.hospital_rules.failures import deadline_failure, evaluation_failure, start_failure
 from medfl_ray.federation.ports import AlonePlan, AloneResult
+from medfl_ray.federation.round_clock import RoundClock
 from medfl_ray.federation.studies.baselines import CENTRAL
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
@@ -63,7 +64,7 @@ class FlowerPool:
         self._keeps_accounts = any(policy.declared == "private" for policy in policies)
         self._heads = expected_heads
         self._nodes: dict[str, int] = {}
-        self._clock: tuple[tuple[int, int], float] = ((0, 0), 0.0)
+        self._clock = RoundClock()
 
     def describe(self) -> Sequence[HospitalInfo | ClientFailure]:
         failures = self._find_nodes()
@@ -76,7 +77,7 @@ class FlowerPool:
         return [answers[name] for name in self._index]
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
-        ends = self._ends_of(plan)
+        ends = self._clock.end(plan)
         if not plan.mechanisms and not self._keeps_accounts:
             return dict.fromkeys(plan.hospitals)  # nothing to write down: a message each would start a process each
         calls: Calls = {n: (self._request("reserve", n, plan=plan.addressed_to(n)), None) for n in plan.hospitals}
@@ -94,7 +95,7 @@ class FlowerPool:
         self, plan: RoundPlan, hospitals: Sequence[str], weights: Vector
     ) -> Generator[ClientUpdate | ClientFailure, None, None]:
         calls: Calls = {n: (self._request("train", n, plan=plan.addressed_to(n)), weights) for n in hospitals}
-        for _, answer in self._ask(calls, ClientUpdate, self._ends_of(plan), lambda n: deadline_failure(n, plan)):
+        for _, answer in self._ask(calls, ClientUpdate, self._clock.end(plan), lambda n: deadline_failure(n, plan)):
             yield answer
 
     def evaluate(
@@ -169,13 +170,6 @@ class FlowerPool:
                 time.sleep(POLL_S)
         for name in pending.values():
             yield name, late(name) if late is not None else failure_of(name, "no answer in time", calls[name][0])
-
-    def _ends_of(self, plan: RoundPlan) -> float | None:
-        """Return when the round's deadline passes; its clock starts when this pool first hears of the round."""
-        key = (plan.round, plan.attempt)
-        if self._clock[0] != key:
-            self._clock = key, time.monotonic()
-        return None if plan.deadline_s is None else self._clock[1] + plan.deadline_s
 
 
 def check_flower_run(run: RunConfig) -> None:

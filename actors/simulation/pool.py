@@ -29,6 +29,7 @@ from medfl_ray.errors import ConfigError, FederationError, MedflError, PrivacyEr
 from medfl_ray.federation.hospital_rules.failures import deadline_failure, start_failure
 from medfl_ray.federation.planning import aggregation_weight, check_limits, check_terms
 from medfl_ray.federation.ports import AlonePlan, AloneResult, SummedUpdates, TrainingAnswer
+from medfl_ray.federation.round_clock import RoundClock
 from medfl_ray.messages import (
     ClientFailure,
     HospitalInfo,
@@ -71,6 +72,7 @@ class VirtualPool:
         """
         check_simulation(run, policies)
         check_memories(run, memories)
+        self._clock = RoundClock()
         self._memories = memories
         self._run = run
         self._policies = {policy.hospital: policy for policy in policies}
@@ -123,6 +125,7 @@ class VirtualPool:
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
         """Charge the whole cohort in one durable write; what an earlier attempt at the round has left is forgotten."""
+        self._clock.seconds_since_start(plan)
         if self._run.aggregation.is_stateful:
             for name in plan.hospitals:
                 self._memories.forget_from(plan.round, name)
@@ -268,7 +271,7 @@ class VirtualPool:
         """Have them trained; without noise a second training gives the same bits, with noise nobody paid for it."""
         tries = 1 if plan.mechanisms else TRIES
         for assignment, result in self._dealer.deal(
-            "train", assignments, weights, tries=tries, timeout_s=plan.deadline_s, apart=Assignment.apart
+            "train", assignments, weights, tries=tries, timeout_s=self._clock.seconds_left(plan), apart=Assignment.apart
         ):
             if not isinstance(result, WorkLost):
                 yield result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -66,10 +67,10 @@ def hospital_specs(
     return specs
 
 
-def local_pool(specs: list[HospitalSpec]) -> LocalPool:
-    """Return all hospitals in this process."""
+def local_pool(specs: list[HospitalSpec], clock: Callable[[], float] = time.monotonic) -> LocalPool:
+    """Return all hospitals in this process; `clock` counts the seconds of deadlines."""
     keeps_late = bool(specs) and specs[0].run.federation.stragglers == "keep"
-    return LocalPool({spec.policy.hospital: partial(build_hospital, spec) for spec in specs}, keeps_late)
+    return LocalPool({spec.policy.hospital: partial(build_hospital, spec) for spec in specs}, keeps_late, clock)
 
 
 def initial_weights(run: RunConfig) -> FirstWeights:

@@ -11,6 +11,7 @@ from medfl_ray.errors import MedflError
 from medfl_ray.federation.hospital import Hospital
 from medfl_ray.federation.hospital_rules.failures import deadline_failure, evaluation_failure, start_failure
 from medfl_ray.federation.ports import AlonePlan, AloneResult
+from medfl_ray.federation.round_clock import RoundClock
 from medfl_ray.messages import ClientFailure, ClientUpdate, HospitalInfo, PrivacySpent, RoundPlan, SiteEvaluation
 from medfl_ray.params import Vector
 
@@ -23,18 +24,23 @@ class LocalPool:
     With `keeps_late`, an update that misses its deadline is yielded in the next round.
     """
 
-    def __init__(self, builders: Mapping[str, Callable[[], Hospital]], keeps_late: bool = False) -> None:
+    def __init__(
+        self,
+        builders: Mapping[str, Callable[[], Hospital]],
+        keeps_late: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._builders = builders
         self._keeps_late = keeps_late
         self._hospitals: dict[str, Hospital] = {}
-        self._clock: tuple[tuple[int, int], float] = ((0, 0), 0.0)
+        self._time, self._clock = clock, RoundClock(clock)
         self._late: list[ClientUpdate] = []
 
     def describe(self) -> Sequence[HospitalInfo | ClientFailure]:
         return [self._asked(name, 0, 0, lambda built: built.info()) for name in self._builders if name != "central"]
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
-        self._seconds_since_start(plan)
+        self._clock.seconds_since_start(plan)
         return {name: self._tell(name, plan, lambda built, own: built.reserve(own)) for name in plan.hospitals}
 
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:
@@ -50,26 +56,19 @@ class LocalPool:
         yield from late
         for name in hospitals:
             answer = self._tell(name, plan, lambda built, own: built.train(own, weights))
-            if plan.deadline_s is not None and self._seconds_since_start(plan) > plan.deadline_s:
+            if self._clock.is_late(plan):
                 if self._keeps_late and isinstance(answer, ClientUpdate):
                     self._late.append(answer)
                 yield deadline_failure(name, plan)
             else:
                 yield answer
 
-    def _seconds_since_start(self, plan: RoundPlan) -> float:
-        """Return how long ago this pool first heard of the round."""
-        key, now = (plan.round, plan.attempt), time.monotonic()
-        if self._clock[0] != key:
-            self._clock = key, now
-        return now - self._clock[1]
-
     def evaluate(
         self, round: int, hospitals: Sequence[str], weights: Vector, pictures: bool, deadline_s: float | None
     ) -> Iterator[SiteEvaluation | ClientFailure]:
-        started = time.monotonic()
+        started = self._time()
         for name in hospitals:
-            if deadline_s is not None and time.monotonic() - started > deadline_s:
+            if deadline_s is not None and self._time() - started > deadline_s:
                 yield evaluation_failure(name, round, f"not begun within deadline_s={deadline_s:g}")
             else:
                 yield self._asked(name, round, 0, lambda built: built.evaluate(round, weights, pictures))

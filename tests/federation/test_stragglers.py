@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from manual_clock import ManualClock
 from small_runs import Interfering, small_run
 
 from medfl_ray.assembly.run import hospital_specs, local_pool, run_in_process
@@ -15,16 +16,16 @@ from medfl_ray.store.run.receipts import read_receipts, verify_receipts
 
 
 class Slow:
-    """A pool in which one hospital's training takes longer than the round has."""
+    """A pool in which one hospital's training takes longer than the round has, by the clock of the test."""
 
-    def __init__(self, pool, hospital, rounds, wait_s):
-        self._pool, self._hospital, self._rounds, self._wait_s = pool, hospital, rounds, wait_s
+    def __init__(self, pool, hospital, rounds, wait_s, clock):
+        self._pool = pool
         whole = pool._tell
 
         def tell(name, plan, ask):
             answer = whole(name, plan, ask)
             if name == hospital and plan.round in rounds and hasattr(answer, "delta"):
-                time.sleep(wait_s)
+                clock.now += wait_s
             return answer
 
         pool._tell = tell
@@ -33,21 +34,22 @@ class Slow:
         return getattr(self._pool, name)
 
 
-def run_it(run, tmp_path, wrap=lambda pool, names: pool):
+def run_it(run, tmp_path, wrap=lambda pool, names: pool, clock=time.monotonic):
     import threading
 
     policies = tuple(list_hospitals(run))
     names = [policy.hospital for policy in policies]
     output = run.output.model_copy(update={"directory": tmp_path})
     folder = RunFolder.create(run.model_copy(update={"output": output}))
-    pool = wrap(local_pool(hospital_specs(run, policies, folder.path)), sorted(names))
+    pool = wrap(local_pool(hospital_specs(run, policies, folder.path), clock), sorted(names))
     outcome = run_in_process(run, policies, folder.path, pool, lambda event: None, threading.Event())
     return outcome, folder, sorted(names)
 
 
 def test_a_late_update_is_kept_for_the_next_round_and_counted_once(tmp_path):
     run = small_run(federation={"rounds": 3, "deadline_s": 4, "stragglers": "keep"})
-    outcome, folder, names = run_it(run, tmp_path, lambda pool, names: Slow(pool, names[-1], {1}, 5))
+    clock = ManualClock()
+    outcome, folder, names = run_it(run, tmp_path, lambda pool, names: Slow(pool, names[-1], {1}, 5, clock), clock)
     assert outcome.completed
     first, second, third = folder.receipts()
     assert [(f.hospital, f.stage) for f in first.failures] == [(names[-1], "late")]
@@ -62,7 +64,8 @@ def test_a_late_update_is_kept_for_the_next_round_and_counted_once(tmp_path):
 
 def test_a_late_update_is_dropped_by_default_and_the_round_closes_in_time(tmp_path):
     run = small_run(federation={"rounds": 2, "deadline_s": 4})
-    outcome, folder, names = run_it(run, tmp_path, lambda pool, names: Slow(pool, names[-1], {1}, 5))
+    clock = ManualClock()
+    outcome, folder, names = run_it(run, tmp_path, lambda pool, names: Slow(pool, names[-1], {1}, 5, clock), clock)
     first, second = folder.receipts()
     assert outcome.completed
     assert [(f.hospital, f.stage) for f in first.failures] == [(names[-1], "late")]
