@@ -16,22 +16,46 @@ from pydantic import BaseModel
 from medfl_ray.cli.main import app
 from medfl_ray.config.run import FIELD_ALIASES, SECTION_ALIASES, RunConfig
 from medfl_ray.config.site import SiteConfig
+from medfl_ray.config.strategies import STRATEGIES
 
 REFERENCE = Path(__file__).parent / "reference"
 GENERATED = "<!-- Written by docs/gen_reference.py; edit the source, then run `make reference`. -->\n"
+STRATEGY_PAGE = Path(__file__).parent / "strategies.md"
+TABLE_BEGINS = "<!-- Written by docs/gen_reference.py from the traits. -->\n"
+TABLE_ENDS = "<!-- End of the traits. -->\n"
 LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write both pages, and the table of the strategies' traits into theirs."""
     REFERENCE.mkdir(exist_ok=True)
     for name, text in pages().items():
         (REFERENCE / name).write_text(text, encoding="utf-8")
+    before, _, rest = STRATEGY_PAGE.read_text(encoding="utf-8").partition(TABLE_BEGINS)
+    after = rest.partition(TABLE_ENDS)[2]
+    STRATEGY_PAGE.write_text(f"{before}{TABLE_BEGINS}\n{traits_table()}\n{TABLE_ENDS}{after}", encoding="utf-8")
 
 
 def pages() -> dict[str, str]:
     """Return the text of each generated page by file name."""
     return {"config.md": config_page(), "cli.md": cli_page()}
+
+
+def traits_table() -> str:
+    """Return which strategy goes with what, one row each."""
+    columns = ("patient-level DP", "hospital-level DP", "robust mode", "late updates", "fewer hospitals", "ClientAlgo")
+    lines = [f"| `strategy` | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, traits in STRATEGIES.items():
+        allowed = (
+            traits.patient_dp_ok and not traits.sends_loss,
+            traits.hospital_level_dp_ok and not traits.sends_loss,
+            traits.robust_ok,
+            traits.sum_suffices and not traits.tied_to_its_round,
+            traits.coalitions_ok,
+            traits.client_algo_ok,
+        )
+        lines.append(f"| `{name}` | {' | '.join('yes' if one else 'no' for one in allowed)} |")
+    return "\n".join(lines) + "\n"
 
 
 def config_page() -> str:

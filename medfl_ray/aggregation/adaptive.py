@@ -5,6 +5,9 @@ Everything is computed in float64; the state is kept as float32. A weight whose 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 
@@ -13,9 +16,10 @@ from medfl_ray.config.aggregation import AggregationConfig
 from medfl_ray.params import Vector
 
 Wide = npt.NDArray[np.float64]
+Correction = Literal["adam", "none", "flower"]
 
 
-def fedavgm(config: AggregationConfig) -> Strategy:
+def fedavgm(config: AggregationConfig, num_hospitals: int) -> Strategy:
     """Momentum at the server: v <- beta v + update, weights + rate v (Hsu et al. 2019, arXiv:1909.06335)."""
 
     def init(size: int) -> ServerState:
@@ -29,15 +33,47 @@ def fedavgm(config: AggregationConfig) -> Strategy:
     return Strategy(init, apply)
 
 
-def adaptive(config: AggregationConfig) -> Strategy:
-    """FedAdam, FedYogi or FedAdagrad, as `config.strategy` says.
+def fedadam(config: AggregationConfig, num_hospitals: int) -> Strategy:
+    """Adam at the server.
 
     By default both moments of FedAdam and FedYogi are corrected for their start at zero, as in Adam itself: a private
     run has few rounds, and without the correction the first of them would hardly move. `bias_correction: none` is the
     paper's algorithm started from zero, and `flower` what Flower 1.42 computes: FedAdam's step times
     sqrt(1 - beta2^(t+1)) / (1 - beta1^(t+1)) in round t, FedYogi's uncorrected.
     """
-    beta1 = 0.0 if config.strategy == "fedadagrad" else config.server_momentum
+    beta2 = config.server_beta2
+
+    def second_moment(before: Wide, squared: Wide) -> Wide:
+        return beta2 * before + (1 - beta2) * squared
+
+    return _adaptive(config, config.server_momentum, second_moment, config.bias_correction)
+
+
+def fedyogi(config: AggregationConfig, num_hospitals: int) -> Strategy:
+    """Yogi at the server: the second moment moves by a step of fixed size; see `fedadam` for the corrections."""
+    beta2 = config.server_beta2
+
+    def second_moment(before: Wide, squared: Wide) -> Wide:
+        after: Wide = before - (1 - beta2) * squared * np.sign(before - squared)
+        return after
+
+    correction: Correction = "none" if config.bias_correction == "flower" else config.bias_correction
+    return _adaptive(config, config.server_momentum, second_moment, correction)
+
+
+def fedadagrad(config: AggregationConfig, num_hospitals: int) -> Strategy:
+    """Adagrad at the server: the second moment is a sum, and there is no momentum."""
+
+    def second_moment(before: Wide, squared: Wide) -> Wide:
+        return before + squared
+
+    return _adaptive(config, 0.0, second_moment, "none")
+
+
+def _adaptive(
+    config: AggregationConfig, beta1: float, second_moment: Callable[[Wide, Wide], Wide], correction: Correction
+) -> Strategy:
+    """Step along the first moment over the root of the second, both of the mean update."""
 
     def init(size: int) -> ServerState:
         zeros = np.zeros(size, dtype=np.float32)
@@ -46,9 +82,9 @@ def adaptive(config: AggregationConfig) -> Strategy:
     def apply(state: ServerState, weights: Vector, mean_update: Vector) -> Next:
         update = mean_update.astype(np.float64)
         mean = beta1 * state["adam_mean"].astype(np.float64) + (1 - beta1) * update
-        square = _second_moment(config, state["adam_square"].astype(np.float64), update**2)
+        square = second_moment(state["adam_square"].astype(np.float64), update**2)
         rounds = float(state["adam_rounds"][0]) + 1
-        step = _step(config, mean, square, rounds)
+        step = _step(config, correction, mean, square, rounds)
         next_state = {
             "adam_mean": mean.astype(np.float32),
             "adam_square": square.astype(np.float32),
@@ -59,24 +95,13 @@ def adaptive(config: AggregationConfig) -> Strategy:
     return Strategy(init, apply)
 
 
-def _second_moment(config: AggregationConfig, before: Wide, squared: Wide) -> Wide:
-    beta2 = config.server_beta2
-    if config.strategy == "fedadagrad":
-        return before + squared
-    if config.strategy == "fedyogi":
-        after: Wide = before - (1 - beta2) * squared * np.sign(before - squared)
-        return after
-    return beta2 * before + (1 - beta2) * squared
-
-
-def _step(config: AggregationConfig, mean: Wide, square: Wide, rounds: float) -> Wide:
+def _step(config: AggregationConfig, correction: Correction, mean: Wide, square: Wide, rounds: float) -> Wide:
     """Return the step of round `rounds`, counted from 1, before the server's learning rate."""
     beta1, beta2, tau = config.server_momentum, config.server_beta2, config.server_adaptivity
-    correction = "none" if config.strategy == "fedadagrad" else config.bias_correction
     if correction == "adam":
         mean, square = mean / (1 - beta1**rounds), square / (1 - beta2**rounds)
     factor = 1.0
-    if correction == "flower" and config.strategy == "fedadam":
+    if correction == "flower":
         factor = float(np.sqrt(1 - beta2 ** (rounds + 1)) / (1 - beta1 ** (rounds + 1)))
     step: Wide = factor * mean / (np.sqrt(square) + tau)
     return step

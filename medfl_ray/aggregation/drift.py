@@ -14,7 +14,7 @@ from medfl_ray.params import Vector
 CONTROL, DYNAMIC = "scaffold_control", "feddyn_state"
 
 
-def fednova(config: AggregationConfig) -> Strategy:
+def fednova(config: AggregationConfig, num_hospitals: int) -> Strategy:
     """Normalised averaging: hospitals that do more steps pull no harder (Wang et al. 2020, arXiv:2007.07481).
 
     An update is (change / a, a) with the hospital's accumulated steps a; the mean normalised change is scaled by the
@@ -29,7 +29,7 @@ def fednova(config: AggregationConfig) -> Strategy:
     return Strategy(no_state, apply, extra=lambda size: 1)
 
 
-def scaffold(config: AggregationConfig) -> Strategy:
+def scaffold(config: AggregationConfig, num_hospitals: int) -> Strategy:
     """Control variates: c, the mean of the hospitals' own c_i, corrects every step (Karimireddy et al. 2020,
     arXiv:1910.06378).
 
@@ -52,7 +52,7 @@ def scaffold(config: AggregationConfig) -> Strategy:
     return of_part(init, apply_part, send, extra=lambda size: size)
 
 
-def feddyn(config: AggregationConfig) -> Strategy:
+def feddyn(config: AggregationConfig, num_hospitals: int) -> Strategy:
     """Dynamic regularisation: local optima are moved until they agree (Acar et al. 2021, arXiv:2111.04263).
 
     h <- h - alpha share mean_change, weights <- weights + mean_change - h / alpha.

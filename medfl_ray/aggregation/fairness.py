@@ -16,7 +16,7 @@ HOSPITAL_WEIGHTS = "afl_weights"
 SMALLEST_SUM = 1e-12
 
 
-def qfedavg(config: AggregationConfig) -> Strategy:
+def qfedavg(config: AggregationConfig, num_hospitals: int) -> Strategy:
     """q-FedAvg: hospitals of a higher loss F weigh F^q more (Li et al. 2020, arXiv:1905.10497, algorithm 2).
 
     An update is (F^q change, F^q + q F^(q-1) L |change|^2), both sides of the paper's quotient divided by its

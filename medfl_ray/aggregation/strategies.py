@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from medfl_ray.aggregation.adaptive import adaptive, fedavgm
+from medfl_ray.aggregation.adaptive import fedadagrad, fedadam, fedavgm, fedyogi
 from medfl_ray.aggregation.drift import feddyn, fednova, scaffold
 from medfl_ray.aggregation.fairness import afl, qfedavg
 from medfl_ray.aggregation.interface import Next, ServerState, Strategy, no_state, of_part
@@ -15,12 +15,12 @@ from medfl_ray.errors import ConfigError
 from medfl_ray.named_code import named_function
 from medfl_ray.params import Vector
 
-__all__ = ["CATALOGUE", "EMA", "ServerState", "Strategy", "build_strategy", "released_weights"]
+__all__ = ["EMA", "SERVER_STRATEGIES", "ServerState", "Strategy", "build_strategy", "released_weights"]
 
 EMA, EMA_ROUNDS = "ema", "ema_rounds"
 
 
-def fedavg(config: AggregationConfig) -> Strategy:
+def fedavg(config: AggregationConfig, num_hospitals: int) -> Strategy:
     """Federated averaging: add the weighted mean update (McMahan et al. 2017, arXiv:1602.05629)."""
     rate = np.float32(config.server_learning_rate)
 
@@ -63,7 +63,7 @@ def released_weights(state: ServerState, weights: Vector) -> Vector:
     return np.asarray(state[EMA], dtype=np.float32) if averaged else weights
 
 
-def own_strategy(config: AggregationConfig) -> Strategy:
+def own_strategy(config: AggregationConfig, num_hospitals: int) -> Strategy:
     """Import a user's 'module:function' and return what it makes of the section.
 
     It sees the mean update alone, so that it costs no epsilon beyond that of the updates. Its state is an array of
@@ -83,21 +83,31 @@ def own_strategy(config: AggregationConfig) -> Strategy:
     return strategy
 
 
-AT_THE_SERVER_FEDAVG = ("fedavg", "fedprox", "fedbn", "silobn", "fedper", "fedrep", "ditto", "apfl", "flower")
-"""Strategies of which hospitals, or a rule over all updates, do what differs."""
-CATALOGUE: dict[str, Callable[[AggregationConfig], Strategy]] = {
-    **dict.fromkeys(AT_THE_SERVER_FEDAVG, fedavg),
+SERVER_STRATEGIES: dict[str, Callable[[AggregationConfig, int], Strategy]] = {
+    "fedavg": fedavg,
     "fedavgm": fedavgm,
-    "fedadam": adaptive,
-    "fedyogi": adaptive,
-    "fedadagrad": adaptive,
+    "fedadam": fedadam,
+    "fedyogi": fedyogi,
+    "fedadagrad": fedadagrad,
     "fednova": fednova,
     "qfedavg": qfedavg,
+    "afl": afl,
+    "fedprox": fedavg,
     "scaffold": scaffold,
     "feddyn": feddyn,
+    "fedbn": fedavg,
+    "silobn": fedavg,
+    "fedper": fedavg,
+    "fedrep": fedavg,
+    "ditto": fedavg,
+    "apfl": fedavg,
+    "flower": fedavg,
     "custom": own_strategy,
 }
-"""All but afl, which has to know how many hospitals there are."""
+"""What the server does in each strategy, from the configuration and the number of hospitals of the whole run.
+
+Where it is `fedavg` under another name, the hospitals, or a rule over all updates, do what differs.
+"""
 
 
 def build_strategy(config: AggregationConfig, num_hospitals: int = 1) -> Strategy:
@@ -106,5 +116,5 @@ def build_strategy(config: AggregationConfig, num_hospitals: int = 1) -> Strateg
     Args:
       num_hospitals: of the whole run, whether they are there or not; afl gives each a weight.
     """
-    strategy = afl(config, num_hospitals) if config.strategy == "afl" else CATALOGUE[config.strategy](config)
+    strategy = SERVER_STRATEGIES[config.strategy](config, num_hospitals)
     return with_moving_average(strategy, config.ema_decay) if config.ema_decay else strategy

@@ -152,7 +152,7 @@ def run_on_pool(
       ConfigError: the strategy is one of Flower's and `extras` lack its rule.
       MedflError: as of `run_federation`.
     """
-    if run.aggregation.strategy == "flower" and extras.combine is None:
+    if run.aggregation.traits.rule_from_outside and extras.combine is None:
         raise ConfigError(
             "aggregation.strategy 'flower' needs its rule, which this process did not bring; start the run with "
             "medfl-ray run, or pass with_flower(run, emit) of actors/flower/rule.py as extras"

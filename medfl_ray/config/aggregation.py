@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from medfl_ray.config.base import HospitalId, Positive, PositiveFloat, Section
+from medfl_ray.config.strategies import STRATEGIES, StrategyTraits
 
 StrategyName = Literal[
     "fedavg",
@@ -29,13 +30,7 @@ StrategyName = Literal[
     "flower",
     "custom",
 ]
-ADAPTIVE = ("fedadam", "fedyogi", "fedadagrad")
-STATEFUL = ("scaffold", "feddyn", "fedbn", "silobn", "fedper", "fedrep", "ditto", "apfl")
-"""Strategies of which every hospital remembers something from round to round."""
-PERSONAL = ("fedbn", "silobn", "fedper", "fedrep", "ditto", "apfl")
-"""Strategies that give every hospital a model of its own, in part or as a whole."""
-PARTIAL = ("fedbn", "silobn", "fedper", "fedrep")
-"""Strategies that leave some parameters in the hospital."""
+"""The names of the schema; medfl_ray/config/strategies.py has a row of traits for each."""
 
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
@@ -191,26 +186,26 @@ class AggregationConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _afl_weighs_by_itself(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and raw.get("strategy") == "afl":
-            return {"weighting": "uniform", **raw}
-        return raw
+        traits = STRATEGIES.get(str(raw.get("strategy"))) if isinstance(raw, dict) else None
+        return {"weighting": "uniform", **raw} if traits is not None and traits.finds_weights else raw
 
     @model_validator(mode="after")
     def _afl_has_uniform_weights(self) -> Self:
-        if self.strategy == "afl" and self.weighting != "uniform":
-            raise ValueError("aggregation.strategy 'afl' finds the hospitals' weights; leave aggregation.weighting out")
+        if self.traits.finds_weights and self.weighting != "uniform":
+            raise ValueError(
+                f"aggregation.strategy {self.strategy!r} finds the hospitals' weights; leave aggregation.weighting out"
+            )
         return self
 
     @model_validator(mode="after")
     def _factory_belongs_to_custom(self) -> Self:
-        if (self.strategy == "custom") != (self.factory is not None):
+        if self.traits.from_factory != (self.factory is not None):
             raise ValueError("aggregation.strategy 'custom' and aggregation.factory belong together; set both or none")
         return self
 
     @model_validator(mode="after")
     def _robust_goes_with(self) -> Self:
-        alone = ("qfedavg", "afl", "fednova", "scaffold", "flower")
-        if self.mode == "robust" and self.strategy in alone:
+        if self.mode == "robust" and not self.traits.robust_ok:
             raise ValueError(
                 f"aggregation.mode 'robust' does not go with strategy {self.strategy!r}, whose sums are not of updates "
                 "alone; use fedavg, fedprox, a server optimizer, or a strategy that keeps parameters in the hospital"
@@ -218,21 +213,26 @@ class AggregationConfig(Section):
         return self
 
     @property
+    def traits(self) -> StrategyTraits:
+        """What the strategy is and may be combined with."""
+        return STRATEGIES[self.strategy]
+
+    @property
     def needs_every_update(self) -> bool:
         """Whether the coordinator needs each update on its own, and not their sum."""
-        return self.mode == "robust" or self.strategy == "flower"
+        return self.mode == "robust" or not self.traits.sum_suffices
 
     @property
     def is_stateful(self) -> bool:
         """Whether every hospital remembers something from round to round."""
-        return self.strategy in STATEFUL
+        return self.traits.stateful
 
     @property
     def is_personal(self) -> bool:
         """Whether every hospital has a model of its own."""
-        return self.strategy in PERSONAL
+        return self.traits.personal
 
     @property
     def mu(self) -> float:
         """FedProx's pull of every hospital's weights to the round's, 0 without one."""
-        return self.proximal_mu if self.proximal_mu is not None else 0.01 if self.strategy == "fedprox" else 0.0
+        return self.proximal_mu if self.proximal_mu is not None else self.traits.proximal_mu

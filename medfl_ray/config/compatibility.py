@@ -7,8 +7,85 @@ from medfl_ray.config.data import DataConfig
 from medfl_ray.config.evaluation import EvaluationConfig
 from medfl_ray.config.federation import FederationConfig
 from medfl_ray.config.privacy import PrivacyConfig
+from medfl_ray.config.strategies import strategies_with
 
-MEAN_ONLY = ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "flower", "custom")
+
+def strategy_problem(
+    aggregation: AggregationConfig, federation: FederationConfig, privacy: PrivacyConfig, optimizer: str
+) -> str | None:
+    """Return why a run's strategy does not go with its other sections, or None where it does."""
+    return (
+        _settings_problem(aggregation)
+        or _optimizer_problem(aggregation, optimizer)
+        or _federation_problem(aggregation, federation)
+        or _privacy_problem(aggregation, privacy)
+    )
+
+
+def _settings_problem(aggregation: AggregationConfig) -> str | None:
+    strategy, traits = aggregation.strategy, aggregation.traits
+    if aggregation.local_parameters and not traits.partial:
+        return (
+            f"aggregation.local_parameters does not go with strategy {strategy!r}; use {strategies_with('partial')}, "
+            "which keep parameters in the hospital"
+        )
+    if aggregation.head_steps is not None and not traits.head_first:
+        return f"aggregation.head_steps belongs to strategy '{strategies_with('head_first')}'; leave it out"
+    if aggregation.proximal_mu and traits.drift_corrected:
+        return (
+            f"aggregation.proximal_mu does not go with strategy {strategy!r}, which has a correction of its own that "
+            "assumes no other pull; leave it out"
+        )
+    return None
+
+
+def _optimizer_problem(aggregation: AggregationConfig, optimizer: str) -> str | None:
+    if aggregation.traits.needs_sgd and optimizer != "sgd":
+        return (
+            f"aggregation.strategy {aggregation.strategy!r} counts how far a unit of gradient has led, which "
+            f"{optimizer} does not say; set training.optimizer: sgd, with momentum if you like"
+        )
+    return None
+
+
+def _federation_problem(aggregation: AggregationConfig, federation: FederationConfig) -> str | None:
+    strategy, traits = aggregation.strategy, aggregation.traits
+    if federation.stragglers == "keep" and traits.tied_to_its_round:
+        return (
+            f"federation.stragglers: keep does not go with aggregation.strategy {strategy!r}, whose updates only fit "
+            "the round that asked for them; set stragglers: drop"
+        )
+    if federation.keep == "best" and traits.personal:
+        return (
+            f"federation.keep: best does not go with aggregation.strategy {strategy!r}, with which every hospital goes "
+            "on with a model of its own from the last round; leave it out"
+        )
+    if federation.over_selection and traits.drift_corrected:
+        return (
+            f"federation.over_selection does not go with aggregation.strategy {strategy!r}: a hospital that was not "
+            "needed would remember a round that the server does not know of; leave it out"
+        )
+    return None
+
+
+def _privacy_problem(aggregation: AggregationConfig, privacy: PrivacyConfig) -> str | None:
+    strategy, traits = aggregation.strategy, aggregation.traits
+    if privacy.enable_dp and traits.sends_loss:
+        return (
+            f"aggregation.strategy {strategy!r} sends the loss of a hospital's patients, which no noise covers; switch "
+            "privacy.enable_dp off, or use another strategy"
+        )
+    if privacy.patient_level and not traits.patient_dp_ok:
+        return (
+            f"aggregation.strategy {strategy!r} is not known to send only what the noise of patient-level differential "
+            "privacy covers; switch privacy.enable_dp off, or use another strategy"
+        )
+    if privacy.hospital_dp and not traits.hospital_level_dp_ok:
+        return (
+            f"aggregation.strategy {strategy!r} does not go with privacy.unit: hospital, which noises the change of "
+            "the weights alone and knows no hospital from round to round; use fedavg, a server optimizer or fedprox"
+        )
+    return None
 
 
 def attack_problem(attack: AttackConfig | None, federation: FederationConfig, privacy: PrivacyConfig) -> str | None:
@@ -115,11 +192,11 @@ def _coalition_problem(evaluation: EvaluationConfig, aggregation: AggregationCon
     """Return why federations of fewer hospitals cannot be trained by a run's strategy, or None where they can."""
     if not evaluation.leave_one_out and evaluation.contributions is None:
         return None
-    strategy = aggregation.strategy
-    if aggregation.is_stateful or strategy in ("flower", "afl"):
+    if not aggregation.traits.coalitions_ok:
         return (
-            f"evaluation.leave_one_out and contributions do not go with aggregation.strategy {strategy!r}, which "
-            "remembers things of the whole federation that its parts must not see; leave them out"
+            "evaluation.leave_one_out and contributions do not go with aggregation.strategy "
+            f"{aggregation.strategy!r}, which remembers things of the whole federation that its parts must not see; "
+            "leave them out"
         )
     if aggregation.mode == "robust" and evaluation.contributions == "shapley":
         return (
@@ -130,7 +207,7 @@ def _coalition_problem(evaluation: EvaluationConfig, aggregation: AggregationCon
 
 
 def client_algo_problem(
-    data: DataConfig, federation: FederationConfig, privacy: PrivacyConfig, strategy: str
+    data: DataConfig, federation: FederationConfig, privacy: PrivacyConfig, aggregation: AggregationConfig
 ) -> str | None:
     """Return why hospitals that are MONAI ClientAlgos do not go with the other sections, or None where they do."""
     if privacy.patient_level:
@@ -142,9 +219,9 @@ def client_algo_problem(
         return "training.client_algo reads its own data, so data.labels and data.channels must be named"
     if federation.pool == "virtual":
         return "training.client_algo needs a process per hospital; use federation.pool: local or ray"
-    if strategy not in MEAN_ONLY:
+    if not aggregation.traits.client_algo_ok:
         return (
-            f"training.client_algo does not go with aggregation.strategy {strategy!r}, which asks for more than "
-            f"weights; use one of {', '.join(MEAN_ONLY)}"
+            f"training.client_algo does not go with aggregation.strategy {aggregation.strategy!r}, which asks for more "
+            f"than weights; use one of {strategies_with('client_algo_ok')}"
         )
     return None

@@ -17,6 +17,7 @@ from medfl_ray.config.compatibility import (
     client_algo_problem,
     hospital_level_problem,
     rule_problem,
+    strategy_problem,
     study_problem,
 )
 from medfl_ray.config.data import DataConfig
@@ -25,7 +26,6 @@ from medfl_ray.config.federation import FederationConfig
 from medfl_ray.config.model import ModelConfig
 from medfl_ray.config.output import OutputConfig
 from medfl_ray.config.privacy import PrivacyConfig
-from medfl_ray.config.strategies import strategy_problem
 from medfl_ray.config.training import TrainingConfig
 
 SECTION_ALIASES = {"model_config": "model", "fl_config": "federation", "privacy_config": "privacy"}
@@ -88,7 +88,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _client_algo_fits(self) -> Self:
         if self.training.client_algo is not None:
-            problem = client_algo_problem(self.data, self.federation, self.privacy, self.aggregation.strategy)
+            problem = client_algo_problem(self.data, self.federation, self.privacy, self.aggregation)
             if problem is not None:
                 raise ValueError(problem)
         return self

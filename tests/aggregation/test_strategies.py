@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from medfl_ray.aggregation.strategies import CATALOGUE, build_strategy
+from medfl_ray.aggregation.strategies import build_strategy
 from medfl_ray.config.aggregation import AggregationConfig
 
 
@@ -14,8 +14,3 @@ def test_fedavg_adds_the_mean_update_times_the_server_rate():
     assert after.dtype == np.float32
     assert state == {}
     assert weights.tolist() == [1.0, 2.0]
-
-
-def test_every_name_of_the_schema_is_in_the_catalogue():
-    names = AggregationConfig.model_fields["strategy"].annotation.__args__
-    assert set(names) == {*CATALOGUE, "afl"}

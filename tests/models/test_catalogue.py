@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from torch import nn
@@ -20,6 +22,11 @@ EVERY = [
     for dims in entry.spatial_dims
     for norm in ("group", "instance")
 ]
+
+
+def test_schema_and_catalogue_have_the_same_networks() -> None:
+    names = get_args(ModelConfig.model_fields["type"].annotation)
+    assert names == (*CATALOGUE, "custom", "bundle")
 
 
 def model_of(name: str, norm: str = "group", **fields: object) -> ModelConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -100,6 +101,27 @@ class RuleResult:
 
 RuleSteps = Generator[TrainingPass, LocalOutcome, RuleResult]
 Rule = Callable[[RuleInput], RuleSteps]
+
+
+class ModelInput(NamedTuple):
+    """What a hospital has outside of a round: shared weights [P], what it remembers, and what stays with it."""
+
+    config: AggregationConfig
+    kept: KeptParameters | None
+    memory: Memory
+    weights: Vector
+
+
+def shared_model(given: ModelInput) -> Vector:
+    """Use the shared model as it is."""
+    return given.weights
+
+
+class ClientRule(NamedTuple):
+    """What a hospital does for a strategy: `train` in a round; `use` gives the model [P] that it scores and uses."""
+
+    train: Rule
+    use: Callable[[ModelInput], Vector] = shared_model
 
 
 def average(given: RuleInput) -> RuleSteps:
@@ -213,41 +235,62 @@ def apfl(given: RuleInput) -> RuleSteps:
     return _sent(given, shared, shared.delta, {"personal": after})
 
 
-RULES: dict[str, Rule] = {
-    "fednova": fednova,
-    "qfedavg": qfedavg,
-    "afl": afl,
-    "scaffold": scaffold,
-    "feddyn": feddyn,
-    "fedbn": partially_shared,
-    "silobn": partially_shared,
-    "fedper": partially_shared,
-    "fedrep": fedrep,
-    "ditto": ditto,
-    "apfl": apfl,
+def shared_model_with_own_part(given: ModelInput) -> Vector:
+    """Use the shared model with the hospital's own part in place, once there is one."""
+    if given.kept is None or "kept" not in given.memory:
+        return given.weights
+    overlaid = given.weights.copy()
+    overlaid[given.kept.mask] = given.memory["kept"]
+    return overlaid
+
+
+def own_model(given: ModelInput) -> Vector:
+    """Use the hospital's own model, once there is one."""
+    return given.memory.get("personal", given.weights)
+
+
+def mixture(given: ModelInput) -> Vector:
+    """Use the mixture of the hospital's own model and the shared one, once there is an own one."""
+    if "personal" not in given.memory:
+        return given.weights
+    alpha = np.float32(given.config.personal_share)
+    return alpha * given.memory["personal"] + (1 - alpha) * given.weights
+
+
+CLIENT_RULES: dict[str, ClientRule] = {
+    "fedavg": ClientRule(average),
+    "fedavgm": ClientRule(average),
+    "fedadam": ClientRule(average),
+    "fedyogi": ClientRule(average),
+    "fedadagrad": ClientRule(average),
+    "fednova": ClientRule(fednova),
+    "qfedavg": ClientRule(qfedavg),
+    "afl": ClientRule(afl),
+    "fedprox": ClientRule(average),
+    "scaffold": ClientRule(scaffold),
+    "feddyn": ClientRule(feddyn),
+    "fedbn": ClientRule(partially_shared, shared_model_with_own_part),
+    "silobn": ClientRule(partially_shared, shared_model_with_own_part),
+    "fedper": ClientRule(partially_shared, shared_model_with_own_part),
+    "fedrep": ClientRule(fedrep, shared_model_with_own_part),
+    "ditto": ClientRule(ditto, own_model),
+    "apfl": ClientRule(apfl, mixture),
+    "flower": ClientRule(average),
+    "custom": ClientRule(average),
 }
-"""What is not here is `average` in the hospital; in what it differs, the server does."""
+"""What a hospital does in each strategy; where it is `average`, the server does what differs."""
 
 
 def client_rule(config: AggregationConfig) -> Rule:
     """Return what a hospital does in a round of a run's strategy."""
-    return RULES.get(config.strategy, average)
+    return CLIENT_RULES[config.strategy].train
 
 
 def evaluated_weights(
     config: AggregationConfig, kept: KeptParameters | None, memory: Memory, weights: Vector
 ) -> Vector:
     """Return what a hospital would use of given weights [P]: with its own part, its own model, or the mixture."""
-    if kept is not None and "kept" in memory:
-        overlaid = weights.copy()
-        overlaid[kept.mask] = memory["kept"]
-        return overlaid
-    if "personal" in memory:
-        if config.strategy == "ditto":
-            return memory["personal"]
-        alpha = np.float32(config.personal_share)
-        return alpha * memory["personal"] + (1 - alpha) * weights
-    return weights
+    return CLIENT_RULES[config.strategy].use(ModelInput(config, kept, memory, weights))
 
 
 def accumulated_steps(job: LocalJob, momentum: float, mu: float = 0.0) -> float:

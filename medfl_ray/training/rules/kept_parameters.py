@@ -6,7 +6,7 @@ The choice looks at the network alone and is the same at every hospital. Shapes:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -44,7 +44,7 @@ def kept_parameters(
     Raises:
       ModelError: a pattern matches nothing, the network has nothing of the kind, or nothing would be shared.
     """
-    names = _matching(layout, patterns) if patterns else _of_strategy(network, layout, strategy, probe)
+    names = _matching(layout, patterns) if patterns else KEPT_BY_STRATEGY[strategy](network, layout, strategy, probe)
     kept = [name in names for name in layout.names]
     trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
     if not trained - names:
@@ -69,18 +69,40 @@ def _matching(layout: Layout, patterns: Sequence[str]) -> set[str]:
     return names
 
 
-def _of_strategy(network: nn.Module, layout: Layout, strategy: str, probe: Tensor) -> set[str]:
-    if strategy in ("fedper", "fedrep"):
-        return names_of_last_layer(network, probe)
-    norms = {name for name, module in network.named_modules() if isinstance(module, (*NORMS, _NormBase))}
-    of_norms = {name for name in layout.names if name.rpartition(".")[0] in norms}
-    statistics = of_norms - {name for name, _ in network.named_parameters()}
-    if strategy == "silobn" and not statistics:
-        raise ModelError(
-            "aggregation.strategy 'silobn' keeps the running statistics of normalisation layers in the hospital and "
-            "this network has none: group and instance norm take them from each image. Use fedbn, or fedavg, which "
-            "is then the same"
-        )
+def last_layer(network: nn.Module, layout: Layout, strategy: str, probe: Tensor) -> set[str]:
+    """Name the layer that is the last to work."""
+    return names_of_last_layer(network, probe)
+
+
+def norm_layers(network: nn.Module, layout: Layout, strategy: str, probe: Tensor) -> set[str]:
+    """Name scale, shift and statistics of the normalisation layers."""
+    of_norms = _names_of_norms(network, layout)
     if not of_norms:
         raise ModelError(f"aggregation.strategy {strategy!r}: the network has no normalisation layer with parameters")
-    return statistics if strategy == "silobn" else of_norms
+    return of_norms
+
+
+def norm_statistics(network: nn.Module, layout: Layout, strategy: str, probe: Tensor) -> set[str]:
+    """Name the running statistics of the normalisation layers."""
+    statistics = _names_of_norms(network, layout) - {name for name, _ in network.named_parameters()}
+    if not statistics:
+        raise ModelError(
+            f"aggregation.strategy {strategy!r} keeps the running statistics of normalisation layers in the hospital "
+            "and this network has none: group and instance norm take them from each image. Use fedbn, or fedavg, which "
+            "is then the same"
+        )
+    return statistics
+
+
+def _names_of_norms(network: nn.Module, layout: Layout) -> set[str]:
+    norms = {name for name, module in network.named_modules() if isinstance(module, (*NORMS, _NormBase))}
+    return {name for name in layout.names if name.rpartition(".")[0] in norms}
+
+
+KEPT_BY_STRATEGY: dict[str, Callable[[nn.Module, Layout, str, Tensor], set[str]]] = {
+    "fedbn": norm_layers,
+    "silobn": norm_statistics,
+    "fedper": last_layer,
+    "fedrep": last_layer,
+}
+"""What stays in the hospital where no pattern names it, for every strategy that is `partial`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import structlog
 
-from medfl_ray.config.aggregation import PARTIAL, AggregationConfig
+from medfl_ray.config.aggregation import AggregationConfig
 from medfl_ray.errors import UpdateRejected
 from medfl_ray.params import Vector
 from medfl_ray.training.local_data import LocalData
@@ -46,7 +46,7 @@ class LocalRules:
                 config.local_parameters,
                 trainer.dummy_patient()[0][:1],
             )
-            if config.strategy in PARTIAL
+            if config.traits.partial
             else None
         )
 
