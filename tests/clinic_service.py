@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 from local_service import LocalService
+from manual_clock import ManualClock
 from onnx import TensorProto, helper, numpy_helper
 
 from medfl_ray.config.model import ModelConfig
@@ -100,7 +101,7 @@ def clinic_service(
     backend = Backend(replicas, catalogue, metrics, chosen.limits.inference_timeout_s)
     clinic = SegmentationService(backend, limits, pacs, folder / "state", jobs)
     tokens = folder / "tokens.json"
-    token, clock = add_token(tokens, "test", roles)()
+    token, clock = add_token(tokens, "test", roles), ManualClock()
     routers = (segment_router(clinic), monai_label_router(clinic))
     app = build_http_app(backend, chosen, TokenBook(tokens, clock), metrics, routers, scratch=clinic.scratch)
     return LocalService(app, backend, metrics, token, tokens, clock)
