@@ -199,16 +199,10 @@ def test_hole_prepared_images_of_ended_trial_processes_are_swept_and_others_are_
 
 @pytest.mark.ci
 @pytest.mark.timeout(300)
-def test_hole_a_whole_search_with_images_on_the_disk_leaves_none_there(tmp_path):
-    from actors.cluster import connect, disconnect
-
+def test_hole_a_whole_search_with_images_on_the_disk_leaves_none_there(ray_cluster, tmp_path):
     search = create_search(search_of(tmp_path, on_disk(tmp_path), **COMPOSED))
     before = set(Path(tempfile.gettempdir()).glob("medfl-ray-prepared-*"))
-    cluster = connect(None)
-    try:
-        outcome = run_search(search, cluster.num_cpus)
-    finally:
-        disconnect()
+    outcome = run_search(search, ray_cluster.num_cpus)
     assert [trial.state for trial in outcome.trials] == ["finished", "finished"]
     assert not list((tmp_path / "state" / "north" / "cache").iterdir())
     assert set(Path(tempfile.gettempdir()).glob("medfl-ray-prepared-*")) == before
