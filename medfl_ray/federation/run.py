@@ -19,11 +19,11 @@ from medfl_ray.federation.events import AccountsClosed, HospitalState, Notice, P
 from medfl_ray.federation.hospital_level import FEDERATION, HospitalLevel, HospitalLevelPlan, plan_hospital_level
 from medfl_ray.federation.hospital_rules.failures import in_constant_words, start_failure
 from medfl_ray.federation.planning import aggregation_weight, check_rule, mechanisms, steps_per_round
-from medfl_ray.federation.policies import FailureHistory, can_start, pause_before
+from medfl_ray.federation.policies import FailureHistory, RunHistory, can_start, pause_before
 from medfl_ray.federation.ports import (
     FederationState,
 )
-from medfl_ray.federation.round_context import Combine, RoundContext, RunHistory, foreign_rows
+from medfl_ray.federation.round_context import Combine, RoundContext, foreign_rows
 from medfl_ray.federation.rounds import run_round
 from medfl_ray.federation.run_parts import RunOutcome, RunParts, RunStore
 from medfl_ray.federation.selection import select_evaluated, select_of_run
@@ -68,15 +68,14 @@ def run_federation(parts: RunParts) -> RunOutcome:
     )
     context = context_of(parts, infos, layout, planned, hospital_dp)
     resumed = parts.store.resume()
-    for receipt in parts.store.receipts():
-        context.history.failure_history.add(receipt)
+    history = RunHistory(FailureHistory(parts.store.receipts()))
     for problem in parts.store.problems:
         parts.emit(Notice(message=f"note: {problem}"))
     kept = resumed or FederationState(0, initial, context.strategy.init(layout.size))
     state = FederationState(kept.round, kept.weights, kept.server_state)
     if context.hospital_dp is not None:
         context.hospital_dp.restore(state.server_state)
-    state, reason, trained = repeat_rounds(parts, context, state)
+    state, reason, trained = repeat_rounds(parts, context, state, history)
     rounds_done = state.round
     completed = rounds_done >= parts.run.federation.rounds or bool(ends_early(parts, state))
     if completed:
@@ -118,7 +117,6 @@ def context_of(
         emit=parts.emit,
         evaluated=select_evaluated(present, parts.run.federation.eval_hospitals, parts.run.federation.seed),
         select=parts.select or partial(select_of_run, parts.run),
-        history=RunHistory(FailureHistory()),
         hospital_dp=start_hospital_level(parts, hospital_dp, layout.size),
         combine=parts.combine or robust_combiner(parts.run),
     )
@@ -275,13 +273,13 @@ def check_layouts(infos: Sequence[HospitalInfo], layout: Layout) -> None:
 
 
 def repeat_rounds(
-    parts: RunParts, context: RoundContext, state: FederationState
+    parts: RunParts, context: RoundContext, state: FederationState, history: RunHistory
 ) -> tuple[FederationState, str, set[str]]:
     """Run rounds until all are published, quorum is lost for good, or somebody asks to stop."""
     trained = {hospital for receipt in parts.store.receipts() for hospital in (*receipt.trained, *receipt.late)}
     if context.secret_cohorts:
         trained.update(context.available)  # who was drawn stays with the coordinator; these could be
-    failed_before, reason = 0, f"all {parts.run.federation.rounds} rounds were published"
+    reason = f"all {parts.run.federation.rounds} rounds were published"
     parts.emit(PhaseStarted(name="federated", total_rounds=parts.run.federation.rounds))
     while state.round < parts.run.federation.rounds:
         early = ends_early(parts, state)
@@ -289,10 +287,10 @@ def repeat_rounds(
             return state, early, trained
         if parts.stop.is_set():
             return state, f"stopped on request after round {state.round}", trained
-        state, result, decision = run_round(context, state, failed_before)
+        end = run_round(context, state, history)
+        state, history, result, decision = end.state, end.history, end.result, end.decision
         trained.update((*result.receipt.trained, *result.receipt.late))
         parts.emit(RoundClosed(result=result))
-        failed_before = 0 if decision.verdict == "publish" else failed_before + 1
         if decision.verdict == "stop":
             why = reasons(result.receipt.failures)
             stopped = f"round {state.round + 1} was not published: {decision.reason}"
@@ -300,7 +298,7 @@ def repeat_rounds(
         if decision.verdict == "skip":
             if any(failure.transient for failure in result.receipt.failures):
                 # Processes that are starting again need longer than a round that nobody answers.
-                parts.stop.wait(pause_before(failed_before + 3))
+                parts.stop.wait(pause_before(history.failed_before + 3))
             context = replace(context, attempt=parts.store.next_attempt())
     return state, reason, trained
 

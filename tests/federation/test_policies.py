@@ -103,14 +103,14 @@ def test_a_failing_hospital_sits_out_longer_each_time_and_returns_with_an_update
         assert "b" not in left_out
         if "a" in left_out:
             assert "failures in a row; the last: it fell" in left_out["a"]
-            failure_history.add(
+            failure_history = failure_history.after(
                 receipt(failure(stage="select", round=number), asked=("b",), trained=("b",), round=number)
             )
         else:
             asked_in.append(number)
-            failure_history.add(receipt(failure(round=number), trained=("b",), round=number))
+            failure_history = failure_history.after(receipt(failure(round=number), trained=("b",), round=number))
     assert asked_in == [1, 2, 4, 7, 12, 21, 38]
-    failure_history.add(receipt(trained=("a", "b")))
+    failure_history = failure_history.after(receipt(trained=("a", "b")))
     assert failure_history.left_out(["a", "b"], config) == {}
     assert why_left_out(Standing(100, "x", LONGEST_EXCLUSION), 2) is None
     assert "1 more round after" in why_left_out(Standing(2, "x"), 2)
