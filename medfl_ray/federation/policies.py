@@ -40,13 +40,21 @@ def judge_round(
     return RoundDecision("skip", f"{missing}; the weights stay as they were")
 
 
-def can_start(config: FederationConfig, num_available: int) -> RoundDecision:
+@dataclass(frozen=True)
+class StartDecision:
+    """Whether a run may begin, and the sentence that explains it."""
+
+    may_start: bool
+    reason: str
+
+
+def can_start(config: FederationConfig, num_available: int) -> StartDecision:
     """Decide whether enough hospitals are present to begin."""
     needed = max(config.min_available_clients, config.min_clients)
     if num_available >= needed:
-        return RoundDecision("publish", f"{num_available} hospitals are present")
-    return RoundDecision(
-        "stop", f"{num_available} hospitals are present; federation.min_available_clients asks for {needed}"
+        return StartDecision(True, f"{num_available} hospitals are present")
+    return StartDecision(
+        False, f"{num_available} hospitals are present; federation.min_available_clients asks for {needed}"
     )
 
 
