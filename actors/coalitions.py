@@ -20,8 +20,7 @@ from medfl_ray.assembly.run import local_pool
 from medfl_ray.assembly.spec import HospitalSpec
 from medfl_ray.errors import FederationError
 from medfl_ray.federation.events import Event
-from medfl_ray.federation.policies import FailureHistory
-from medfl_ray.federation.round_context import RoundContext, RunHistory
+from medfl_ray.federation.round_context import RoundContext
 from medfl_ray.federation.studies.baselines import CENTRAL
 from medfl_ray.federation.studies.coalitions import NoKeeper, NoMirror, TrainCoalitions, train_coalition
 from medfl_ray.params import Vector
@@ -78,9 +77,7 @@ def taken(reference: Any) -> CoalitionRecord | str:
 def portable(context: RoundContext) -> RoundContext:
     """Return a context without what belongs to this process; the task fills in pool and strategy."""
     gone: dict[str, Any] = {"pool": None, "strategy": None, "select": drop}
-    return replace(
-        context, store=NoKeeper(), mirror=NoMirror(), emit=drop, keys={}, history=RunHistory(FailureHistory()), **gone
-    )
+    return replace(context, store=NoKeeper(), mirror=NoMirror(), emit=drop, keys={}, **gone)
 
 
 def drop(*event: Event) -> None:

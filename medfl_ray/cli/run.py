@@ -122,7 +122,7 @@ def finish_run(folder: RunFolder, outcome: RunOutcome) -> None:
         export_run(folder.path)
         if folder.run.output.register_model:
             version = _register(folder)
-    if folder.run.output.report and not _is_stopped(outcome):
+    if folder.run.output.report and outcome.ending != "stopped":
         from medfl_ray.analytics.report import write_report
 
         write_report(folder.path)
@@ -161,13 +161,9 @@ def _register(folder: RunFolder) -> ModelVersion | None:
     return None
 
 
-def _is_stopped(outcome: RunOutcome) -> bool:
-    return outcome.reason.startswith("stopped")
-
-
 def print_next_steps(folder: RunFolder, outcome: RunOutcome) -> None:
     path = folder.path
-    stopped = _is_stopped(outcome)
+    stopped = outcome.ending == "stopped"
     if outcome.completed or stopped:
         typer.echo(f"\n{outcome.reason}.")
     if outcome.completed:

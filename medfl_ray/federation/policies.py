@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from medfl_ray.config.federation import FederationConfig
-from medfl_ray.messages import ClientFailure, Receipt
+from medfl_ray.messages import ClientFailure, Receipt, RoundPlan
 
 Verdict = Literal["publish", "skip", "stop"]
 BLAMED = ("start", "reserve", "train", "late", "screen")
@@ -40,13 +40,21 @@ def judge_round(
     return RoundDecision("skip", f"{missing}; the weights stay as they were")
 
 
-def can_start(config: FederationConfig, num_available: int) -> RoundDecision:
+@dataclass(frozen=True)
+class StartDecision:
+    """Whether a run may begin, and the sentence that explains it."""
+
+    may_start: bool
+    reason: str
+
+
+def can_start(config: FederationConfig, num_available: int) -> StartDecision:
     """Decide whether enough hospitals are present to begin."""
     needed = max(config.min_available_clients, config.min_clients)
     if num_available >= needed:
-        return RoundDecision("publish", f"{num_available} hospitals are present")
-    return RoundDecision(
-        "stop", f"{num_available} hospitals are present; federation.min_available_clients asks for {needed}"
+        return StartDecision(True, f"{num_available} hospitals are present")
+    return StartDecision(
+        False, f"{num_available} hospitals are present; federation.min_available_clients asks for {needed}"
     )
 
 
@@ -90,17 +98,19 @@ def why_left_out(standing: Standing, max_failures: int) -> str | None:
 
 
 class FailureHistory:
-    """Who failed how often in a row, from the receipts of a run: a resumed run knows it too."""
+    """Who failed how often in a row, from the receipts of a run: a resumed run knows it too. It never changes."""
 
-    def __init__(self, receipts: Iterable[Receipt] = ()) -> None:
-        self._standings: dict[str, Standing] = {}
+    def __init__(self, receipts: Iterable[Receipt] = (), before: FailureHistory | None = None) -> None:
+        """Take the receipts of rounds in order, behind those of a history before them."""
+        standings = dict(before._standings) if before is not None else {}
         for receipt in receipts:
-            self.add(receipt)
+            for hospital in {*receipt.asked, *receipt.late, *(failure.hospital for failure in receipt.failures)}:
+                standings[hospital] = after_round(standings.get(hospital, Standing()), hospital, receipt)
+        self._standings: Mapping[str, Standing] = standings
 
-    def add(self, receipt: Receipt) -> None:
-        """Take one more round into account."""
-        for hospital in {*receipt.asked, *receipt.late, *(failure.hospital for failure in receipt.failures)}:
-            self._standings[hospital] = after_round(self._standings.get(hospital, Standing()), hospital, receipt)
+    def after(self, receipt: Receipt) -> FailureHistory:
+        """Return the history with one more round."""
+        return FailureHistory([receipt], self)
 
     def left_out(self, hospitals: Iterable[str], config: FederationConfig) -> dict[str, str]:
         """Return the hospitals that sit out the next round, and why; nobody does where too few would remain."""
@@ -110,6 +120,28 @@ class FailureHistory:
         }
         out = {name: reason for name, reason in reasons.items() if reason is not None}
         return out if len(names) - len(out) >= config.min_clients else {}
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """What earlier rounds leave to the next: who failed, whose update may come late, and rounds without a result.
+
+    `late_plans` are the plans of updates that missed the last round's deadline; `failed_before` counts the rounds in a
+    row that were not published.
+    """
+
+    failure_history: FailureHistory = field(default_factory=FailureHistory)
+    late_plans: Mapping[str, RoundPlan] = field(default_factory=dict)
+    failed_before: int = 0
+
+    def after(self, plan: RoundPlan, receipt: Receipt) -> RunHistory:
+        """Return the history with one more closed round."""
+        late = [f.hospital for f in receipt.failures if f.stage == "late" and f.round == plan.round]
+        return RunHistory(
+            self.failure_history.after(receipt),
+            dict.fromkeys(late, plan),
+            0 if receipt.published else self.failed_before + 1,
+        )
 
 
 def hospitals_to_retry(failures: Iterable[ClientFailure], may_train_again: Iterable[str] = ()) -> list[str]:

@@ -1,4 +1,4 @@
-"""One round, top to bottom: plan, reserve, train, judge, aggregate, keep, report.
+"""One round, top to bottom: plan, reserve, train, judge, aggregate, evaluate, keep.
 
 Read `run_round` first; each step below it is one function. Whatever a hospital does, the round ends
 with a receipt that names everybody who was asked and what became of them.
@@ -7,24 +7,23 @@ with a receipt that names everybody who was asked and what became of them.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from medfl_ray import params
-from medfl_ray.aggregation.fixed_point import PartialSum, weighted_mean
+from medfl_ray.aggregation.fixed_point import weighted_mean
 from medfl_ray.aggregation.robust import why_too_few
 from medfl_ray.aggregation.strategies import released_weights
 from medfl_ray.aggregation.updates import ROBUST_STATE
 from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import budget_hash
-from medfl_ray.errors import LedgerError
 from medfl_ray.failpoints import failpoint
-from medfl_ray.federation.collecting import collect_updates, wait_before_retry
-from medfl_ray.federation.events import HospitalState
+from medfl_ray.federation.collecting import CollectedUpdates, UpdateCollector, expected_updates
 from medfl_ray.federation.hospital_level import CLIP_NORM, FEDERATION
-from medfl_ray.federation.hospital_rules.failures import in_constant_words
 from medfl_ray.federation.planning import mechanism_in_round, steps_in_round
-from medfl_ray.federation.policies import RoundDecision, hospitals_to_retry, judge_round
+from medfl_ray.federation.policies import RoundDecision, RunHistory, hospitals_to_retry, judge_round
 from medfl_ray.federation.ports import FederationState
-from medfl_ray.federation.round_context import RoundContext, RoundProgress, foreign_rows
+from medfl_ray.federation.round_context import RoundContext, foreign_rows
+from medfl_ray.federation.round_progress import RoundProgress
 from medfl_ray.federation.selection import enough_updates
 from medfl_ray.messages import ClientFailure, PrivacySpent, Receipt, RoundPlan, RoundResult, SiteEvaluation
 from medfl_ray.params import Vector
@@ -32,59 +31,69 @@ from medfl_ray.round_times import clock_of, stamp
 from medfl_ray.training.schedules import learning_rate
 
 
-def run_round(
-    context: RoundContext, state: FederationState, failed_before: int
-) -> tuple[FederationState, RoundResult, RoundDecision]:
-    """Run one round and return the next state, what happened, and whether the run may go on."""
-    progress = RoundProgress()
-    plan = plan_round(context, state, progress)
+@dataclass(frozen=True, eq=False)
+class RoundEnd:
+    """What a round leaves: the state and the history for the next one, what happened, and whether the run goes on."""
+
+    state: FederationState
+    history: RunHistory
+    result: RoundResult
+    decision: RoundDecision
+
+
+def run_round(context: RoundContext, state: FederationState, history: RunHistory) -> RoundEnd:
+    """Run one round from the state and the history that the rounds before it left."""
+    progress = plan_round(context, state, history)
+    plan = progress.plan
     context.store.open_round(shown_plan(context, plan))
     failpoint("round.opened")
 
-    ready = reserve(context, plan, progress)
+    ready = reserve(progress)
     failpoint("round.reserved")
-    decision = judge(context, plan, len(ready), failed_before)
+    decision = judge(context, plan, len(ready), history)
     if decision.verdict == "publish":
         context.store.start_collecting(plan)
         failpoint("round.collecting")
-        total = collect_updates(context, plan, ready, state, progress)
+        collected = train(progress, ready, state, history)
         failpoint("round.collected")
-        mirror_rows(context, plan, progress)
+        progress.mirror_rows()
         failpoint("round.mirrored")
-        decision = judge(context, plan, total.num_updates, failed_before)
+        decision = judge(context, plan, collected.total.num_updates, history)
     else:
         context.pool.release(plan, ready, "the round ended before training: below quorum")
 
     if decision.verdict != "publish":
-        result = close_round(context, plan, progress, None, decision.reason)
+        result = close_round(progress, None, decision.reason)
         context.store.record(result)
-        return state, result, decision
+        return RoundEnd(state, history.after(plan, result.receipt), result, decision)
 
-    published = apply_updates(context, state, total, progress)
+    published = apply_updates(progress, state, collected)
     weights_after = params.checksum(published.weights)
     context.store.note_aggregated(plan, weights_after)
     failpoint("round.aggregated")
     if is_evaluated(context.run, plan.round):
-        evaluate_weights(context, plan.round, published, progress)
+        evaluate_weights(progress, published)
         failpoint("round.evaluated")
-    result = close_round(context, plan, progress, weights_after)
+    result = close_round(progress, weights_after)
     context.store.save_checkpoint(published, result)
     failpoint("round.published")
     context.store.record(result)
     failpoint("round.recorded")
-    return published, result, decision
+    return RoundEnd(published, history.after(plan, result.receipt), result, decision)
 
 
-def plan_round(context: RoundContext, state: FederationState, progress: RoundProgress) -> RoundPlan:
-    """Fix who is asked and what each will do, before any hospital trains."""
+def plan_round(context: RoundContext, state: FederationState, history: RunHistory) -> RoundProgress:
+    """Fix who is asked and what each will do, before any hospital trains; who sits out for its failures is recorded."""
     run, number = context.run, state.round + 1
+    left_out: dict[str, str] = {}
     if context.hospital_dp is not None:  # who is drawn there must not depend on who failed before
         hospitals, enough = context.hospital_dp.cohort(context.available, number), None
     else:
-        able = without_failing(context, number, progress)
+        left_out = history.failure_history.left_out(context.available, run.federation)
+        able = [hospital for hospital in context.available if hospital not in left_out]
         hospitals = context.select(number, able)
         enough = enough_updates(run, len(able), len(hospitals))
-    return RoundPlan(
+    plan = RoundPlan(
         job=context.job,
         round=number,
         attempt=context.attempt,
@@ -102,112 +111,80 @@ def plan_round(context: RoundContext, state: FederationState, progress: RoundPro
         # Of a secret cohort no ledger is charged, and which rows were seen of it is nobody's business.
         ledger_heads=context.mirror.heads(hospitals) if context.hospital_dp is None else {},
     )
-
-
-def without_failing(context: RoundContext, number: int, progress: RoundProgress) -> list[str]:
-    """Return the hospitals that may be asked; why others sit out for their earlier failures is recorded."""
-    left_out = context.history.failure_history.left_out(context.available, context.run.federation)
+    progress = RoundProgress(context, plan)
     for hospital, reason in left_out.items():
-        exclude(
-            context,
-            progress,
-            ClientFailure(
-                hospital=hospital,
-                round=number,
-                attempt=context.attempt,
-                stage="select",
-                reason=reason,
-                may_have_left=False,
-            ),
-        )
-    return [hospital for hospital in context.available if hospital not in left_out]
+        progress.exclude(progress.failure(hospital, "select", reason, may_have_left=False))
+    return progress
 
 
-def reserve(context: RoundContext, plan: RoundPlan, progress: RoundProgress) -> list[str]:
+def reserve(progress: RoundProgress) -> list[str]:
     """Reserve the round's worst case at every hospital; who cannot afford it is left out, and that is recorded.
 
     The coordinator has mirrored every reservation before this returns, so that none can be forgotten unseen.
     """
+    context, plan = progress.context, progress.plan
     if context.hospital_dp is not None:
         progress.spent[FEDERATION] = context.hospital_dp.reserve(plan)
         progress.ledger_rows.extend(context.hospital_dp.rows_after(context.mirror.heads([FEDERATION])))
     ready = []
-    for hospital, answer in ask_to_reserve(context, plan, progress).items():
+    for hospital, answer in ask_to_reserve(progress).items():
         if isinstance(answer, ClientFailure):
-            exclude(context, progress, answer)
+            progress.exclude(answer)
             continue
         foreign = foreign_rows(hospital, answer)
         if foreign is not None:
             context.pool.release(plan, [hospital], foreign)
-            exclude(context, progress, reserve_failure(plan, hospital, foreign))
+            progress.exclude(progress.failure(hospital, "reserve", foreign))
             continue
-        if answer is not None:
-            progress.spent[hospital] = progress.take_rows(answer)
+        progress.take_spent(hospital, answer)
         ready.append(hospital)
-    refused = mirror_rows(context, plan, progress)
+    refused = progress.mirror_rows()
     if refused:
         context.pool.release(plan, [h for h in ready if h in refused], "the coordinator could not mirror the ledger")
     return [hospital for hospital in ready if hospital not in refused]
 
 
-def ask_to_reserve(
-    context: RoundContext, plan: RoundPlan, progress: RoundProgress
-) -> dict[str, PrivacySpent | ClientFailure | None]:
+def ask_to_reserve(progress: RoundProgress) -> dict[str, PrivacySpent | ClientFailure | None]:
     """Return every hospital's answer; one whose process or connection failed is asked again after a pause."""
-    answers = dict(context.pool.reserve(plan))
-    for retry in range(1, context.run.federation.retries + 1):
+    pool, plan = progress.context.pool, progress.plan
+    answers = dict(pool.reserve(plan))
+    for retry in range(1, progress.context.run.federation.retries + 1):
         again = hospitals_to_retry(answer for answer in answers.values() if isinstance(answer, ClientFailure))
-        if not again or not wait_before_retry(context, plan, progress, retry):
+        if not again or not progress.wait_before_retry(retry):
             break
-        answers |= context.pool.reserve(plan.among(again))
+        answers |= pool.reserve(plan.among(again))
     return answers
 
 
-def judge(context: RoundContext, plan: RoundPlan, num_updates: int, failed_before: int) -> RoundDecision:
-    """Judge the round; under hospital-level DP it is published whatever arrived, for giving up would tell of it."""
+def train(progress: RoundProgress, ready: list[str], state: FederationState, history: RunHistory) -> CollectedUpdates:
+    """Let the hospitals train from the round's weights and sum the updates that are sound."""
+    strategy, expected = progress.context.strategy, expected_updates(progress.context, progress.plan, state)
+    collector = UpdateCollector(progress, expected, history.late_plans)
+    return collector.collect(ready, strategy.send(state.server_state, state.weights))
+
+
+def judge(context: RoundContext, plan: RoundPlan, num_updates: int, history: RunHistory) -> RoundDecision:
+    """Judge the round; under hospital-level DP it is always published, since abandoning it would reveal who came."""
     if context.hospital_dp is not None:
         return RoundDecision("publish", "whatever arrived is noised and published")
     rule = context.run.aggregation
     problem = why_too_few(rule.robust, num_updates) if rule.mode == "robust" else None
-    return judge_round(context.run.federation, num_updates, len(plan.hospitals), failed_before, problem)
+    return judge_round(context.run.federation, num_updates, len(plan.hospitals), history.failed_before, problem)
 
 
-def exclude(context: RoundContext, progress: RoundProgress, failure: ClientFailure) -> None:
-    """Record why a hospital does not train in this round."""
-    progress.failures.append(failure)
-    context.tell(HospitalState(hospital=failure.hospital, state="left_out", detail=failure.reason))
-
-
-def mirror_rows(context: RoundContext, plan: RoundPlan, progress: RoundProgress) -> set[str]:
-    """Keep the new rows of all ledgers in one write; return the hospitals whose rows do not follow those kept."""
-    problems = context.mirror.keep(progress.ledger_rows)
-    progress.ledger_rows.clear()
-    if FEDERATION in problems:
-        raise LedgerError(problems[FEDERATION])
-    for hospital, reason in problems.items():
-        exclude(context, progress, reserve_failure(plan, hospital, reason))
-    return set(problems)
-
-
-def reserve_failure(plan: RoundPlan, hospital: str, reason: str) -> ClientFailure:
-    """Say why a hospital's reservation was not accepted."""
-    return ClientFailure(hospital=hospital, round=plan.round, attempt=plan.attempt, stage="reserve", reason=reason)
-
-
-def apply_updates(
-    context: RoundContext, state: FederationState, total: PartialSum, progress: RoundProgress
-) -> FederationState:
+def apply_updates(progress: RoundProgress, state: FederationState, collected: CollectedUpdates) -> FederationState:
     """Let the strategy turn the mean update into the next weights; under hospital-level DP the noised one.
 
     In robust mode a rule over all updates takes the mean's place.
     """
+    context, total = progress.context, collected.total
     extra_state: dict[str, Vector] = {}
     if context.hospital_dp is not None:
         progress.spent[FEDERATION] = context.hospital_dp.settle()
         mean = context.hospital_dp.release(total)
         extra_state.update(context.hospital_dp.server_state())
-    elif context.combine is not None and progress.updates is not None:
-        mean, robust_state = context.combine(progress.updates, state.server_state, state.weights)
+    elif context.combine is not None and collected.updates is not None:
+        mean, robust_state = context.combine(collected.updates, state.server_state, state.weights)
         extra_state.update(robust_state)
     else:
         mean = weighted_mean(total)
@@ -228,24 +205,22 @@ def is_evaluated(run: RunConfig, number: int) -> bool:
     return number % run.federation.eval_every == 0 or number == run.federation.rounds
 
 
-def evaluate_weights(context: RoundContext, number: int, state: FederationState, progress: RoundProgress) -> None:
+def evaluate_weights(progress: RoundProgress, state: FederationState) -> None:
     """Score the new weights at every hospital; a hospital that cannot is recorded, and the round stands."""
-    weights = released_weights(state.server_state, state.weights)
+    context, weights = progress.context, released_weights(state.server_state, state.weights)
     deadline_s = context.run.federation.deadline_s
-    for answer in context.pool.evaluate(number, context.evaluated, weights, pictures=False, deadline_s=deadline_s):
+    for answer in context.pool.evaluate(state.round, context.evaluated, weights, pictures=False, deadline_s=deadline_s):
         if isinstance(answer, SiteEvaluation):
             progress.metrics.setdefault(answer.hospital, {}).update(answer.metrics)
         else:
             progress.failures.append(answer)
 
 
-def close_round(
-    context: RoundContext, plan: RoundPlan, progress: RoundProgress, weights_after: str | None, reason: str = ""
-) -> RoundResult:
+def close_round(progress: RoundProgress, weights_after: str | None, reason: str = "") -> RoundResult:
     """Write the receipt: who was asked, who trained, who did not and why; `reason` where nothing is published."""
-    plan = shown_plan(context, plan)
+    context, plan = progress.context, shown_plan(progress.context, progress.plan)
     if context.secret_cohorts:
-        progress = without_cohort(progress)
+        progress = progress.without_cohort()
     # Under hospital-level DP an update is not noised before it is summed, and its hash would confirm a guess of it.
     hashes = {} if context.hospital_dp is not None else progress.update_hashes
     receipt = Receipt(
@@ -263,10 +238,6 @@ def close_round(
         budget_hash=budget_hash(context.run),
         attackers=context.run.attack.words if context.run.attack is not None else "",
     )
-    context.history.failure_history.add(receipt)
-    context.history.late_plans = {
-        f.hospital: plan for f in progress.failures if f.stage == "late" and f.round == plan.round
-    }
     duration_s = 0.0 if context.secret_cohorts else round(time.monotonic() - progress.started, 3)
     return RoundResult(round=plan.round, receipt=receipt, metrics=progress.metrics, duration_s=duration_s)
 
@@ -276,11 +247,3 @@ def shown_plan(context: RoundContext, plan: RoundPlan) -> RoundPlan:
     if not context.secret_cohorts:
         return plan
     return plan.model_copy(update={"hospitals": (), "num_steps": {}, "ledger_heads": {}})
-
-
-def without_cohort(progress: RoundProgress) -> RoundProgress:
-    """Leave out what would tell who was asked; the evaluation asks everybody, so that its failures stay."""
-    failures = [in_constant_words(failure) for failure in progress.failures if failure.stage == "evaluate"]
-    evaluated = {hospital: metrics for hospital, metrics in sorted(progress.metrics.items()) if metrics}
-    spent = {name: spent for name, spent in progress.spent.items() if name == FEDERATION}
-    return RoundProgress(spent=spent, failures=failures, metrics=evaluated)

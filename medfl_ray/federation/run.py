@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +19,13 @@ from medfl_ray.federation.events import AccountsClosed, HospitalState, Notice, P
 from medfl_ray.federation.hospital_level import FEDERATION, HospitalLevel, HospitalLevelPlan, plan_hospital_level
 from medfl_ray.federation.hospital_rules.failures import in_constant_words, start_failure
 from medfl_ray.federation.planning import aggregation_weight, check_rule, mechanisms, steps_per_round
-from medfl_ray.federation.policies import FailureHistory, can_start, pause_before
+from medfl_ray.federation.policies import FailureHistory, RunHistory, can_start, pause_before
 from medfl_ray.federation.ports import (
     FederationState,
 )
-from medfl_ray.federation.round_context import Combine, RoundContext, RunHistory, foreign_rows
+from medfl_ray.federation.round_context import Combine, RoundContext, foreign_rows
 from medfl_ray.federation.rounds import run_round
-from medfl_ray.federation.run_parts import RunOutcome, RunParts, RunStore
+from medfl_ray.federation.run_parts import Ending, RunOutcome, RunParts, RunStore
 from medfl_ray.federation.selection import select_evaluated, select_of_run
 from medfl_ray.federation.stopping import stopping_record, why_stop
 from medfl_ray.federation.studies.baselines import as_plain, check_baselines, run_baselines
@@ -68,26 +68,29 @@ def run_federation(parts: RunParts) -> RunOutcome:
     )
     context = context_of(parts, infos, layout, planned, hospital_dp)
     resumed = parts.store.resume()
-    for receipt in parts.store.receipts():
-        context.history.failure_history.add(receipt)
+    history = RunHistory(FailureHistory(parts.store.receipts()))
     for problem in parts.store.problems:
         parts.emit(Notice(message=f"note: {problem}"))
     kept = resumed or FederationState(0, initial, context.strategy.init(layout.size))
     state = FederationState(kept.round, kept.weights, kept.server_state)
     if context.hospital_dp is not None:
         context.hospital_dp.restore(state.server_state)
-    state, reason, trained = repeat_rounds(parts, context, state)
-    rounds_done = state.round
-    completed = rounds_done >= parts.run.federation.rounds or bool(ends_early(parts, state))
-    if completed:
-        state = finish(parts, context, state, initial, absent)
-    return RunOutcome(
-        rounds_done=rounds_done,
-        completed=completed,
-        reason=reason,
-        absent=tuple(sorted({p.hospital for p in parts.policies} - trained - never_asked(parts, context))),
-        weights_checksum=params.checksum(released_weights(state.server_state, state.weights)),
+    end = repeat_rounds(parts, context, state, history)
+    outcome = RunOutcome(
+        rounds_done=end.state.round,
+        ending=end.ending,
+        reason=end.reason,
+        absent=tuple(sorted({p.hospital for p in parts.policies} - end.trained - never_asked(parts, context))),
+        weights_checksum=checksum_of(end.state),
     )
+    if not outcome.completed:
+        return outcome
+    return replace(outcome, weights_checksum=checksum_of(finish(parts, context, end.state, initial, absent)))
+
+
+def checksum_of(state: FederationState) -> str:
+    """Return the checksum of the weights that a state releases."""
+    return params.checksum(released_weights(state.server_state, state.weights))
 
 
 def context_of(
@@ -118,7 +121,6 @@ def context_of(
         emit=parts.emit,
         evaluated=select_evaluated(present, parts.run.federation.eval_hospitals, parts.run.federation.seed),
         select=parts.select or partial(select_of_run, parts.run),
-        history=RunHistory(FailureHistory()),
         hospital_dp=start_hospital_level(parts, hospital_dp, layout.size),
         combine=parts.combine or robust_combiner(parts.run),
     )
@@ -186,7 +188,7 @@ def gather(parts: RunParts) -> tuple[list[HospitalInfo], list[ClientFailure]]:
             infos.append(answer)
             parts.emit(HospitalState(hospital=answer.hospital, state="waiting"))
     decision = can_start(parts.run.federation, len(infos))
-    if decision.verdict == "stop":
+    if not decision.may_start:
         details = reasons(absent)
         why = f"{decision.reason}. {details}" if details else decision.reason
         if absent and all(failure.config_fault for failure in absent):
@@ -224,7 +226,7 @@ def with_pinned_keys(
         parts.emit(HospitalState(hospital=failure.hospital, state="failed", detail=failure.reason))
     left = [info for info in infos if info.hospital not in problems]
     decision = can_start(parts.run.federation, len(left))
-    if refused and decision.verdict == "stop":
+    if refused and not decision.may_start:
         raise QuorumLost(f"{decision.reason}. {reasons([*absent, *refused])}")
     return left, [*absent, *refused]
 
@@ -274,35 +276,42 @@ def check_layouts(infos: Sequence[HospitalInfo], layout: Layout) -> None:
             )
 
 
-def repeat_rounds(
-    parts: RunParts, context: RoundContext, state: FederationState
-) -> tuple[FederationState, str, set[str]]:
+@dataclass(frozen=True)
+class RoundsEnd:
+    """How the rounds of a run ended; `trained` are the hospitals whose update was in a sum."""
+
+    state: FederationState
+    ending: Ending
+    reason: str
+    trained: set[str]
+
+
+def repeat_rounds(parts: RunParts, context: RoundContext, state: FederationState, history: RunHistory) -> RoundsEnd:
     """Run rounds until all are published, quorum is lost for good, or somebody asks to stop."""
     trained = {hospital for receipt in parts.store.receipts() for hospital in (*receipt.trained, *receipt.late)}
     if context.secret_cohorts:
         trained.update(context.available)  # who was drawn stays with the coordinator; these could be
-    failed_before, reason = 0, f"all {parts.run.federation.rounds} rounds were published"
     parts.emit(PhaseStarted(name="federated", total_rounds=parts.run.federation.rounds))
     while state.round < parts.run.federation.rounds:
         early = ends_early(parts, state)
         if early:
-            return state, early, trained
+            return RoundsEnd(state, "ended_early", early, trained)
         if parts.stop.is_set():
-            return state, f"stopped on request after round {state.round}", trained
-        state, result, decision = run_round(context, state, failed_before)
-        trained.update((*result.receipt.trained, *result.receipt.late))
-        parts.emit(RoundClosed(result=result))
-        failed_before = 0 if decision.verdict == "publish" else failed_before + 1
-        if decision.verdict == "stop":
-            why = reasons(result.receipt.failures)
-            stopped = f"round {state.round + 1} was not published: {decision.reason}"
-            return state, f"{stopped}. {why}" if why else stopped, trained
-        if decision.verdict == "skip":
-            if any(failure.transient for failure in result.receipt.failures):
+            return RoundsEnd(state, "stopped", f"stopped on request after round {state.round}", trained)
+        end = run_round(context, state, history)
+        state, history, receipt = end.state, end.history, end.result.receipt
+        trained.update((*receipt.trained, *receipt.late))
+        parts.emit(RoundClosed(result=end.result))
+        if end.decision.verdict == "stop":
+            why = reasons(receipt.failures)
+            lost = f"round {state.round + 1} was not published: {end.decision.reason}"
+            return RoundsEnd(state, "quorum_lost", f"{lost}. {why}" if why else lost, trained)
+        if end.decision.verdict == "skip":
+            if any(failure.transient for failure in receipt.failures):
                 # Processes that are starting again need longer than a round that nobody answers.
-                parts.stop.wait(pause_before(failed_before + 3))
+                parts.stop.wait(pause_before(history.failed_before + 3))
             context = replace(context, attempt=parts.store.next_attempt())
-    return state, reason, trained
+    return RoundsEnd(state, "all_rounds", f"all {parts.run.federation.rounds} rounds were published", trained)
 
 
 def ends_early(parts: RunParts, state: FederationState) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from medfl_ray.config.run import RunConfig
 from medfl_ray.config.site import SitePolicy
@@ -108,12 +108,22 @@ class RunParts:
     train_coalitions: TrainCoalitions | None = None
 
 
+Ending = Literal["all_rounds", "ended_early", "stopped", "quorum_lost"]
+"""all_rounds: every round was published. ended_early: federation.patience ended it. stopped: somebody asked for that.
+quorum_lost: too many rounds in a row could not be published."""
+
+
 @dataclass(frozen=True)
 class RunOutcome:
     """How a run ended; `absent` are hospitals that could not start, or were asked and never delivered an update."""
 
     rounds_done: int
-    completed: bool
+    ending: Ending
     reason: str
     absent: tuple[str, ...]
     weights_checksum: str
+
+    @property
+    def completed(self) -> bool:
+        """Whether the run has its final weights; one that is not completed can be resumed."""
+        return self.ending in ("all_rounds", "ended_early")

@@ -71,7 +71,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(tmp_path):
 
     halted, folder, _ = start(run, tmp_path / "halted", stop_in_second_round, stop)
     assert not halted.completed
-    assert halted.rounds_done == 2
+    assert (halted.rounds_done, halted.ending) == (2, "stopped")
     resumed, _, _ = start(run, tmp_path, folder=folder)
     assert resumed.completed
     assert resumed.weights_checksum == whole.weights_checksum
@@ -152,6 +152,7 @@ def test_below_quorum_nothing_is_published_and_the_run_says_so(tmp_path):
 
     outcome, folder, _ = start(small_run(federation={"max_failed_rounds": 1}), tmp_path, lose)
     assert not outcome.completed
+    assert outcome.ending == "quorum_lost"
     assert outcome.rounds_done == 0
     assert "min_clients" in outcome.reason
     assert len(outcome.absent) == 3

@@ -138,6 +138,7 @@ def test_early_stopping_ends_the_run_and_resumes_to_the_same(tmp_path):
     assert outcome.rounds_done == 2
     assert "ended early after round 2 of 9" in outcome.reason
     assert not outcome.reason.startswith("stopped")  # that is what a run is called that somebody stopped
+    assert outcome.ending == "ended_early"
     record = StoppingRecord.model_validate_json((folder.path / "stopping.json").read_text())
     scores = [result.score for result in folder.results()]
     assert record.best_score == max(scores)

@@ -8,9 +8,9 @@ import pytest
 
 from medfl_ray.aggregation.fixed_point import add_updates, empty_sum, weighted_mean
 from medfl_ray.errors import UpdateRejected
-from medfl_ray.federation.collecting import add_sum, screen_and_add
+from medfl_ray.federation.collecting import UpdateCollector
 from medfl_ray.federation.ports import SummedUpdates, TrainedHospital
-from medfl_ray.federation.round_context import RoundProgress
+from medfl_ray.federation.round_progress import RoundProgress
 from medfl_ray.federation.screening import Expected
 from medfl_ray.messages import ClientUpdate, Metric, RoundPlan
 from medfl_ray.params import Layout
@@ -26,8 +26,8 @@ class Journal:
         self.delivered.extend(hospitals)
 
 
-def context():
-    return SimpleNamespace(layout=SimpleNamespace(checksum="layout", size=4), store=Journal(), secret_cohorts=False)
+def context(**more):
+    return SimpleNamespace(store=Journal(), secret_cohorts=False, **more)
 
 
 PLAN = RoundPlan(
@@ -43,6 +43,14 @@ PLAN = RoundPlan(
 )
 
 
+LAYOUT = SimpleNamespace(checksum="layout", size=4)
+
+
+def collecting(round, layout=LAYOUT):
+    progress = RoundProgress(round, PLAN)
+    return progress, UpdateCollector(progress, Expected(PLAN, layout, {"a": 2, "b": 2, "c": 2}, 1.0), {})
+
+
 def sum_of(*names, **changes):
     updates = np.arange(4 * len(names), dtype=np.float32).reshape(-1, 4)
     total = add_updates(empty_sum(4), updates, [2] * len(names))
@@ -51,13 +59,14 @@ def sum_of(*names, **changes):
 
 
 def test_sums_of_a_round_become_its_mean():
-    progress, total, round = RoundProgress(), empty_sum(4), context()
+    round = context()
+    progress, collector = collecting(round)
     for part in (sum_of("b", "a"), sum_of("c")):
-        total = add_sum(round, total, part, PLAN, progress)
+        collector.add_sum(part)
     assert progress.trained == {"a", "b", "c"}
     assert round.store.delivered == ["b", "a", "c"]
     assert progress.metrics["c"]["train_loss"].value == 1.0
-    assert np.allclose(weighted_mean(total), (np.arange(4) + np.arange(4, 8) + np.arange(4)) / 3)
+    assert np.allclose(weighted_mean(collector.total), (np.arange(4) + np.arange(4, 8) + np.arange(4)) / 3)
 
 
 @pytest.mark.parametrize(
@@ -74,26 +83,27 @@ def test_sums_of_a_round_become_its_mean():
     ],
 )
 def test_a_sum_that_does_not_belong_here_is_refused_whole(bad, word):
-    progress, round = RoundProgress(), context()
-    total = add_sum(round, empty_sum(4), sum_of("c"), PLAN, progress)
-    before = weighted_mean(total).copy()
+    round = context()
+    progress, collector = collecting(round)
+    collector.add_sum(sum_of("c"))
+    before = weighted_mean(collector.total).copy()
     with pytest.raises(UpdateRejected, match=word):
-        add_sum(round, total, bad, PLAN, progress)
+        collector.add_sum(bad)
     assert progress.trained == {"c"}
     assert round.store.delivered == ["c"]
     assert set(progress.metrics) == {"c"}
-    assert np.array_equal(weighted_mean(total), before)
+    assert np.array_equal(weighted_mean(collector.total), before)
 
 
 def test_an_update_that_does_not_fit_into_the_sum_is_not_taken_down_as_delivered():
-    progress, round = RoundProgress(), context()
-    round.run = SimpleNamespace(attack=None, federation=SimpleNamespace(stragglers="drop"))
-    round.history, round.keys, round.hospital_dp = SimpleNamespace(late_plans={}), {}, None
-    expected = Expected(PLAN, Layout(("w",), ((4,),)), {"a": 2, "b": 2, "c": 2}, 1.0)
-    update = ClientUpdate("a", 3, 2, np.ones(4, np.float32), expected.layout.checksum, 2, 1, None, {})
-    full = replace(sum_of("c").total, magnitude=2.0**62 - 1)
+    run = SimpleNamespace(attack=None, federation=SimpleNamespace(stragglers="drop"))
+    round, layout = context(run=run, keys={}, hospital_dp=None), Layout(("w",), ((4,),))
+    progress, collector = collecting(round, layout)
+    update = ClientUpdate("a", 3, 2, np.ones(4, np.float32), layout.checksum, 2, 1, None, {})
+    collector.total = replace(sum_of("c").total, magnitude=2.0**62 - 1)
     with pytest.raises(UpdateRejected, match="too large"):
-        screen_and_add(round, full, update, expected, progress)
+        collector.screen_and_add(update)
     assert (progress.trained, progress.metrics, round.store.delivered) == (set(), {}, [])
-    screen_and_add(round, sum_of("c").total, update, expected, progress)
+    collector.total = sum_of("c").total
+    collector.screen_and_add(update)
     assert (progress.trained, round.store.delivered) == ({"a"}, ["a"])

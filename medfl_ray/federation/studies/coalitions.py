@@ -13,9 +13,9 @@ from functools import partial
 from medfl_ray.aggregation.strategies import released_weights
 from medfl_ray.config.run import RunConfig
 from medfl_ray.errors import FederationError
-from medfl_ray.federation.policies import FailureHistory
+from medfl_ray.federation.policies import RunHistory
 from medfl_ray.federation.ports import FederationState
-from medfl_ray.federation.round_context import RoundContext, RunHistory
+from medfl_ray.federation.round_context import RoundContext
 from medfl_ray.federation.rounds import run_round
 from medfl_ray.federation.selection import select_of_run
 from medfl_ray.messages import LedgerRows, RoundPlan, RoundResult, SiteEvaluation
@@ -97,13 +97,13 @@ def train_coalition(context: RoundContext, initial: Vector, hospitals: Sequence[
         evaluated=(),
         emit=lambda event: None,
         select=partial(select_of_run, run),
-        history=RunHistory(FailureHistory()),
     )
-    state = FederationState(0, initial, context.strategy.init(context.layout.size))
+    state, history = FederationState(0, initial, context.strategy.init(context.layout.size)), RunHistory()
     while state.round < rounds:
-        state, result, decision = run_round(own, state, 0)
-        if decision.verdict != "publish":
-            why = "; ".join(f"{f.hospital}: {f.reason}" for f in result.receipt.failures) or decision.reason
+        end = run_round(own, state, history)
+        state, history, result = end.state, end.history, end.result
+        if end.decision.verdict != "publish":
+            why = "; ".join(f"{f.hospital}: {f.reason}" for f in result.receipt.failures) or end.decision.reason
             raise FederationError(f"the federation of {', '.join(own.available)} ended in round {result.round}: {why}")
     weights = released_weights(state.server_state, state.weights) if hospitals else initial
     evaluations = score_everywhere(context, weights, rounds, "a federation of fewer hospitals")
