@@ -125,7 +125,7 @@ class VirtualPool:
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
         """Charge the whole cohort in one durable write; what an earlier attempt at the round has left is forgotten."""
-        self._clock.seconds_since_start(plan)
+        self._clock.begin(plan)
         if self._run.aggregation.is_stateful:
             for name in plan.hospitals:
                 self._memories.forget_from(plan.round, name)

@@ -40,7 +40,7 @@ class LocalPool:
         return [self._asked(name, 0, 0, lambda built: built.info()) for name in self._builders if name != "central"]
 
     def reserve(self, plan: RoundPlan) -> Mapping[str, PrivacySpent | ClientFailure | None]:
-        self._clock.seconds_since_start(plan)
+        self._clock.begin(plan)
         return {name: self._tell(name, plan, lambda built, own: built.reserve(own)) for name in plan.hospitals}
 
     def release(self, plan: RoundPlan, hospitals: Sequence[str], reason: str) -> None:

@@ -16,17 +16,22 @@ class RoundClock:
         self._clock = clock
         self._key, self._started = (0, 0), 0.0
 
-    def seconds_since_start(self, plan: RoundPlan) -> float:
-        """Return how long ago this pool first heard of the round's attempt; 0 at the first call."""
-        key, now = (plan.round, plan.attempt), self._clock()
+    def begin(self, plan: RoundPlan) -> float:
+        """Start to count where the round's attempt is new; return the clock's time at which it was first heard of."""
+        key = (plan.round, plan.attempt)
         if self._key != key:
-            self._key, self._started = key, now
-        return now - self._started
+            self._key, self._started = key, self._clock()
+        return self._started
+
+    def seconds_since_start(self, plan: RoundPlan) -> float:
+        """Return how long ago this pool first heard of the round's attempt; about 0 at the first call."""
+        started = self.begin(plan)
+        return self._clock() - started
 
     def end(self, plan: RoundPlan) -> float | None:
         """Return the clock's time at which the deadline passes; None without a deadline."""
-        self.seconds_since_start(plan)
-        return None if plan.deadline_s is None else self._started + plan.deadline_s
+        started = self.begin(plan)
+        return None if plan.deadline_s is None else started + plan.deadline_s
 
     def seconds_left(self, plan: RoundPlan) -> float | None:
         """Return the seconds until the deadline, at least 0; None without a deadline."""
